@@ -1,0 +1,31 @@
+# make train: a fresh machine to a trained model. make test: the same set-up, then the tests.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: train test lint format clean
+
+train: $(VENV)/installed
+	$(RUN) -m wsolkit.train $(ARGS)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# torch and torchvision are named together so that both come from one build.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet torch torchvision --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""timm networks, reduced to what localization methods need of them."""

@@ -1,0 +1,220 @@
+"""Vision transformers of timm, opened up: token embedding, blocks one by one, and single rows of attention.
+
+Methods need one row of each attention matrix (that of the class token or of a spatial token), never the whole
+matrix. The row is computed from q and k; everything else stays on the fused attention kernel, which never stores
+an N×N matrix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from wsolkit.backbones.weights import StateDict, load_weights
+from wsolkit.errors import CheckpointError, ConfigError
+
+Gate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(row, q, k, v) → (q, k, v): how a method changes attention once it knows a token's row of scores."""
+
+
+def token_scores(query: Tensor, key: Tensor, scale: float, token: int) -> Tensor:
+    """Scaled scores of one token against all, before softmax, in float32.
+
+    Args:
+        query, key: [B, h, N, d].
+        scale: usually d ** -0.5.
+        token: whose row; -1 is the last token.
+
+    Returns:
+        [B, h, N].
+    """
+    return (query[:, :, token, None].float() * scale * key.float()).sum(-1)  # [B, h, 1, d]·[B, h, N, d] → [B, h, N]
+
+
+def attend(attention: Attention, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+    """Run a timm attention layer and return one token's row of scores beside its output.
+
+    Args:
+        attention: timm's layer; its weights are used as they are.
+        x: normalised tokens [B, N, D].
+        token: whose row of scores.
+        gate: changes q, k and v after the row is known (SAT's spatial token weighs v by it).
+
+    Returns:
+        output [B, N, D] and the row [B, h, N], before softmax, float32.
+    """
+    batch, length, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, 3, h, d] → three of [B, h, N, d]
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    row = token_scores(query, key, attention.scale, token)
+    if gate is not None:
+        query, key, value = gate(row, query, key, value)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
+    out = out.transpose(1, 2).reshape(batch, length, -1)  # [B, h, N, d] → [B, N, D]
+    return attention.proj_drop(attention.proj(attention.norm(out))), row
+
+
+def block_with_scores(block: Block, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+    """One pre-norm transformer block: tokens [B, N, D] → tokens [B, N, D] and a token's row of scores [B, h, N]."""
+    update, row = attend(block.attn, block.norm1(x), token, gate)
+    x = x + block.drop_path1(block.ls1(update))
+    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x, row
+
+
+class ViT(nn.Module):
+    """A timm vision transformer without its classifier.
+
+    Args:
+        model: timm's name, such as "deit_small_patch16_224.fb_in1k".
+        image_size: side of the input in pixels; a multiple of the patch size. Position embeddings of pretrained
+            weights are interpolated to it, and once more where a batch comes in another size.
+        drop_path_rate: stochastic depth at the last block, growing linearly from 0 at the first.
+        pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
+        weights: file of weights (safetensors or a state dict, in timm's names).
+        options: further arguments of timm's model, such as depth, embed_dim, num_heads, patch_size.
+
+    Attributes:
+        classifier_bias: bias [classes] of the classifier that the weights came with, or None.
+
+    Raises:
+        ConfigError: timm has no such model, it is not a plain ViT with a class token, or sizes do not fit.
+        CheckpointError: `weights` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        image_size: int,
+        drop_path_rate: float,
+        pretrained: bool,
+        weights: str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        pretrained = pretrained and weights is None
+        network = _create(model, image_size, drop_path_rate, pretrained, options)
+        if weights is not None:
+            self.classifier_bias = load_timm_weights(network, load_weights(weights), source=weights)
+        elif pretrained and isinstance(network.head, nn.Linear):
+            self.classifier_bias = network.head.bias.detach().clone()
+        else:
+            self.classifier_bias = None
+        network.reset_classifier(0)
+        self.network = network
+        self.image_size = image_size
+        self.patch_size = int(network.patch_embed.patch_size[0])
+        self.embed_dim = int(network.embed_dim)
+        self.num_prefix_tokens = int(network.num_prefix_tokens)
+        self.blocks: nn.Sequential = network.blocks
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] → tokens [B, 1 + N, D] before the first block: class token, then patches row by row.
+
+        Raises:
+            ConfigError: the patch size does not divide the image.
+        """
+        height, width = image.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"images of {width}×{height} pixels do not divide into patches of {self.patch_size}: "
+                f"use multiples of {self.patch_size}"
+            )
+        tokens = self.network._pos_embed(self.network.patch_embed(image))
+        return self.network.norm_pre(self.network.patch_drop(tokens))  # type: ignore[no-any-return]
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """The final LayerNorm."""
+        return self.network.norm(tokens)  # type: ignore[no-any-return]
+
+    def patches(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Take the patch tokens out of [B, ≥ 1 + N, D] and lay them out as the image: [B, D, H/p, W/p]."""
+        return self.grid(tokens, image).permute(0, 3, 1, 2)
+
+    def grid(self, row: Tensor, image: Tensor) -> Tensor:
+        """Lay the patch entries of [B, ≥ 1 + N, …] out as the image: [B, H/p, W/p, …]."""
+        height, width = (side // self.patch_size for side in image.shape[-2:])
+        patches = row[:, self.num_prefix_tokens : self.num_prefix_tokens + height * width]
+        return patches.unflatten(1, (height, width))  # [B, N, …] → [B, H, W, …]
+
+
+def load_timm_weights(network: VisionTransformer, state: StateDict, source: str) -> Tensor | None:
+    """Load weights in timm's names, without classifier, position embedding interpolated to the network's grid.
+
+    Returns:
+        the bias of the classifier in `state`, if there is one.
+
+    Raises:
+        CheckpointError: an entry is missing, unknown or of another shape.
+    """
+    bias = state.get("head.bias")
+    state = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+    state = checkpoint_filter_fn(state, network)
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    problems = {"missing": missing, "not part of the model": unknown, "of another shape": shapes}
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names)
+        raise CheckpointError(f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of.")
+    network.load_state_dict(state, strict=False)
+    return bias
+
+
+def _create(
+    model: str, image_size: int, drop_path_rate: float, pretrained: bool, options: Mapping[str, Any]
+) -> VisionTransformer:
+    if not timm.is_model(model):
+        raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
+    network = timm.create_model(
+        model,
+        pretrained=pretrained,
+        img_size=image_size,
+        drop_path_rate=drop_path_rate,
+        dynamic_img_size=True,
+        **options,
+    )
+    if not isinstance(network, VisionTransformer) or network.cls_token is None or type(network.blocks[0]) is not Block:
+        raise ConfigError(f"'{model}' is not a plain vision transformer with a class token, which this method needs")
+    patch_size = network.patch_embed.patch_size[0]
+    if image_size % patch_size:
+        raise ConfigError(
+            f"dataset.image_size={image_size} is not a multiple of the patch size {patch_size} of '{model}': "
+            f"use {image_size // patch_size * patch_size} or {(image_size // patch_size + 1) * patch_size}"
+        )
+    return network
+
+
+def normalization(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, for values in [0, 1], that a timm model was pretrained with.
+
+    Raises:
+        ConfigError: timm has no such model.
+    """
+    pretrained = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if pretrained is None:
+        raise ConfigError(f"timm has no model '{model}' with pretrained weights; similar names: {_similar(model)}")
+    return tuple(pretrained.mean), tuple(pretrained.std)
+
+
+def _similar(model: str) -> str:
+    near = difflib.get_close_matches(model, timm.list_models(pretrained=True) + timm.list_models("vit_*"), n=5, cutoff=0.3)
+    return ", ".join(near)

@@ -1,0 +1,95 @@
+"""From settings to objects: the module, the datamodule, the trainer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from omegaconf import DictConfig
+
+from wsolkit.backbones.vit import normalization
+from wsolkit.config import arguments, check_config, locate, plain
+from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.methods.base import Training, WSOLModule
+from wsolkit.metrics.evaluation import Evaluation
+
+
+def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
+    """The data set of `cfg.dataset`, normalised for the backbone.
+
+    Raises:
+        ConfigError: a setting is wrong. Files are read in `setup`, which raises DataError.
+    """
+    check_config(cfg)
+    mean, std = normalization(cfg.backbone.model)
+    node = arguments(cfg.dataset)
+    known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
+    settings = {key: node[key] for key in known} | {"records": instantiate(node["records"], _convert_="all")}
+    datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(**settings, mean=mean, std=std, seed=cfg.seed)
+    return datamodule
+
+
+def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
+    """The method of `cfg.method` on the backbone of `cfg.backbone`.
+
+    Args:
+        cfg: settings as from `load_config`.
+        class_names: names of the classes by label; None: as many unnamed ones as `dataset.num_classes`, or as the
+            data set has.
+
+    Raises:
+        ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+    """
+    check_config(cfg)
+    if class_names is None:
+        known = cfg.dataset.num_classes
+        class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
+    training = Training(
+        optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),
+        schedule=instantiate(cfg.schedule, _convert_="all"),
+        seed=cfg.seed,
+        config=plain(cfg),
+        class_names=class_names,
+    )
+    evaluation = Evaluation({name: instantiate(rules, _convert_="all") for name, rules in cfg.protocol.items()})
+    backbone = locate(cfg.backbone._target_, "backbone.")(**arguments(cfg.backbone))
+    module: WSOLModule = locate(cfg.method._target_, "method.")(
+        backbone=backbone,
+        num_classes=len(class_names),
+        training=training,
+        evaluation=evaluation,
+        **arguments(cfg.method),
+    )
+    return module
+
+
+def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """The loggers of `cfg.logger`, writing into the run directory."""
+    return [instantiate(node, save_dir=str(folder), _convert_="all") for node in cfg.logger.values()]
+
+
+def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+    """The trainer of `cfg.trainer`.
+
+    Wherever Lightning chooses DDP by itself, buffers are not broadcast: that would be one more collective call in each
+    evaluation batch, of which processes have different numbers, since every image counts once.
+    """
+    StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        _convert_="all",
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        logger=loggers,
+        use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
+        enable_model_summary=False,
+    )
+    return trainer
+
+

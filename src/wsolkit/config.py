@@ -1,0 +1,201 @@
+"""Compose, check and explain settings, and run commands. Imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from wsolkit.errors import ConfigError, WsolkitError
+
+_HERE = Path(__file__).parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
+"""The folder of YAML files: inside the package when installed from a wheel, beside `src` in a checkout."""
+
+# Said of a node for people and for interpolation; not an argument of the class that the node describes.
+_LABELS = {"name"}
+_HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def load_config(*overrides: str) -> DictConfig:
+    """Compose the settings of `python -m wsolkit.train` with overrides such as "method=sat" or "optimizer.lr=1e-4".
+
+    Raises:
+        ConfigError: a group, key or value is wrong; the message names the choices.
+    """
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return hydra.compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def run_command(config_name: str, task: Callable[[DictConfig, Path], None]) -> None:
+    """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
+
+    Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
+    traceback too.
+    """
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    def job(cfg: DictConfig) -> None:
+        if not traceback:
+            del os.environ["HYDRA_FULL_ERROR"]  # not for the processes that the task starts
+        _prepare_children()
+        try:
+            task(cfg, Path(HydraConfig.get().runtime.output_dir))
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
+    try:
+        job()
+    except (WsolkitError, HydraException, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prepare_children() -> None:
+    """Make the command line and the run directory those of this one job.
+
+    DDP starts the command again for each device, with this process's command line and `hydra.run.dir`: in a multirun
+    that would be the whole sweep, each time in a new directory.
+    """
+    settings = HydraConfig.get()
+    flags = [arg for arg in sys.argv[1:] if arg.startswith(("--config-dir=", "-cd="))]
+    sys.argv[1:] = [*flags, *settings.overrides.task]
+    instance = HydraConfig.instance().cfg
+    assert instance is not None
+    with open_dict(instance):
+        instance.hydra.run.dir = settings.runtime.output_dir
+
+
+def explain(error: Exception) -> str:
+    """One readable message for an error of ours, of Hydra or of OmegaConf."""
+    cause = error.__cause__
+    if isinstance(error, WsolkitError):
+        return str(error)
+    for candidate in (error, cause):
+        parent = getattr(candidate, "parent_node", None)
+        if isinstance(candidate, OmegaConfBaseException) and isinstance(parent, DictConfig) and candidate.key is not None:
+            where, key = candidate.full_key or str(candidate.key), str(candidate.key)
+            if key in parent:
+                return f"{where}: {str(candidate.msg or candidate).splitlines()[0]}"
+            return f"there is no setting '{where}'{_choices(key, map(str, parent))}"
+    group = re.search(r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':\n((?:\t.+\n)+)", str(error), re.S)
+    if group:
+        name, choice, options = group[1], group[2], [line.strip() for line in group[3].splitlines()]
+        return f"there is no {name} '{choice}'{_choices(choice, options)}"
+    return "\n".join(line for line in str(error).splitlines() if line.strip())
+
+
+def _choices(wrong: str, options: Iterable[str]) -> str:
+    options = sorted(options)
+    close = difflib.get_close_matches(wrong, options, n=1)
+    return (f" (did you mean '{close[0]}'?)" if close else "") + f"; choose from: {', '.join(options)}"
+
+
+class RunSettings(typing.TypedDict, total=False):
+    """Types of the settings that belong to no group."""
+
+    seed: int
+    selection: typing.Literal["val", "test"]
+    monitor: str
+    resume: str | None
+    checkpoint: str
+    num_examples: int
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Check settings against `RunSettings` and, for every node with a `_target_`, that target's signature.
+
+    Raises:
+        ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}")
+    settings = plain(cfg)
+    _check_types(settings, typing.get_type_hints(RunSettings), "")
+    _check_node(settings, "")
+
+
+def _check_node(node: Any, path: str) -> None:
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, Mapping):
+        return
+    if "_target_" in node:
+        _check_signature(node, path)
+    for key, value in node.items():
+        _check_node(value, f"{path}{key}.")
+
+
+def _check_signature(node: Mapping[str, Any], path: str) -> None:
+    target = locate(str(node["_target_"]), path)
+    parameters = inspect.signature(target).parameters
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [key for key in node if key not in _HYDRA_KEYS | _LABELS | parameters.keys()]
+    # A data set's node also holds what its records are read with, such as dataset.root.
+    if unknown and not open_ended and path != "dataset.":
+        raise ConfigError(f"there is no setting '{path}{unknown[0]}'{_choices(unknown[0], parameters)}")
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return  # a library's annotations may not be resolvable; the library then checks for itself
+    _check_types({key: node[key] for key in node.keys() & parameters.keys()}, hints, path)
+
+
+def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str) -> None:
+    import pydantic  # not needed for --help
+
+    for key, value in values.items():
+        built_later = isinstance(value, Mapping) and "_target_" in value
+        if key not in hints or built_later:
+            continue
+        adapter = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+        try:
+            # YAML has lists only: where one is given, a tuple is as good.
+            adapter.validate_python(value, strict=not isinstance(value, list))
+        except pydantic.ValidationError as error:
+            reasons = "; ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
+            raise ConfigError(f"{path}{key}={value!r}: {reasons}") from None
+
+
+def locate(target: str, path: str) -> Any:
+    """Import what a `_target_` names.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    try:
+        return hydra.utils.get_object(target)
+    except Exception as error:
+        raise ConfigError(f"{path}_target_={target}: cannot be imported ({error})") from error
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Settings as plain containers, interpolations resolved, `???` kept."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return typing.cast("dict[str, Any]", container)
+
+
+def arguments(node: DictConfig) -> dict[str, Any]:
+    """A node's settings as arguments of its target: without Hydra's keys and labels."""
+    return {key: value for key, value in plain(node).items() if key not in _HYDRA_KEYS | _LABELS}

@@ -1,0 +1,1 @@
+"""From a data set's official files to batches: files → records → samples → batches."""

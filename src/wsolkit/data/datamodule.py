@@ -1,0 +1,142 @@
+"""The one LightningDataModule: any data set, any method."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from wsolkit.data.dataset import (
+    EachOnce,
+    GlobalBatches,
+    Sample,
+    WSOLDataset,
+    evaluation_batch,
+    one_thread,
+    training_batch,
+)
+from wsolkit.data.records import Records, Split
+from wsolkit.data.transforms import Transform
+from wsolkit.errors import ConfigError, DataError
+
+_MAX_AUTO_WORKERS = 8
+
+
+class WSOLDataModule(LightningDataModule):
+    """Loaders of a data set.
+
+    Args:
+        records: reads a split.
+        image_size: side of the network's input in pixels.
+        resize: training images are scaled to this side first, then cropped; evaluation scales to `image_size`.
+        batch_size: images of one optimizer step, over all devices and accumulated batches.
+        eval_batch_size: images of one evaluation batch on one device.
+        num_workers: loader processes per device; "auto": as many as there are cores for, up to 8.
+        held_out: whether "val" and "test" are different images, so that thresholds and checkpoints can be selected
+            on one and reported on the other.
+        mean, std: normalisation of the backbone.
+        seed: of the order and the augmentations.
+    """
+
+    def __init__(
+        self,
+        records: Callable[[Split], Records],
+        image_size: int,
+        resize: int,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int | Literal["auto"],
+        held_out: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}.items():
+            if value < 1:
+                raise ConfigError(f"dataset.{name}={value}: expected 1 or more")
+        self.image_size = image_size
+        self.resize = resize
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.held_out = held_out
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.seed = seed
+        self._read = records
+        self._datasets: dict[Split, WSOLDataset] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by label."""
+        return list(self.dataset("train").records.classes)
+
+    def dataset(self, split: Split) -> WSOLDataset:
+        """Samples of a split; read once.
+
+        Raises:
+            DataError: see the data set's file of records; or the split is empty.
+        """
+        if split == "test" and not self.held_out:
+            return self.dataset("val")
+        if split not in self._datasets:
+            train = split == "train"
+            transform = Transform(self.resize if train else self.image_size, self.image_size, train, self.mean, self.std)
+            dataset = WSOLDataset(self._read(split), transform, self.seed)
+            if len(dataset) == 0:
+                raise DataError(f"the {split} split is empty")
+            self._datasets[split] = dataset
+        return self._datasets[split]
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: read what the stage needs, so that errors come before the first step."""
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            self.dataset(split)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Lightning's hook."""
+        rank, world_size, accumulate = self._place()
+        if self.batch_size % (world_size * accumulate):
+            raise ConfigError(
+                f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
+                f"{world_size} devices × {accumulate} accumulated batches"
+            )
+        dataset = self.dataset("train")
+        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
+        return self._loader(dataset, collate_fn=training_batch, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Lightning's hook."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Lightning's hook."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
+        dataset = self.dataset(split)
+        rank, world_size, _ = self._place()
+        order = EachOnce(len(dataset), rank, world_size)
+        return self._loader(dataset, collate_fn=evaluation_batch, sampler=order, batch_size=self.eval_batch_size)
+
+    def _place(self) -> tuple[int, int, int]:
+        if self.trainer is None:
+            return 0, 1, 1
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+
+    def _loader(self, dataset: WSOLDataset, **options: object) -> DataLoader[Sample]:
+        workers = self.num_workers
+        if workers == "auto":
+            devices = self.trainer.num_devices if self.trainer is not None else 1
+            workers = min(_MAX_AUTO_WORKERS, len(os.sched_getaffinity(0)) // devices) if hasattr(os, "sched_getaffinity") else 4
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            worker_init_fn=one_thread,
+            persistent_workers=workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            **options,  # type: ignore[arg-type]
+        )

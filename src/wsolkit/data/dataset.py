@@ -1,0 +1,142 @@
+"""From records to samples and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from wsolkit.data.records import Records
+from wsolkit.data.transforms import Transform
+from wsolkit.errors import DataError
+from wsolkit.types import Boxes, EvaluationBatch, Mask, TrainingBatch
+
+
+class Sample(TypedDict):
+    """One image: transformed, with `boxes` and `mask` carried along, and its original boxes and size (w, h)."""
+
+    image: Tensor
+    label: int
+    index: int
+    boxes: Boxes
+    mask: Mask | None
+    original_boxes: Boxes
+    size: tuple[int, int]
+
+
+class WSOLDataset(Dataset[Sample]):
+    """Samples of a split.
+
+    Indices are pairs (epoch, position): the augmentation of a sample depends on them and the seed alone, so it is the
+    same whatever the number of workers and processes, and different in every epoch.
+    """
+
+    def __init__(self, records: Records, transform: Transform, seed: int) -> None:
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image, mask = self.records.image(index), self.records.mask(index)
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {image.shape[:2]}")
+        boxes = self.records.boxes(index)
+        seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
+        transformed = self.transform(image, boxes, mask, seed)
+        return {
+            "image": transformed.image,
+            "label": int(self.records.labels[index]),
+            "index": index,
+            "boxes": transformed.boxes,
+            "mask": transformed.mask,
+            "original_boxes": boxes,
+            "size": self.records.size(index) or (image.shape[1], image.shape[0]),
+        }
+
+
+def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
+    """Collate what losses need."""
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "label": torch.tensor([sample["label"] for sample in samples]),
+    }
+
+
+def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
+    """Collate what losses and metrics need."""
+    masks = [sample["mask"] for sample in samples]
+    present = [torch.from_numpy(mask) for mask in masks if mask is not None]
+    return {
+        **training_batch(samples),
+        "boxes": [sample["original_boxes"] for sample in samples],
+        "size": torch.tensor([sample["size"] for sample in samples]),
+        "mask": torch.stack(present) if len(present) == len(masks) else None,
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """Training batches: each epoch a new permutation, cut into global batches, each cut into one part per process.
+
+    The images of a step depend on seed and epoch alone, not on the number of processes. The incomplete batch at the
+    end is left out, since a loss over the batch (SAT's area) means something else there; a data set smaller than one
+    batch makes one batch a step.
+
+    Args:
+        length: number of images.
+        batch_size: images per forward pass, over all processes.
+        seed: of the permutations.
+        rank, world_size: which process this is, of how many.
+
+    Raises:
+        DataError: there are fewer images than processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        size = min(batch_size, length) // world_size * world_size
+        if size == 0:
+            raise DataError(f"{length} training images cannot be spread over {world_size} processes: use fewer devices")
+        self.length, self.size, self.seed, self.rank, self.world_size = length, size, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        for start in range(0, len(self) * self.size, self.size):
+            part = order[start + self.rank : start + self.size : self.world_size]
+            yield [(self.epoch, index) for index in part.tolist()]
+
+
+class EachOnce(Sampler[tuple[int, int]]):
+    """Evaluation order: every image once over all processes, none repeated to fill up."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.positions = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.positions)
+
+
+def one_thread(_: Any) -> None:
+    """Start a loader's worker: one thread each, so that workers do not compete for the cores."""
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)

@@ -1,0 +1,174 @@
+"""Built-in data set: small creatures told apart by a mark on their head, before a cluttered background.
+
+It poses the problem of weakly supervised localization in small. The classes share body, legs, colours and textures;
+only a mark, a few pixels wide, tells them. A classifier needs the mark alone, so its map tends to cover the head; a
+good localizer covers the creature. Background clutter has the bodies' colours and textures and the marks' colours,
+and bars hide parts of the creature.
+
+Images are drawn from seed, split and index; nothing is on disk. Boxes and masks come with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from wsolkit.data.records import Split
+from wsolkit.errors import ConfigError
+from wsolkit.types import Boxes, Image, Mask
+
+_HUES: Mapping[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 90, 235),
+    "yellow": (240, 215, 40),
+}
+_RIMS: Mapping[str, tuple[int, int, int]] = {"white": (250, 250, 250), "black": (10, 10, 10)}
+CLASSES = tuple(f"{hue} mark, {rim} rim" for hue in _HUES for rim in _RIMS)
+
+_SPLIT_NUMBER: Mapping[Split, int] = {"train": 0, "val": 1, "test": 2}
+_SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
+
+
+class ShapesRecords:
+    """Images of one split, drawn on first use and kept in memory.
+
+    Args:
+        split: which; the splits differ in their random numbers.
+        sizes: number of images of each split.
+        image_size: side in pixels.
+        seed: of the whole data set.
+    """
+
+    def __init__(self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int) -> None:
+        if sizes[split] < 1:
+            raise ConfigError(f"dataset.sizes.{split}={sizes[split]}: expected 1 or more images")
+        self.classes: Sequence[str] = CLASSES
+        self.labels: npt.NDArray[np.int64] = np.arange(sizes[split], dtype=np.int64) % len(CLASSES)
+        self._split, self._image_size, self._seed = split, image_size, seed
+        self._drawn: dict[int, tuple[Image, Mask]] = {}
+
+    def name(self, index: int) -> str:
+        """See `Records.name`."""
+        return f"{self._split}/{index:05d}"
+
+    def image(self, index: int) -> Image:
+        """See `Records.image`."""
+        return self._draw(index)[0]
+
+    def mask(self, index: int) -> Mask:
+        """See `Records.mask`: the visible part of the creature."""
+        return self._draw(index)[1]
+
+    def boxes(self, index: int) -> Boxes:
+        """See `Records.boxes`: one box around the visible part of the creature."""
+        rows, columns = np.nonzero(self.mask(index))
+        return np.array([[columns.min(), rows.min(), columns.max(), rows.max()]], dtype=np.int64)
+
+    def size(self, index: int) -> None:
+        """See `Records.size`."""
+        return None
+
+    def _draw(self, index: int) -> tuple[Image, Mask]:
+        if index not in self._drawn:
+            rng = np.random.default_rng([self._seed, _SPLIT_NUMBER[self._split], index])
+            self._drawn[index] = draw(rng, int(self.labels[index]), self._image_size)
+        return self._drawn[index]
+
+
+def draw(rng: np.random.Generator, label: int, size: int) -> tuple[Image, Mask]:
+    """Draw one image [size, size, 3] of a class and the mask of the creature's visible part (0, 1)."""
+    image = _background(rng, size)
+    mask = np.zeros((size, size), np.uint8)
+    _creature(rng, image, mask, label)
+    for _ in range(rng.integers(0, 3)):
+        _bar(rng, image, mask)
+    noise = rng.normal(0, 6, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), mask
+
+
+def _background(rng: np.random.Generator, size: int) -> Image:
+    coarse = rng.uniform(40, 215, (4, 4, 3)).astype(np.float32)
+    image = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(5, 10)):  # clutter in the bodies' colours and textures
+        corners = rng.uniform(0, size, 2) + rng.uniform(-0.22, 0.22, (rng.integers(3, 6), 2)) * size
+        region = np.zeros((size, size), np.uint8)
+        cv2.fillPoly(region, [cv2.convexHull(corners.astype(np.int32))], 1)
+        _paint(rng, image, region)
+    for _ in range(rng.integers(2, 5)):  # spots in the marks' colours, without a rim
+        hue = list(_HUES.values())[rng.integers(len(_HUES))]
+        _disc(image, rng.uniform(0, size, 2), size * rng.uniform(0.025, 0.05), _tint(rng, hue))
+    return image
+
+
+def _creature(rng: np.random.Generator, image: Image, mask: Mask, label: int) -> None:
+    size = len(image)
+    length = size * rng.uniform(0.16, 0.25)  # half of the body's
+    width = length * rng.uniform(0.5, 0.75)
+    angle = rng.uniform(0, 2 * np.pi)
+    along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    reach = length * 1.55
+    centre = rng.uniform(reach, size - reach, 2)
+    side = rng.choice([-1, 1])
+
+    body = np.zeros_like(mask)
+    axes = (length, width)
+    cv2.ellipse(body, _fixed(centre), _fixed(axes), np.degrees(angle), 0, 360, 1, -1, cv2.LINE_8, _SHIFT)
+    for at in rng.uniform(-0.75, 0.75, rng.integers(2, 5)):  # legs
+        hip = centre + along * at * length + side * across * width * 0.6
+        foot = hip + side * across * length * rng.uniform(0.5, 0.8) + along * rng.uniform(-0.1, 0.1) * length
+        cv2.line(body, _fixed(hip), _fixed(foot), 1, max(1, round(size * 0.05)), cv2.LINE_8, _SHIFT)
+    head = centre + along * length * 1.1
+    _disc(body, head, length * 0.38, 1)
+    _paint(rng, image, body)
+    mask[body > 0] = 1
+
+    hue, rim = divmod(label, len(_RIMS))
+    radius = max(size * 0.042, 2.0)
+    _disc(mask, head, radius * 1.55, 1)
+    _disc(image, head, radius * 1.55, list(_RIMS.values())[rim])
+    _disc(image, head, radius * 0.9, _tint(rng, list(_HUES.values())[hue]))
+
+
+def _paint(rng: np.random.Generator, image: Image, region: Mask) -> None:
+    """Fill a region with an earthy colour and stripes or spots."""
+    size = len(image)
+    colour = rng.uniform([90, 60, 30], [200, 160, 130])
+    rows, columns = np.mgrid[:size, :size]
+    angle, period = rng.uniform(0, np.pi), size * rng.uniform(0.06, 0.14)
+    wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period)
+    if rng.random() < 0.5:
+        wave = wave * np.sin((rows * np.cos(angle) - columns * np.sin(angle)) * 2 * np.pi / period)
+    shade = 1 + rng.uniform(0.1, 0.35) * np.sign(wave)
+    image[region > 0] = np.clip(colour * shade[..., None], 0, 255)[region > 0]
+
+
+def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
+    """Hide a strip of the image."""
+    size = len(image)
+    angle = rng.uniform(0, np.pi)
+    offset = np.array([np.cos(angle), np.sin(angle)]) * size
+    middle = rng.uniform(0.2, 0.8, 2) * size
+    strip = np.zeros_like(mask)
+    cv2.line(strip, _fixed(middle - offset), _fixed(middle + offset), 1, max(1, round(size * 0.04)), cv2.LINE_8, _SHIFT)
+    image[strip > 0] = rng.uniform(30, 220, 3)
+    # Never hide the whole creature: a box needs something to be around.
+    if (mask & (1 - strip)).any():
+        mask[strip > 0] = 0
+
+
+def _disc(image: npt.NDArray[np.uint8], centre: npt.NDArray[np.float64], radius: float, colour: Any) -> None:
+    cv2.circle(image, _fixed(centre), round(radius * 2**_SHIFT), colour, -1, cv2.LINE_8, _SHIFT)
+
+
+def _tint(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[float, ...]:
+    return tuple(np.clip(np.array(colour) + rng.uniform(-20, 20, 3), 0, 255).tolist())
+
+
+def _fixed(point: Any) -> tuple[int, int]:
+    x, y = np.round(np.asarray(point) * 2**_SHIFT).astype(int).tolist()
+    return x, y

@@ -1,0 +1,17 @@
+"""What can go wrong through a user's input; each message says what was expected, what came and what to do."""
+
+
+class WsolkitError(Exception):
+    """Base of every error a user can cause and mend; commands print its message alone and exit with 1."""
+
+
+class ConfigError(WsolkitError, ValueError):
+    """A setting is unknown, missing, of a wrong type or does not fit another."""
+
+
+class DataError(WsolkitError, ValueError):
+    """A file of a data set is missing, unreadable or contradicts another."""
+
+
+class CheckpointError(WsolkitError, ValueError):
+    """A checkpoint or weight file cannot be read or does not fit the model."""

@@ -1,0 +1,74 @@
+"""The papers' released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from wsolkit.build import build_module
+from wsolkit.config import load_config
+from wsolkit.errors import CheckpointError
+from wsolkit.methods.base import WSOLModule
+
+# Entries of released state dicts under names of their own, and what they are here; the rest is timm's DeiT.
+_NAMES = {
+    "head.weight": "head.weight",
+    "head.bias": "head.bias",
+    "loc_token": "spatial_token",
+    "loc_embed": "spatial_embed",
+}
+# SAT's fixed filter is a setting here.
+_IGNORED = {"weight"}
+
+
+def from_official(
+    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "sat"], num_heads: int | None = None
+) -> WSOLModule:
+    """Build a module from the state dict of a paper's released model; sizes are read off the tensors.
+
+    Args:
+        state_dict: in the released names, with or without a "module." prefix.
+        method: whose model it is.
+        num_heads: attention heads; None: as many as DeiT has at that width, one per 64 channels.
+
+    Returns:
+        the module in evaluation mode, without stochastic depth; other settings are those of `conf/method`.
+
+    Raises:
+        CheckpointError: the entries are not those of the method's released model.
+    """
+    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    try:
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+        num_classes = state["head.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"not a released {method} model: entry {error} is missing; it has {', '.join(sorted(state)[:4])}, …"
+        ) from error
+    cfg = load_config(
+        f"method={method}",
+        "~recipe",
+        "backbone=deit_small",
+        "backbone.pretrained=false",
+        "backbone.drop_path_rate=0.0",
+        f"dataset.image_size={grid * patch_size}",
+        f"dataset.resize={grid * patch_size}",
+        f"dataset.num_classes={num_classes}",
+        f"+backbone.options={{patch_size:{patch_size},embed_dim:{embed_dim},depth:{depth},"
+        f"num_heads:{num_heads or embed_dim // 64},mlp_ratio:{state['blocks.0.mlp.fc1.bias'].numel() / embed_dim}}}",
+    )
+    module = build_module(cfg)
+    renamed = {
+        _NAMES.get(name, f"backbone.network.{name}"): value for name, value in state.items() if name not in _IGNORED
+    }
+    missing, unexpected = module.network.load_state_dict(renamed, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"not a released {method} model: entries missing {missing[:4]}, entries unknown {unexpected[:4]}"
+        )
+    return module.eval()

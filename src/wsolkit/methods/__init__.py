@@ -1,0 +1,1 @@
+"""Localization methods, one file each."""

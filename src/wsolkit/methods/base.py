@@ -1,0 +1,147 @@
+"""What every method shares: the training loop's hooks, optimizer, evaluation, and what a checkpoint carries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+import wsolkit
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.optim import Schedule, weight_decay_groups
+from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a module is trained and what its checkpoints say of it.
+
+    optimizer: parameter groups → optimizer; seed: of the noise in each step (dropout, stochastic depth);
+    config, class_names: stored in checkpoints as plain containers.
+    """
+
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    schedule: Schedule
+    seed: int
+    config: PlainConfig = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+
+
+class WSOLModule(LightningModule, ABC):
+    """A localization method in training: subclasses say `losses()` and `localize()`.
+
+    Args:
+        network: a plain module, image [B, 3, H, W] → logits [B, C] among others.
+        training: optimizer, schedule, seed, and what checkpoints carry.
+        evaluation: metrics of validation and test.
+        no_weight_decay: names of parameters exempt from weight decay besides the one-dimensional ones.
+    """
+
+    def __init__(
+        self, network: nn.Module, training: Training, evaluation: Evaluation, no_weight_decay: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.training_settings = training
+        self.evaluation = evaluation
+        self.no_weight_decay = tuple(no_weight_decay)
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+
+    @abstractmethod
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Terms of the loss by name, scalars; "loss" is their total, which is minimised."""
+
+    @abstractmethod
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """Logits [B, C] and raw score maps [B, K, h, w] at the network's resolution, without gradients.
+
+        Args:
+            image: normalised, [B, 3, H, W].
+            classes: whose maps: [B, K]; a function of the logits that returns them; None: each image's top class.
+        """
+
+    def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
+        torch.manual_seed(hash((self.training_settings.seed, self.trainer.global_step, batch_idx, self.global_rank)))
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        """Lightning's hook: compute and log the losses."""
+        losses = self.losses(batch)
+        logged = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(logged, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["label"]))
+        return losses["loss"]
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Lightning's hook: localize and count."""
+        label = batch["label"]
+        localization = self.localize(batch["image"], lambda logits: self.evaluation.classes(logits, label))
+        self.evaluation.update(localization, batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Lightning's hook: log the metrics as `val/…`, and select the thresholds that were best."""
+        self.evaluation.thresholds = {}
+        values = self._log_evaluation("val")
+        names = self.evaluation.protocols
+        self.evaluation.thresholds = {n: float(values[f"{n}/threshold"]) for n in names if f"{n}/threshold" in values}
+
+    def on_test_epoch_end(self) -> None:
+        """Lightning's hook: log the metrics as `test/…`, at the thresholds selected in validation, if any."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
+        values = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise
+        self.evaluation.reset()
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        return values
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook: one optimizer over two groups of parameters, one schedule stepping with it."""
+        settings = self.training_settings
+        optimizer = settings.optimizer(weight_decay_groups(self, self.no_weight_decay))
+        factor = settings.schedule.per_step(self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: add what a user of the checkpoint needs, as plain containers."""
+        checkpoint["wsolkit"] = {
+            "version": wsolkit.__version__,
+            "config": self.training_settings.config,
+            "class_names": list(self.training_settings.class_names),
+            "thresholds": self.evaluation.thresholds,
+        }
+
+
+def choose_classes(classes: Classes, logits: Tensor) -> Tensor:
+    """Resolve the `classes` argument of `localize` to indices [B, K]."""
+    if classes is None:
+        return logits.argmax(dim=1, keepdim=True)
+    return classes(logits) if callable(classes) else classes
+
+
+def select_maps(maps: Tensor, classes: Tensor) -> Tensor:
+    """Pick the maps of chosen classes: [B, C, h, w] and [B, K] → [B, K, h, w]."""
+    return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def semantic_head(embed_dim: int, num_classes: int, init: Literal["default", "he"]) -> nn.Conv2d:
+    """The transformer methods' classifier: patch tokens [B, D, H, W] → semantic maps [B, C, H, W].
+
+    Args:
+        init: "default": PyTorch's own for convolutions (released code); "he": He et al., as SCM's paper says.
+    """
+    head = nn.Conv2d(embed_dim, num_classes, kernel_size=3, padding=1)
+    if init == "he":
+        nn.init.kaiming_normal_(head.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(head.bias)
+    return head

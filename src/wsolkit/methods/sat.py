@@ -1,0 +1,240 @@
+"""SAT: spatial-aware token (Wu et al., ICCV 2023).
+
+A learnable spatial token is appended to the token sequence, last, with a position embedding of its own. In block l,
+with scaled scores s = q kᵀ / sqrt(d) before softmax, its row gives every token a probability of belonging to the
+object: mask^l = sigmoid(mean over heads of s[spatial token]) (Eqn. 3). In the spatial blocks attention becomes
+softmax(s) ⊙ mask^l: columns are weighed, rows are not renormalised (Eqn. 4). The localization map M is the mean of
+the mask^l over the spatial blocks, at the patches (Eqn. 6); it is class-agnostic.
+
+Weighing the columns of the attention matrix by a mask equals weighing the rows of v: softmax(s)(mask ⊙ v). So the
+fused attention kernel serves and no N×N matrix is stored.
+
+Loss = cross-entropy + batch area loss |mean over the batch of M − λ| (Eqn. 7) + normalization loss, the mean of
+M*(1 − M*), where M* is M smoothed by a 3×3 filter (Eqn. 8).
+
+Where the released code differs from the paper:
+- The paper's filter is "a Gaussian with standard deviation 6"; the released kernel is far narrower (0.805 at its
+  centre). `filter="released"` is that kernel, `filter="gaussian"` the paper's phrase with `filter_sigma`.
+- "The batch" of the area loss is the global batch; the released code takes it per device under DDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from wsolkit.backbones.vit import ViT, block_with_scores
+from wsolkit.errors import ConfigError
+from wsolkit.methods.base import Training, WSOLModule, choose_classes, semantic_head
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+# Published ablations with fewer than three spatial blocks keep them where three would start (Table 9).
+_PAPER_BLOCKS = 3
+
+
+def spatial_blocks(depth: int, num_blocks: int) -> range:
+    """Which blocks (from 0) are spatial: the last `num_blocks`; for fewer than 3, the first of the last 3 (Table 9).
+
+    Of 12 blocks, counted from 1 as the paper does: block 10; 10 and 11; 10, 11 and 12; 9 to 12; …
+
+    Raises:
+        ConfigError: `num_blocks` is not in 1 … depth.
+    """
+    if not 1 <= num_blocks <= depth:
+        raise ConfigError(f"method.num_blocks={num_blocks}: expected 1 to {depth}, the number of transformer blocks")
+    start = max(depth - max(num_blocks, _PAPER_BLOCKS), 0)
+    return range(start, start + num_blocks)
+
+
+def smoothing_kernel(name: Literal["released", "gaussian", "none"], sigma: float) -> Tensor:
+    """The 3×3 filter of the normalization loss, [1, 1, 3, 3], summing to 1.
+
+    Args:
+        name: "released": the fixed kernel of the released code; "gaussian": a sampled Gaussian; "none": no filter.
+        sigma: standard deviation of "gaussian", in patches.
+    """
+    if name == "none":
+        weights = torch.tensor([0.0, 1.0, 0.0])
+    elif name == "gaussian":
+        weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * sigma**2))
+        weights = weights / weights.sum()
+    else:
+        # Separable: centre 0.80544, edge 0.04601, corner 0.00263 are the products of these two numbers.
+        edge = 0.05126832
+        weights = torch.tensor([edge, 1 - 2 * edge, edge])
+    return torch.outer(weights, weights)[None, None]
+
+
+def global_mean(values: Tensor) -> Tensor:
+    """Mean over the batches of all processes, which must be equally large; scalar.
+
+    The gradient is that of this process's share, scaled so that averaging gradients over processes, as DDP does,
+    gives the gradient of the global mean.
+    """
+    mean = values.mean()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return mean
+    total = mean.detach().clone()
+    distributed.all_reduce(total)
+    return mean + (total / distributed.get_world_size() - mean.detach())
+
+
+def batch_area_loss(maps: Tensor, area_prior: float) -> Tensor:
+    """|mean of the maps over the whole batch − λ| (Eqn. 7).
+
+    Args:
+        maps: localization maps [B, H, W] in [0, 1].
+        area_prior: λ, the share of an image that an object is expected to cover.
+    """
+    return (global_mean(maps) - area_prior).abs()
+
+
+def image_area_loss(maps: Tensor, area_prior: float) -> Tensor:
+    """The ablation of Table 13: the area of each map [B, H, W] is drawn to λ by itself."""
+    return (maps.mean(dim=(1, 2)) - area_prior).abs().mean()
+
+
+def normalization_loss(maps: Tensor, kernel: Tensor) -> Tensor:
+    """Mean of M*(1 − M*) over maps [B, H, W] smoothed by a kernel [1, 1, 3, 3], zero padding (Eqn. 8)."""
+    smooth = F.conv2d(maps[:, None], kernel, padding=1)
+    return (smooth * (1 - smooth)).mean()
+
+
+class SATNetwork(nn.Module):
+    """Backbone, spatial token and head; runs without Lightning.
+
+    Args:
+        backbone: a vision transformer.
+        num_classes: number of classes.
+        num_blocks: number of spatial blocks, see `spatial_blocks`.
+        mask_position: weigh attention "after" softmax (the method) or scores "before" it (Table 10).
+        token_init: the spatial token starts "random", as a copy of the "class" token, or is "shared" with it (Table 11).
+        head_init: see `semantic_head`.
+    """
+
+    def __init__(
+        self,
+        backbone: ViT,
+        num_classes: int,
+        num_blocks: int,
+        mask_position: Literal["after", "before"],
+        token_init: Literal["random", "class", "shared"],
+        head_init: Literal["default", "he"],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.spatial = spatial_blocks(backbone.depth, num_blocks)
+        self.mask_position = mask_position
+        class_token = backbone.network.cls_token
+        self.spatial_token = class_token if token_init == "shared" else nn.Parameter(torch.zeros_like(class_token))
+        self.spatial_embed = nn.Parameter(torch.zeros_like(class_token))
+        nn.init.trunc_normal_(self.spatial_embed, std=0.02)
+        if token_init == "random":
+            nn.init.trunc_normal_(self.spatial_token, std=0.02)
+        elif token_init == "class":
+            self.spatial_token.data.copy_(class_token.data)
+        self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image [B, 3, H, W] → logits [B, C] and localization map [B, h, w] in [0, 1], float32."""
+        tokens = self.backbone.embed(image)
+        spatial = (self.spatial_token + self.spatial_embed).expand(len(tokens), -1, -1)
+        tokens = torch.cat([tokens, spatial.to(tokens.dtype)], dim=1)  # [B, 1 + N, D] → [B, 1 + N + 1, D]
+        masks = []
+        for index, block in enumerate(self.backbone.blocks):
+            if index in self.spatial:
+                tokens, scores = block_with_scores(block, tokens, token=-1, gate=self._gate)
+                masks.append(mask_probabilities(scores))
+            else:
+                tokens = block(tokens)
+        semantic = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
+        logits = semantic.float().mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+        return logits, self.backbone.grid(torch.stack(masks).mean(dim=0), image)
+
+    def _gate(self, scores: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mask = mask_probabilities(scores)[:, None, :, None].to(value.dtype)  # [B, N + 2] → [B, 1, N + 2, 1]
+        if self.mask_position == "before":
+            return query, key * mask, value
+        return query, key, value * mask
+
+
+def mask_probabilities(scores: Tensor) -> Tensor:
+    """The spatial token's scores [B, h, N + 2] → probability of each token to be on the object [B, N + 2] (Eqn. 3)."""
+    return scores.mean(dim=1).sigmoid()
+
+
+class SAT(WSOLModule):
+    """SAT in training and evaluation; see `SATNetwork` for the arguments not named here.
+
+    Args:
+        area_prior: λ of the area loss.
+        area_level: the area loss is over the "batch" (the method) or of each "image" (Table 13).
+        area_weight, norm_weight: factors of the two spatial losses; 0 leaves a term out (Table 2).
+        filter, filter_sigma: see `smoothing_kernel`.
+    """
+
+    network: SATNetwork
+    kernel: Tensor
+
+    def __init__(
+        self,
+        backbone: ViT,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        num_blocks: int,
+        mask_position: Literal["after", "before"],
+        token_init: Literal["random", "class", "shared"],
+        head_init: Literal["default", "he"],
+        area_prior: float,
+        area_level: Literal["batch", "image"],
+        area_weight: float,
+        norm_weight: float,
+        filter: Literal["released", "gaussian", "none"],
+        filter_sigma: float,
+        no_weight_decay: Sequence[str],
+    ) -> None:
+        if not 0 < area_prior < 1:
+            raise ConfigError(f"method.area_prior={area_prior}: expected a share of the image between 0 and 1")
+        network = SATNetwork(backbone, num_classes, num_blocks, mask_position, token_init, head_init)
+        super().__init__(network, training, evaluation, no_weight_decay)
+        self.num_blocks = num_blocks
+        self.area_prior = area_prior
+        self.area_level = area_level
+        self.area_weight = area_weight
+        self.norm_weight = norm_weight
+        self.register_buffer("kernel", smoothing_kernel(filter, filter_sigma), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        logits: Tensor = self.network(image)[0]
+        return logits
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy, area and normalization loss; "map_area" is the mean of the maps, to watch against λ."""
+        logits, maps = self.network(batch["image"])
+        classification = F.cross_entropy(logits, batch["label"])
+        area_loss = batch_area_loss if self.area_level == "batch" else image_area_loss
+        area = area_loss(maps, self.area_prior)
+        with torch.autocast(maps.device.type, enabled=False):  # half precision would drown M*(1 − M*) in rounding
+            normalization = normalization_loss(maps, self.kernel)
+        total = classification + self.area_weight * area + self.norm_weight * normalization
+        return {
+            "loss": total,
+            "loss_cls": classification,
+            "loss_area": area,
+            "loss_norm": normalization,
+            "map_area": maps.mean(),
+        }
+
+    @torch.no_grad()
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; every class has the same map."""
+        logits, maps = self.network(image)
+        count = choose_classes(classes, logits).shape[1]
+        return Localization(logits, maps[:, None].expand(-1, count, -1, -1))

@@ -1,0 +1,110 @@
+"""TS-CAM: token semantic coupled attention map (Gao et al., ICCV 2021).
+
+The patch tokens of the last block are classified by a 3×3 convolution into semantic maps S [B, C, H, W], whose
+spatial average gives the logits (Eqn. 5, 6). The class token's softmax attention over the patches, averaged over the
+heads and summed over all blocks, gives a class-agnostic attention map A [B, H, W] (Eqn. 3, 4). The score map of
+class c is A · S_c (Eqn. 7).
+
+The paper averages A over the blocks, the released code sums: the same after min-max normalisation, which every
+evaluation applies. The released sum is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsolkit.backbones.vit import ViT, block_with_scores
+from wsolkit.errors import ConfigError
+from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps, semantic_head
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+
+def couple(semantic: Tensor, attention: Tensor) -> Tensor:
+    """Score maps from semantic maps [B, K, H, W] and the attention map [B, H, W] (Eqn. 7): [B, K, H, W]."""
+    return semantic * attention[:, None]
+
+
+class TSCAMNetwork(nn.Module):
+    """Backbone and head; runs without Lightning.
+
+    Args:
+        backbone: a vision transformer.
+        num_classes: number of classes.
+        head_init: see `semantic_head`.
+        keep_head_bias: start from the bias of the pretrained classifier, as released code does for ImageNet.
+    """
+
+    def __init__(
+        self, backbone: ViT, num_classes: int, head_init: Literal["default", "he"], keep_head_bias: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
+        if keep_head_bias:
+            bias = backbone.classifier_bias
+            if bias is None or len(bias) != num_classes:
+                raise ConfigError(
+                    f"method.keep_head_bias=true needs backbone weights with a classifier of {num_classes} classes; "
+                    f"these have {'none' if bias is None else len(bias)}: set method.keep_head_bias=false"
+                )
+            assert self.head.bias is not None
+            self.head.bias.data.copy_(bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] → semantic maps [B, C, h, w]; their spatial mean is the logits."""
+        tokens = self.backbone.blocks(self.backbone.embed(image))
+        return self._semantic(tokens, image)
+
+    def with_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image [B, 3, H, W] → semantic maps [B, C, h, w] and attention map [B, h, w]."""
+        tokens = self.backbone.embed(image)
+        attention = torch.zeros(tokens.shape[:2], device=tokens.device)
+        for block in self.backbone.blocks:
+            tokens, scores = block_with_scores(block, tokens, token=0)
+            attention = attention + scores.softmax(dim=-1).mean(dim=1)  # [B, h, 1 + N] → [B, 1 + N]
+        return self._semantic(tokens, image), self.backbone.grid(attention, image)
+
+    def _semantic(self, tokens: Tensor, image: Tensor) -> Tensor:
+        semantic: Tensor = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
+        return semantic.float()
+
+
+class TSCAM(WSOLModule):
+    """TS-CAM in training and evaluation; see `TSCAMNetwork` for the arguments."""
+
+    network: TSCAMNetwork
+
+    def __init__(
+        self,
+        backbone: ViT,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        head_init: Literal["default", "he"],
+        keep_head_bias: bool,
+        no_weight_decay: Sequence[str],
+    ) -> None:
+        network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
+        super().__init__(network, training, evaluation, no_weight_decay)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        semantic: Tensor = self.network(image)
+        return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+
+    @torch.no_grad()
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        semantic, attention = self.network.with_attention(image)
+        logits = semantic.mean(dim=(2, 3))
+        return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))

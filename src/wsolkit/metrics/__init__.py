@@ -1,0 +1,7 @@
+"""Metrics of weakly supervised localization: torchmetrics classes with fixed-size state over pure functions."""
+
+from wsolkit.metrics.boxes import MaxBoxAccuracy
+from wsolkit.metrics.classification import TopKAccuracy
+from wsolkit.metrics.masks import PeakIoU, PixelAveragePrecision
+
+__all__ = ["MaxBoxAccuracy", "PeakIoU", "PixelAveragePrecision", "TopKAccuracy"]

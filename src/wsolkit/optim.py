@@ -1,0 +1,75 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from wsolkit.errors import ConfigError
+
+
+def weight_decay_groups(
+    module: nn.Module, weight_decay: float, exempt: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into those that decay and those that do not.
+
+    Biases, norms and other one-dimensional parameters never decay; nor do parameters whose last name is in `exempt`
+    (the position embedding and class token of TS-CAM and SCM).
+
+    Returns:
+        two groups for an optimizer, each with `params`, `weight_decay` and `name`.
+    """
+    exempt = set(exempt)
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decays = [p.ndim > 1 and name.rsplit(".", 1)[-1] not in exempt for name, p in trainable]
+    groups = (("decay", weight_decay, True), ("no_decay", 0.0, False))
+    return [
+        {"name": label, "weight_decay": value, "params": [p for (_, p), d in zip(trainable, decays, strict=True) if d is which]}
+        for label, value, which in groups
+    ]
+
+
+class Schedule:
+    """Learning-rate factor as a function of the epoch.
+
+    Args:
+        name: "constant"; "step": ×gamma at each milestone; "cosine": half a cosine from 1 to `final`.
+        warmup_epochs: epochs of linear warm-up from 0 before it.
+        milestones: epochs at which "step" decays, counted from 0.
+        gamma: factor of each step.
+        final: factor at which "cosine" ends.
+    """
+
+    def __init__(
+        self,
+        name: Literal["constant", "step", "cosine"],
+        warmup_epochs: float,
+        milestones: Sequence[int],
+        gamma: float,
+        final: float,
+    ) -> None:
+        if warmup_epochs < 0:
+            raise ConfigError(f"schedule.warmup_epochs is {warmup_epochs}, expected 0 or more")
+        self.name = name
+        self.warmup_epochs = warmup_epochs
+        self.milestones = tuple(milestones)
+        self.gamma = gamma
+        self.final = final
+
+    def __call__(self, epoch: float, epochs: float) -> float:
+        """Factor at a (fractional) epoch of a run of `epochs` epochs."""
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        if self.name == "step":
+            return math.prod(self.gamma for milestone in self.milestones if epoch >= milestone)
+        if self.name == "cosine":
+            progress = min(1.0, (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9))
+            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0
+
+    def per_step(self, steps: float, epochs: float) -> Callable[[int], float]:
+        """The factor as a function of the optimizer step, for `torch.optim.lr_scheduler.LambdaLR`."""
+        return lambda step: self(step * epochs / steps, epochs)

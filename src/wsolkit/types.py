@@ -1,0 +1,54 @@
+"""The values that travel along the path of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Union
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Boxes = npt.NDArray[np.int64]
+"""Boxes [n, 4]: x0, y0, x1, y1 in pixels of the image they belong to; both corners lie inside the box."""
+
+Image = npt.NDArray[np.uint8]
+"""An RGB image [H, W, 3]."""
+
+Mask = npt.NDArray[np.uint8]
+"""A mask [H, W]: 0 background, 1 object, 255 ignored."""
+
+Classes = Union[Tensor, Callable[[Tensor], Tensor], None]
+"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class."""
+
+
+class Localization(NamedTuple):
+    """What a method says of a batch: logits [B, C] and raw score maps [B, K, h, w], float32, at its own resolution."""
+
+    logits: Tensor
+    maps: Tensor
+
+
+class TrainingBatch(TypedDict):
+    """What a loss needs: image [B, 3, H, W] normalised as the backbone expects it, label [B] int64."""
+
+    image: Tensor
+    label: Tensor
+
+
+class EvaluationBatch(TrainingBatch):
+    """A training batch and its ground truth.
+
+    boxes: per image [n, 4] in pixels of the original image; size [B, 2]: width and height of the original image;
+    mask: [B, H, W] uint8 (0, 1, 255) at the network's input size, or None where the data set has no masks;
+    index [B]: position in the split.
+    """
+
+    boxes: list[Boxes]
+    size: Tensor
+    mask: Tensor | None
+    index: Tensor
+
+
+PlainConfig = dict[str, Any]
+"""A resolved config as plain containers: what checkpoints carry."""
