@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
@@ -31,6 +30,7 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
     node = arguments(cfg.dataset)
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": instantiate(node["records"], _convert_="all")}
+    settings["held_out"] = node["held_out"] and cfg.selection == "val"
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(**settings, mean=mean, std=std, seed=cfg.seed)
     return datamodule
 
@@ -91,5 +91,3 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
         enable_model_summary=False,
     )
     return trainer
-
-

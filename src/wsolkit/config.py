@@ -15,7 +15,8 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from wsolkit.errors import ConfigError, WsolkitError
@@ -37,12 +38,13 @@ def load_config(*overrides: str) -> DictConfig:
     """
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return hydra.compose("train", overrides=list(overrides))
+            cfg: DictConfig = hydra.compose("train", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+    return cfg
 
 
-def run_command(config_name: str, task: Callable[[DictConfig, Path], None]) -> None:
+def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) -> None:
     """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
 
     Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
@@ -50,19 +52,27 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], None]) -> N
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    failures: list[Exception] = []
+
     def job(cfg: DictConfig) -> None:
         if not traceback:
             del os.environ["HYDRA_FULL_ERROR"]  # not for the processes that the task starts
-        _prepare_children()
         try:
+            _prepare_children()
             task(cfg, Path(HydraConfig.get().runtime.output_dir))
+        except (WsolkitError, OmegaConfBaseException) as error:
+            # Hydra would add lines of its own; in a multirun they say which job it was.
+            if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failures.append(error)
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
-        job()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        for failure in failures:
+            raise failure
     except (WsolkitError, HydraException, OmegaConfBaseException) as error:
         if traceback:
             raise
@@ -81,7 +91,7 @@ def _prepare_children() -> None:
     sys.argv[1:] = [*flags, *settings.overrides.task]
     instance = HydraConfig.instance().cfg
     assert instance is not None
-    with open_dict(instance):
+    with read_write(instance.hydra):
         instance.hydra.run.dir = settings.runtime.output_dir
 
 
@@ -92,12 +102,18 @@ def explain(error: Exception) -> str:
         return str(error)
     for candidate in (error, cause):
         parent = getattr(candidate, "parent_node", None)
-        if isinstance(candidate, OmegaConfBaseException) and isinstance(parent, DictConfig) and candidate.key is not None:
+        if (
+            isinstance(candidate, OmegaConfBaseException)
+            and isinstance(parent, DictConfig)
+            and candidate.key is not None
+        ):
             where, key = candidate.full_key or str(candidate.key), str(candidate.key)
             if key in parent:
                 return f"{where}: {str(candidate.msg or candidate).splitlines()[0]}"
             return f"there is no setting '{where}'{_choices(key, map(str, parent))}"
-    group = re.search(r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':\n((?:\t.+\n)+)", str(error), re.S)
+    group = re.search(
+        r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':\n((?:\t.+\n)+)", str(error), re.S
+    )
     if group:
         name, choice, options = group[1], group[2], [line.strip() for line in group[3].splitlines()]
         return f"there is no {name} '{choice}'{_choices(choice, options)}"
@@ -129,7 +145,9 @@ def check_config(cfg: DictConfig) -> None:
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}")
+        raise ConfigError(
+            f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}"
+        )
     settings = plain(cfg)
     _check_types(settings, typing.get_type_hints(RunSettings), "")
     _check_node(settings, "")
@@ -155,7 +173,7 @@ def _check_signature(node: Mapping[str, Any], path: str) -> None:
     if unknown and not open_ended and path != "dataset.":
         raise ConfigError(f"there is no setting '{path}{unknown[0]}'{_choices(unknown[0], parameters)}")
     try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)  # type: ignore[misc]
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError):
         return  # a library's annotations may not be resolvable; the library then checks for itself
     _check_types({key: node[key] for key in node.keys() & parameters.keys()}, hints, path)

@@ -11,25 +11,23 @@ from torch import nn
 from wsolkit.errors import ConfigError
 
 
-def weight_decay_groups(
-    module: nn.Module, weight_decay: float, exempt: Iterable[str] = ()
-) -> list[dict[str, Any]]:
-    """Split trainable parameters into those that decay and those that do not.
+def weight_decay_groups(module: nn.Module, exempt: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Split trainable parameters into those that decay, as the optimizer's setting says, and those that do not.
 
     Biases, norms and other one-dimensional parameters never decay; nor do parameters whose last name is in `exempt`
     (the position embedding and class token of TS-CAM and SCM).
 
     Returns:
-        two groups for an optimizer, each with `params`, `weight_decay` and `name`.
+        two groups for an optimizer: `name`, `params`, and `weight_decay` = 0 in the second.
     """
     exempt = set(exempt)
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [p.ndim > 1 and name.rsplit(".", 1)[-1] not in exempt for name, p in trainable]
-    groups = (("decay", weight_decay, True), ("no_decay", 0.0, False))
-    return [
-        {"name": label, "weight_decay": value, "params": [p for (_, p), d in zip(trainable, decays, strict=True) if d is which]}
-        for label, value, which in groups
-    ]
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
+            (no_decay if free else decay).append(parameter)
+    return [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, "weight_decay": 0.0}]
 
 
 class Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, Union
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
 """A mask [H, W]: 0 background, 1 object, 255 ignored."""
 
-Classes = Union[Tensor, Callable[[Tensor], Tensor], None]
+Classes = Tensor | Callable[[Tensor], Tensor] | None
 """Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class."""
 
 

@@ -115,7 +115,12 @@ class ViT(nn.Module):
         self.patch_size = int(network.patch_embed.patch_size[0])
         self.embed_dim = int(network.embed_dim)
         self.num_prefix_tokens = int(network.num_prefix_tokens)
-        self.blocks: nn.Sequential = network.blocks
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """The transformer blocks."""
+        blocks: nn.Sequential = self.network.blocks
+        return blocks
 
     @property
     def depth(self) -> int:
@@ -149,7 +154,7 @@ class ViT(nn.Module):
         """Lay the patch entries of [B, ≥ 1 + N, …] out as the image: [B, H/p, W/p, …]."""
         height, width = (side // self.patch_size for side in image.shape[-2:])
         patches = row[:, self.num_prefix_tokens : self.num_prefix_tokens + height * width]
-        return patches.unflatten(1, (height, width))  # [B, N, …] → [B, H, W, …]
+        return patches.reshape(len(row), height, width, *row.shape[2:])  # [B, N, …] → [B, H, W, …]
 
 
 def load_timm_weights(network: VisionTransformer, state: StateDict, source: str) -> Tensor | None:
@@ -174,7 +179,9 @@ def load_timm_weights(network: VisionTransformer, state: StateDict, source: str)
     problems = {"missing": missing, "not part of the model": unknown, "of another shape": shapes}
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names)
-        raise CheckpointError(f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of.")
+        raise CheckpointError(
+            f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of."
+        )
     network.load_state_dict(state, strict=False)
     return bias
 
@@ -216,5 +223,7 @@ def normalization(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _similar(model: str) -> str:
-    near = difflib.get_close_matches(model, timm.list_models(pretrained=True) + timm.list_models("vit_*"), n=5, cutoff=0.3)
+    near = difflib.get_close_matches(
+        model, timm.list_models(pretrained=True) + timm.list_models("vit_*"), n=5, cutoff=0.3
+    )
     return ", ".join(near)

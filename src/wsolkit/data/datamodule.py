@@ -35,8 +35,7 @@ class WSOLDataModule(LightningDataModule):
         batch_size: images of one optimizer step, over all devices and accumulated batches.
         eval_batch_size: images of one evaluation batch on one device.
         num_workers: loader processes per device; "auto": as many as there are cores for, up to 8.
-        held_out: whether "val" and "test" are different images, so that thresholds and checkpoints can be selected
-            on one and reported on the other.
+        held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
     """
@@ -55,7 +54,11 @@ class WSOLDataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}.items():
+        for name, value in {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "image_size": image_size,
+        }.items():
             if value < 1:
                 raise ConfigError(f"dataset.{name}={value}: expected 1 or more")
         self.image_size = image_size
@@ -80,11 +83,13 @@ class WSOLDataModule(LightningDataModule):
         Raises:
             DataError: see the data set's file of records; or the split is empty.
         """
-        if split == "test" and not self.held_out:
-            return self.dataset("val")
+        if split == "val" and not self.held_out:
+            return self.dataset("test")
         if split not in self._datasets:
             train = split == "train"
-            transform = Transform(self.resize if train else self.image_size, self.image_size, train, self.mean, self.std)
+            transform = Transform(
+                self.resize if train else self.image_size, self.image_size, train, self.mean, self.std
+            )
             dataset = WSOLDataset(self._read(split), transform, self.seed)
             if len(dataset) == 0:
                 raise DataError(f"the {split} split is empty")
@@ -128,10 +133,9 @@ class WSOLDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def _loader(self, dataset: WSOLDataset, **options: object) -> DataLoader[Sample]:
-        workers = self.num_workers
-        if workers == "auto":
-            devices = self.trainer.num_devices if self.trainer is not None else 1
-            workers = min(_MAX_AUTO_WORKERS, len(os.sched_getaffinity(0)) // devices) if hasattr(os, "sched_getaffinity") else 4
+        devices = self.trainer.num_devices if self.trainer is not None else 1
+        automatic = min(_MAX_AUTO_WORKERS, available_cores() // devices)
+        workers = automatic if self.num_workers == "auto" else self.num_workers
         return DataLoader(
             dataset,
             num_workers=workers,
@@ -140,3 +144,8 @@ class WSOLDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             **options,  # type: ignore[arg-type]
         )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

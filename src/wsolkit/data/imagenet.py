@@ -81,7 +81,7 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
     if not boxes:
         raise DataError(f"'{path}' holds no object: every validation image has at least one box")
     for box in boxes:
-        check_boxes(str(path), box, *size)
+        check_boxes(str(path), box, size)
     return names[0], (size[0], size[1]), boxes
 
 

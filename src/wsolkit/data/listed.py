@@ -45,12 +45,12 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
     if split == "train":
         return file_records(base, ids, labels, classes, {}, None)
     known = set(ids)
-    sizes = {name: (w, h) for _, (name, w, h) in _integers(folder / "image_sizes.txt", 2, known)}
+    sizes = {name: size for _, name, size in _integers(folder / "image_sizes.txt", 2, known)}
     boxes: dict[str, list[list[int]]] = {}
-    for where, (name, *box) in _integers(folder / "localization.txt", 4, known):
+    for where, name, box in _integers(folder / "localization.txt", 4, known):
         if name not in sizes:
             raise DataError(f"{where}: image_sizes.txt has no line for '{name}'")
-        check_boxes(where, box, *sizes[name])
+        check_boxes(where, box, sizes[name])
         boxes.setdefault(name, []).append(box)
     without = [name for name in ids if name not in boxes]
     if without:
@@ -64,7 +64,7 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
 def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
     path = base / "classes.txt"
     if path.is_file():
-        names = {label: name for _, (name, label) in _integers(path, 1, None)}
+        names = {label: name for _, name, (label,) in _integers(path, 1, None)}
         if sorted(names) != list(range(len(names))):
             raise DataError(f"'{path}' must number its {len(names)} classes from 0 to {len(names) - 1}")
         classes = [names[label] for label in range(len(names))]
@@ -73,13 +73,13 @@ def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
         return classes
     if num_classes is None:
         lines = _integers(base / "metadata" / train / "class_labels.txt", 1, None)
-        num_classes = 1 + max((label for _, (_, label) in lines), default=-1)
+        num_classes = 1 + max((label for _, _, (label,) in lines), default=-1)
     return [str(label) for label in range(num_classes)]
 
 
 def _labels(path: Path, ids: list[str], num_classes: int) -> list[int]:
     labels: dict[str, int] = {}
-    for where, (name, label) in _integers(path, 1, set(ids)):
+    for where, name, (label,) in _integers(path, 1, set(ids)):
         if not 0 <= label < num_classes:
             raise DataError(f"{where}: label {label} of '{name}' is out of range: expected 0 to {num_classes - 1}")
         labels[name] = label
@@ -101,14 +101,14 @@ def _check_ids(base: Path, path: Path, ids: list[str]) -> None:
                 raise DataError(f"{path}:{line}: image '{base / name}' does not exist")
 
 
-def _integers(path: Path, count: int, known: set[str] | None) -> Iterator[tuple[str, tuple[str, *tuple[int, ...]]]]:
-    """Lines of `path,int,…` as ("file:line", (name, *integers)); the name may contain commas."""
+def _integers(path: Path, count: int, known: set[str] | None) -> Iterator[tuple[str, str, list[int]]]:
+    """Lines of `path,int,…` as ("file:line", name, integers); the name may contain commas."""
     for where, fields in _read(path, count + 1):
         name, numbers = fields[0], fields[1:]
         if known is not None and name not in known:
             raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         try:
-            yield where, (name, *(int(number) for number in numbers))
+            yield where, name, [int(number) for number in numbers]
         except ValueError as error:
             raise DataError(f"{where}: '{','.join(numbers)}' should be {count} whole numbers") from error
 

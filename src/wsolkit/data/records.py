@@ -137,7 +137,7 @@ def require_folder(root: str, what: str) -> Path:
     return path
 
 
-def check_boxes(where: str, box: Sequence[int], width: int, height: int) -> None:
+def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
     """Check that a box lies in its image and is not empty.
 
     Corners may touch the image's far edge (x1 = width), since some data sets give the corner past the last pixel.
@@ -145,7 +145,7 @@ def check_boxes(where: str, box: Sequence[int], width: int, height: int) -> None
     Raises:
         DataError: it does not; `where` names file and line.
     """
-    x0, y0, x1, y1 = box
+    (x0, y0, x1, y1), (width, height) = box, size
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
         raise DataError(
             f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels; "

@@ -102,7 +102,7 @@ def _background(rng: np.random.Generator, size: int) -> Image:
     for _ in range(rng.integers(2, 5)):  # spots in the marks' colours, without a rim
         hue = list(_HUES.values())[rng.integers(len(_HUES))]
         _disc(image, rng.uniform(0, size, 2), size * rng.uniform(0.025, 0.05), _tint(rng, hue))
-    return image
+    return np.asarray(image, np.uint8)
 
 
 def _creature(rng: np.random.Generator, image: Image, mask: Mask, label: int) -> None:
@@ -154,7 +154,15 @@ def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
     offset = np.array([np.cos(angle), np.sin(angle)]) * size
     middle = rng.uniform(0.2, 0.8, 2) * size
     strip = np.zeros_like(mask)
-    cv2.line(strip, _fixed(middle - offset), _fixed(middle + offset), 1, max(1, round(size * 0.04)), cv2.LINE_8, _SHIFT)
+    cv2.line(
+        strip,
+        _fixed(middle - offset),
+        _fixed(middle + offset),
+        1,
+        max(1, round(size * 0.04)),
+        cv2.LINE_8,
+        _SHIFT,
+    )
     image[strip > 0] = rng.uniform(30, 220, 3)
     # Never hide the whole creature: a box needs something to be around.
     if (mask & (1 - strip)).any():

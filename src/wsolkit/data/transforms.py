@@ -48,11 +48,11 @@ class Transform:
         ConfigError: `image_size` exceeds `resize`.
     """
 
-    def __init__(
-        self, resize: int, image_size: int, train: bool, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, resize: int, image_size: int, train: bool, mean: Sequence[float], std: Sequence[float]) -> None:
         if image_size > resize:
-            raise ConfigError(f"cannot cut {image_size} pixels out of an image resized to {resize}: dataset.resize is too small")
+            raise ConfigError(
+                f"cannot cut {image_size} pixels out of an image resized to {resize}: dataset.resize is too small"
+            )
         crop = A.RandomCrop if train else A.CenterCrop
         steps: list[Any] = [Resize(resize, resize)]
         steps += [crop(image_size, image_size)] if image_size < resize else []

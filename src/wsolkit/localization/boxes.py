@@ -24,12 +24,12 @@ class TracedBoxes(NamedTuple):
     """Boxes of every outline of every distinct binary map.
 
     boxes: per distinct map [n, 4]; areas: per distinct map [n], OpenCV's contour area;
-    index [T]: which distinct map a threshold gives.
+    which [T]: which distinct map a threshold gives.
     """
 
     boxes: list[Boxes]
     areas: list[npt.NDArray[np.float64]]
-    index: npt.NDArray[np.int64]
+    which: npt.NDArray[np.int64]
 
     def select(self, select: Select) -> list[Boxes]:
         """Boxes per distinct map: the one with the "largest" outline, or "all"."""
@@ -96,8 +96,8 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: S
     traced = trace_boxes(score_map, thresholds)
     chosen = traced.select(select)
     if select == "largest":
-        return np.concatenate(chosen)[traced.index]
-    return [chosen[k] for k in traced.index]
+        return np.concatenate(chosen)[traced.which]
+    return [chosen[k] for k in traced.which]
 
 
 def _outline(grey: npt.NDArray[np.uint8], cut: int) -> tuple[Boxes, npt.NDArray[np.float64]]:

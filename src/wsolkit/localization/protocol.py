@@ -1,4 +1,4 @@
-"""The rules of an evaluation, as data. A protocol is a YAML file in `conf/protocol`; its name is printed with its numbers."""
+"""The rules of an evaluation, as data: a protocol is a YAML file in `conf/protocol`, named beside its numbers."""
 
 from __future__ import annotations
 
@@ -45,4 +45,5 @@ class Protocol:
 
     def scale_boxes(self, boxes: Boxes, width: int, height: int) -> Boxes:
         """Ground-truth boxes [n, 4] in pixels of the original image → in pixels of the square, truncated."""
-        return np.asarray(boxes, np.int64) * self.resolution // np.array([width, height, width, height])
+        scaled = np.asarray(boxes) * self.resolution // np.array([width, height, width, height])
+        return np.asarray(scaled, np.int64)

@@ -50,6 +50,8 @@ class WSOLModule(LightningModule, ABC):
         self.training_settings = training
         self.evaluation = evaluation
         self.no_weight_decay = tuple(no_weight_decay)
+        self.results: dict[str, float] = {}
+        """Metrics of the latest validation or test pass, by name."""
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
@@ -75,8 +77,15 @@ class WSOLModule(LightningModule, ABC):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Lightning's hook: compute and log the losses."""
         losses = self.losses(batch)
-        logged = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(logged, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["label"]))
+        for name, value in losses.items():
+            self.log(
+                f"train/{name}",
+                value.detach(),
+                prog_bar=name == "loss",
+                on_step=True,
+                on_epoch=True,
+                batch_size=len(batch["label"]),
+            )
         return losses["loss"]
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
@@ -92,17 +101,18 @@ class WSOLModule(LightningModule, ABC):
         self.evaluation.thresholds = {}
         values = self._log_evaluation("val")
         names = self.evaluation.protocols
-        self.evaluation.thresholds = {n: float(values[f"{n}/threshold"]) for n in names if f"{n}/threshold" in values}
+        self.evaluation.thresholds = {n: values[f"{n}/threshold"] for n in names if f"{n}/threshold" in values}
 
     def on_test_epoch_end(self) -> None:
         """Lightning's hook: log the metrics as `test/…`, at the thresholds selected in validation, if any."""
         self._log_evaluation("test")
 
-    def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
-        values = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise
+    def _log_evaluation(self, stage: str) -> dict[str, float]:
+        computed = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise
         self.evaluation.reset()
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
-        return values
+        self.results = {name: float(value) for name, value in computed.items()}
+        self.log_dict({f"{stage}/{name}": value for name, value in self.results.items()})
+        return self.results
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook: one optimizer over two groups of parameters, one schedule stepping with it."""
@@ -120,6 +130,10 @@ class WSOLModule(LightningModule, ABC):
             "class_names": list(self.training_settings.class_names),
             "thresholds": self.evaluation.thresholds,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: take over the thresholds that validation selected."""
+        self.evaluation.thresholds = checkpoint["wsolkit"]["thresholds"]
 
 
 def choose_classes(classes: Classes, logits: Tensor) -> Tensor:
@@ -143,5 +157,6 @@ def semantic_head(embed_dim: int, num_classes: int, init: Literal["default", "he
     head = nn.Conv2d(embed_dim, num_classes, kernel_size=3, padding=1)
     if init == "he":
         nn.init.kaiming_normal_(head.weight, mode="fan_out", nonlinearity="relu")
+        assert head.bias is not None
         nn.init.zeros_(head.bias)
     return head

@@ -113,7 +113,7 @@ class SATNetwork(nn.Module):
         num_classes: number of classes.
         num_blocks: number of spatial blocks, see `spatial_blocks`.
         mask_position: weigh attention "after" softmax (the method) or scores "before" it (Table 10).
-        token_init: the spatial token starts "random", as a copy of the "class" token, or is "shared" with it (Table 11).
+        token_init: the spatial token starts "random", as a copy of the "class" token, or "shared" with it (Table 11).
         head_init: see `semantic_head`.
     """
 

@@ -37,7 +37,8 @@ class TSCAMNetwork(nn.Module):
         backbone: a vision transformer.
         num_classes: number of classes.
         head_init: see `semantic_head`.
-        keep_head_bias: start from the bias of the pretrained classifier, as released code does for ImageNet.
+        keep_head_bias: start from the bias of the classifier that the backbone's weights came with, if they did, as
+            released code does for ImageNet.
     """
 
     def __init__(
@@ -46,15 +47,14 @@ class TSCAMNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
-        if keep_head_bias:
-            bias = backbone.classifier_bias
-            if bias is None or len(bias) != num_classes:
+        bias = backbone.classifier_bias
+        if keep_head_bias and bias is not None:
+            if len(bias) != num_classes:
                 raise ConfigError(
-                    f"method.keep_head_bias=true needs backbone weights with a classifier of {num_classes} classes; "
-                    f"these have {'none' if bias is None else len(bias)}: set method.keep_head_bias=false"
+                    f"method.keep_head_bias=true needs backbone weights with a classifier of {num_classes} classes, "
+                    f"these have {len(bias)}: set method.keep_head_bias=false"
                 )
-            assert self.head.bias is not None
-            self.head.bias.data.copy_(bias)
+            self.head.bias = nn.Parameter(bias.clone())
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] → semantic maps [B, C, h, w]; their spatial mean is the logits."""

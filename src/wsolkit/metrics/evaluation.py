@@ -43,7 +43,7 @@ def baseline_map(name: str, size: int) -> npt.NDArray[np.float64]:
     if name == "full_image":
         return np.ones((size, size))
     distance = np.abs(np.arange(size) - (size - 1) / 2) / (size / 2)
-    return 1 - np.maximum(distance[:, None], distance[None])
+    return np.asarray(1 - np.maximum(distance[:, None], distance[None]))
 
 
 class ProtocolEvaluation(Metric):
@@ -101,9 +101,7 @@ class ProtocolEvaluation(Metric):
             others = self.protocol.localization_maps(localization.maps[rows, 1])
             right_predicted[rows.cpu().numpy()] = self._judge(others, [truth[row] for row in rows.tolist()])
         top1, top5 = (in_top_k(logits, label, k).cpu().numpy()[:, None, None] for k in (1, 5))
-        ignorant = [
-            np.stack([self._verdict(traced, boxes) for boxes in truth]) for traced in self._traced_baselines
-        ]
+        ignorant = [np.stack([self._verdict(traced, boxes) for boxes in truth]) for traced in self._traced_baselines]
         table = np.stack([right, right & top1, right & top5, right_predicted, *ignorant])
         self.correct += torch.from_numpy(table.sum(axis=1)).to(self.correct.device)  # [rows, B, δ, τ] → [rows, δ, τ]
         self.images += len(truth)

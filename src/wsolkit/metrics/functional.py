@@ -32,11 +32,11 @@ def box_iou(boxes: Boxes, others: Boxes) -> npt.NDArray[np.float64]:
 def correct_at_thresholds(
     traced: TracedBoxes, ground_truth: Boxes, select: Select, iou_thresholds: Sequence[float]
 ) -> npt.NDArray[np.bool_]:
-    """Whether, at each δ and τ, some chosen box of a map overlaps some ground-truth box [n, 4] by at least δ: [δ, τ]."""
+    """Whether some chosen box overlaps some ground-truth box [n, 4] by at least δ, at each δ and τ: [δ, τ]."""
     chosen = traced.select(select)
     overlap = box_iou(np.concatenate(chosen), ground_truth).max(axis=1)  # [Σ boxes, n] → [Σ boxes]
     starts = np.cumsum([0] + [len(boxes) for boxes in chosen[:-1]])
-    best = np.maximum.reduceat(overlap, starts)[traced.index]  # [distinct maps] → [τ]
+    best = np.maximum.reduceat(overlap, starts)[traced.which]  # [distinct maps] → [τ]
     return best >= np.asarray(iou_thresholds)[:, None]
 
 
@@ -90,7 +90,8 @@ def pixel_average_precision(histogram: Tensor) -> Tensor:
     false_positives, true_positives = positives
     recall = true_positives / true_positives[-1]
     precision = true_positives / (true_positives + false_positives).clamp(min=1)
-    return 100 * (precision[1:] * recall.diff()).sum()
+    area: Tensor = (precision[1:] * recall.diff()).sum()
+    return 100 * area
 
 
 def peak_iou(histogram: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,4 +106,5 @@ def pixel_iou(histogram: Tensor) -> Tensor:
     """Pooled IoU of pixels with score ≥ τ with the objects, in [0, 100], for each bin's lower edge τ: [bins]."""
     false_positives, true_positives = histogram.cpu().double().flip(1).cumsum(1).flip(1)
     objects = true_positives[0]
-    return 100 * true_positives / (objects + false_positives)
+    iou: Tensor = true_positives / (objects + false_positives)
+    return 100 * iou

@@ -1,0 +1,101 @@
+"""Read wsolkit's checkpoints, and compose the settings of the model in one.
+
+A checkpoint may come from anywhere, and a setting named `_target_` makes code run. So a checkpoint says only the names
+of its method, backbone and data set, which must be YAML files of this installation, and plain values for the settings
+that those files have.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from wsolkit.backbones.weights import StateDict
+from wsolkit.errors import CheckpointError
+
+GROUPS = ("method", "backbone", "dataset")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the trainer's state."""
+
+    path: Path
+    state_dict: StateDict
+    config: Mapping[str, Any]
+    class_names: list[str]
+    version: str
+
+    def names(self) -> dict[str, str]:
+        """Names of the method, backbone and data set it was trained with."""
+        return {group: str(self.config[group]["name"]) for group in GROUPS}
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of `python -m wsolkit.train`, without executing anything in it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another program, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no checkpoint '{path}': runs leave theirs in checkpoints/best.ckpt and last.ckpt"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' holds pickled code, or is damaged; it is not read: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"'{path}' cannot be read, perhaps it was cut short ({error})") from error
+    own = content.get("wsolkit") if isinstance(content, dict) else None
+    if own is None:
+        raise CheckpointError(f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`")
+    return Checkpoint(path, content["state_dict"], own["config"], own["class_names"], own["version"])
+
+
+def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:
+    """Put a checkpoint's values into settings composed for its method, backbone and data set.
+
+    Args:
+        cfg: settings as composed.
+        checkpoint: whose model is to be built. Values of its data set count only if `cfg` has the same data set.
+        overrides: what the user gave on the command line, which prevails.
+    """
+    cfg = cfg.copy()
+    saved = checkpoint.config
+    for group in GROUPS:
+        if cfg[group].name == saved[group]["name"]:
+            _merge(cfg[group], saved[group])
+    cfg.dataset.image_size = saved["dataset"]["image_size"]
+    cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
+    for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+        key, value = override.key_or_group, override.value()
+        if not isinstance(OmegaConf.select(cfg, key), DictConfig) or isinstance(value, dict):
+            OmegaConf.update(cfg, key, value)
+    return cfg
+
+
+def _merge(node: DictConfig, saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        if key not in node or str(key).startswith("_"):
+            continue
+        if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
+            _merge(node[key], value)
+        elif not _mentions_target(value):
+            node[key] = value
+
+
+def _mentions_target(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(str(key) == "_target_" or _mentions_target(inner) for key, inner in value.items())
+    return isinstance(value, list) and any(_mentions_target(inner) for inner in value)

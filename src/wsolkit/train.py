@@ -1,0 +1,114 @@
+"""python -m wsolkit.train: train a method on a data set, evaluate it, report.
+
+A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt and examples.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsolkit.config import check_config, run_command
+from wsolkit.errors import CheckpointError, WsolkitError
+
+if TYPE_CHECKING:
+    from lightning import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
+    from omegaconf import DictConfig
+
+    from wsolkit.methods.base import WSOLModule
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
+    import lightning
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+
+    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer
+    from wsolkit.reporting.pictures import ExamplePictures
+
+    check_config(cfg)
+    if cfg.resume is not None and not Path(cfg.resume).is_file():
+        raise CheckpointError(f"resume={cfg.resume}: there is no such file; runs leave theirs in checkpoints/last.ckpt")
+    lightning.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_datamodule(cfg)
+    datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
+    datamodule.setup("test")
+    module = build_module(cfg, datamodule.class_names)
+
+    best = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor=f"val/{cfg.monitor}",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[Callback] = [best, ExamplePictures(folder, cfg.num_examples, title(cfg))]
+    loggers = build_loggers(cfg, folder)
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar())
+    trainer = build_trainer(cfg, folder, callbacks, loggers)
+    save_config(cfg, folder, trainer)
+    try:
+        for logger in loggers:
+            logger.log_hyperparams(module.training_settings.config)
+        trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+        if not best.best_model_path:
+            raise WsolkitError(f"training ended before a checkpoint was written: see {folder}")
+        trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    finally:
+        finish(loggers)
+    report(cfg, module, trainer, folder)
+    return module.results
+
+
+def title(cfg: DictConfig) -> str:
+    """What was run on what, and where its thresholds come from, in one line."""
+    held_out = cfg.dataset.held_out and cfg.selection == "val"
+    selected = "the held-out val split" if held_out else "the reported split itself"
+    return f"{cfg.method.name}, {cfg.backbone.name}, {cfg.dataset.name}; thresholds selected on {selected}"
+
+
+def save_config(cfg: DictConfig, folder: Path, trainer: Trainer) -> None:
+    """Write the settings, resolved, to config.yaml."""
+    from omegaconf import OmegaConf
+
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+
+
+def report(cfg: DictConfig, module: WSOLModule, trainer: Trainer, folder: Path) -> None:
+    """Write metrics.json and print the table, once for all processes."""
+    from rich.console import Console
+
+    from wsolkit.reporting.table import results_table, write_metrics
+
+    if trainer.is_global_zero:
+        write_metrics(module.results, folder / "metrics.json")
+        console = Console()
+        console.print(results_table(module.results, cfg.method.name, title(cfg)))
+        console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+
+
+def finish(loggers: Sequence[Logger]) -> None:
+    """Close W&B's run, so that the next job of a multirun does not write into it."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish()
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run_command("train", train)
+
+
+if __name__ == "__main__":
+    main()

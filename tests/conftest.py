@@ -1,0 +1,104 @@
+"""Fixtures: small data sets written to disk, and the folder of reference data that may lie beside the project."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+    os.environ["OMP_NUM_THREADS"] = "2"
+    os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of full reference arrays and real images; the test is skipped where it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"the reference data is not at {folder}")
+    return folder
+
+
+def write_listed(root: Path, counts: dict[str, int], size: tuple[int, int] = (40, 30)) -> Path:
+    """Write a data set in the form of the benchmark lists: two classes, told by the colour of a square."""
+    rng = np.random.default_rng(0)
+    width, height = size
+    for split, count in counts.items():
+        folder = root / "metadata" / split
+        folder.mkdir(parents=True)
+        (root / split).mkdir()
+        ids, labels, sizes, boxes = [], [], [], []
+        for number in range(count):
+            name, label = f"{split}/image {number}, x.png", number % 2  # a comma and a space in the name
+            pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            x, y = int(rng.integers(0, width - 12)), int(rng.integers(0, height - 12))
+            pixels[y : y + 10, x : x + 10, label] = 255
+            PIL.Image.fromarray(pixels).save(root / name)
+            ids.append(name)
+            labels.append(f"{name},{label}")
+            sizes.append(f"{name},{width},{height}")
+            boxes.append(f"{name},{x},{y},{x + 9},{y + 9}")
+        boxes.append(f"{ids[0]},0,0,3,3")  # a second box for the first image
+        for file, lines in {
+            "image_ids.txt": ids,
+            "class_labels.txt": labels,
+            "image_sizes.txt": sizes,
+            "localization.txt": boxes,
+        }.items():
+            (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A listed data set of 12 training and 5 validation images."""
+    return write_listed(tmp_path / "listed", {"train": 12, "val": 5})
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """ILSVRC's official layout with two classes: training folders, flat validation images, XML boxes."""
+    return write_imagenet(tmp_path / "ILSVRC2012")
+
+
+def write_imagenet(root: Path) -> Path:
+    """Write two classes in ILSVRC's official layout."""
+    rng = np.random.default_rng(0)
+    for wnid in ("n01440764", "n02102040"):
+        (root / "train" / wnid).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(root / "train" / wnid / f"{wnid}_{number}.JPEG")
+    (root / "val").mkdir()
+    boxes = root / "Annotations" / "CLS-LOC" / "val"
+    boxes.mkdir(parents=True)
+    for number, wnid in enumerate(("n02102040", "n01440764"), start=1):
+        name = f"ILSVRC2012_val_{number:08d}"
+        PIL.Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(root / "val" / f"{name}.JPEG")
+        objects = "".join(
+            f"<object><name>{wnid}</name><bndbox><xmin>{k}</xmin><ymin>2</ymin><xmax>20</xmax><ymax>24</ymax></bndbox>"
+            "</object>"
+            for k in range(1, number + 1)
+        )
+        size = "<size><width>32</width><height>24</height><depth>3</depth></size>"
+        (boxes / f"{name}.xml").write_text(f"<annotation><filename>{name}</filename>{size}{objects}</annotation>")
+    return root
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Run the test in an empty folder, so that runs leave nothing in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path

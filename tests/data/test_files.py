@@ -1,0 +1,112 @@
+"""Data sets in files: what is read, and how images are decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.conftest import write_listed
+from wsolkit.data.imagenet import imagenet_records
+from wsolkit.data.listed import listed_records
+from wsolkit.data.records import read_image
+from wsolkit.errors import DataError
+
+SPLITS = {"train": "train", "val": "val", "test": "val"}
+BOX_FOLDERS = ["Annotations/CLS-LOC/val", "val"]
+
+
+def test_listed_reads_images_labels_and_ragged_boxes(listed: Path) -> None:
+    train = listed_records("train", str(listed), SPLITS, None)
+    val = listed_records("val", str(listed), SPLITS, None)
+    assert (len(train.labels), len(val.labels)) == (12, 5)
+    assert train.labels.tolist() == [0, 1] * 6
+    assert train.classes == ["0", "1"]
+    assert [len(val.boxes(index)) for index in range(5)] == [2, 1, 1, 1, 1]
+    assert val.boxes(0)[1].tolist() == [0, 0, 3, 3]
+    assert len(train.boxes(0)) == 0
+    assert val.size(3) == (40, 30)
+    for index in range(5):
+        x0, y0, x1, y1 = val.boxes(index)[0]
+        assert (val.image(index)[y0 : y1 + 1, x0 : x1 + 1, val.labels[index]] == 255).all()
+
+
+def test_listed_takes_class_names_from_their_file(listed: Path) -> None:
+    (listed / "classes.txt").write_text("tench,0\nspringer,1\n")
+    assert listed_records("train", str(listed), SPLITS, None).classes == ["tench", "springer"]
+
+
+def test_listed_boxes_refer_to_the_listed_sizes(listed: Path) -> None:
+    """Images stored smaller than the lists say keep their boxes: only the ratio counts."""
+    path = listed / "val" / "image 0, x.png"
+    PIL.Image.open(path).resize((20, 15)).save(path)
+    val = listed_records("val", str(listed), SPLITS, None)
+    assert val.image(0).shape == (15, 20, 3)
+    assert val.size(0) == (40, 30)
+
+
+def test_listed_has_a_held_out_split_where_there_is_one(tmp_path: Path) -> None:
+    root = write_listed(tmp_path / "three", {"train": 4, "val": 3, "test": 2})
+    splits = {"train": "train", "val": "val", "test": "test"}
+    assert len(listed_records("test", str(root), splits, None).labels) == 2
+
+
+def test_real_images_are_read(shared: Path) -> None:
+    records = listed_records("val", str(shared / "data" / "ilsvrc10"), SPLITS, None)
+    assert len(records.labels) == 300
+    assert len(records.box_table) == 456
+    assert records.classes[0] == "n01440764"
+    assert records.image(0).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_imagenet_reads_the_official_layout(imagenet: Path, flat: bool) -> None:
+    if not flat:
+        for number, wnid in ((1, "n02102040"), (2, "n01440764")):
+            (imagenet / "val" / wnid).mkdir()
+            name = f"ILSVRC2012_val_{number:08d}.JPEG"
+            (imagenet / "val" / name).rename(imagenet / "val" / wnid / name)
+    train = imagenet_records("train", str(imagenet), BOX_FOLDERS, 2)
+    val = imagenet_records("val", str(imagenet), BOX_FOLDERS, 2)
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.classes == ["n01440764", "n02102040"]
+    found = {Path(val.name(i)).name: (int(val.labels[i]), val.boxes(i).tolist()) for i in range(2)}
+    assert found == {
+        "ILSVRC2012_val_00000001.JPEG": (1, [[1, 2, 20, 24]]),
+        "ILSVRC2012_val_00000002.JPEG": (0, [[1, 2, 20, 24], [2, 2, 20, 24]]),
+    }
+    assert val.size(0) == (32, 24)
+    assert val.image(0).shape == (24, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_image_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "jpg" if mode == "CMYK" else "png"
+    image = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else None
+    (image or PIL.Image.new("RGB", (8, 8), (200, 30, 30)).convert(mode)).save(tmp_path / f"x.{suffix}")
+    assert read_image(tmp_path / f"x.{suffix}").shape == (8, 8, 3)
+
+
+def test_png_under_the_name_of_a_jpeg_is_read(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "x.JPEG", format="PNG")
+    assert read_image(tmp_path / "x.JPEG")[0, 0].tolist() == [9, 8, 7]
+
+
+def test_exif_rotation_is_not_applied(tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    PIL.Image.new("RGB", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").shape == (4, 6, 3)
+
+
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much")
+    PIL.Image.new("RGB", (60, 60), (1, 2, 3)).save(tmp_path / "short.jpg")
+    (tmp_path / "short.jpg").write_bytes((tmp_path / "short.jpg").read_bytes()[:400])
+    for name in ("cut.jpg", "short.jpg"):
+        with pytest.raises(DataError, match=f"{name}' cannot be decoded"):
+            read_image(tmp_path / name)
+    with pytest.raises(DataError, match=r"none.jpg' does not exist"):
+        read_image(tmp_path / "none.jpg")

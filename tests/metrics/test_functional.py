@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from wsolkit.localization.boxes import threshold_grid, trace_boxes
+from wsolkit.metrics import MaxBoxAccuracy, PeakIoU, PixelAveragePrecision, TopKAccuracy
+from wsolkit.metrics.functional import box_iou, correct_at_thresholds, in_top_k, pixel_histogram
+
+
+def test_iou_counts_both_corners_as_inside() -> None:
+    boxes = np.array([[0, 0, 9, 9], [5, 0, 14, 9], [20, 20, 20, 20]])
+    assert box_iou(boxes[:1], boxes)[0] == pytest.approx([1.0, 50 / 150, 0.0])
+
+
+def test_label_among_the_top_k() -> None:
+    logits = torch.tensor([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5]])
+    assert in_top_k(logits, torch.tensor([2, 1]), 1).tolist() == [False, False]
+    assert in_top_k(logits, torch.tensor([2, 1]), 2).tolist() == [True, False]
+    assert in_top_k(logits, torch.tensor([2, 1]), 5).tolist() == [True, True]  # fewer classes than k
+
+
+def test_top_k_accuracy_is_a_percentage() -> None:
+    metric = TopKAccuracy(1)
+    metric.update(torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 0.0]]), torch.tensor([0, 0, 0]))
+    assert metric.compute().item() == pytest.approx(200 / 3)
+
+
+def test_any_box_may_match_any_ground_truth() -> None:
+    score_map = np.zeros((50, 50))
+    score_map[0:10, 0:10] = 1.0
+    score_map[20:45, 20:45] = 0.6
+    small, large = np.array([[0, 0, 10, 10]]), np.array([[20, 20, 45, 45]])
+    traced = trace_boxes(score_map, threshold_grid(10))
+    for truth, select, expected in (
+        (large, "largest", [True] * 6 + [False] * 4),  # above 0.6 only the small square is left
+        (small, "largest", [False] * 6 + [True] * 4),
+        (small, "all", [True] * 10),
+        (large, "all", [True] * 6 + [False] * 4),
+    ):
+        assert correct_at_thresholds(traced, truth, select, (0.8,)).tolist() == [expected]  # type: ignore[arg-type]
+
+
+def test_histogram_bins_are_closed_below_and_open_above() -> None:
+    scores = torch.tensor([[[0.0, 0.25, 0.5, 0.7499999, 1.0, 0.3]]])
+    masks = torch.tensor([[[0, 0, 1, 1, 1, 255]]], dtype=torch.uint8)
+    background, objects = pixel_histogram(scores, masks, 4).tolist()
+    assert background == [1, 1, 0, 0, 0, 0]
+    assert objects == [0, 0, 2, 0, 1, 0]
+
+
+def test_pixel_metrics_equal_their_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(3, 16, 16, generator=generator) < 0.3).to(torch.uint8)
+    scores = (0.6 * torch.rand(3, 16, 16, generator=generator) + 0.4 * masks).double()
+    masks[:, 0] = 255
+    counted, truth = masks < 2, masks == 1
+    points = []
+    for threshold in np.arange(0, 1, 0.001)[::-1]:
+        above = (scores >= threshold) & counted
+        hits = int((above & truth).sum())
+        if above.any():
+            points.append((hits / int(truth.sum()), hits / int(above.sum()), hits / int((above | truth).sum()), threshold))
+    recall = np.array([0.0] + [p[0] for p in points])
+    area = (np.diff(recall) * [p[1] for p in points]).sum()
+    best = max(points[::-1], key=lambda point: point[2])
+
+    precision, peak = PixelAveragePrecision(), PeakIoU()
+    precision.update(scores, masks)
+    peak.update(scores, masks)
+    assert precision.compute().item() == pytest.approx(100 * area)
+    iou, threshold = peak.compute().tolist()
+    assert iou == pytest.approx(100 * best[2])
+    assert threshold == pytest.approx(255 * best[3])
+
+
+def test_state_sums_over_parts_of_a_data_set() -> None:
+    rng = np.random.default_rng(0)
+    maps, boxes = rng.random((6, 20, 20)), [np.array([[2, 3, 12, 15]])] * 6
+    whole = MaxBoxAccuracy(num_thresholds=50)
+    whole.update(maps, boxes)
+    parts = [MaxBoxAccuracy(num_thresholds=50) for _ in range(2)]
+    parts[0].update(maps[:4], boxes[:4])
+    parts[1].update(maps[4:], boxes[4:])
+    assert torch.equal(parts[0].counts() + parts[1].counts(), whole.counts())
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([np.zeros((1, 4))], "2 score maps with boxes for 1 images"),
+        ([np.zeros((1, 4)), np.zeros((0, 4))], "boxes of image 1 have shape \\(0, 4\\)"),
+        ([np.zeros(4), np.zeros((1, 4))], "boxes of image 0 have shape \\(4,\\)"),
+    ],
+)
+def test_wrong_boxes_are_refused(boxes: list[np.ndarray], message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        MaxBoxAccuracy().update(torch.zeros(2, 8, 8), boxes)
+
+
+def test_wrong_masks_and_scores_are_refused() -> None:
+    metric = PixelAveragePrecision()
+    with pytest.raises(ValueError, match="must have one shape"):
+        metric.update(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5))
+    with pytest.raises(ValueError, match="hold NaN"):
+        metric.update(torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4))

@@ -1,0 +1,113 @@
+"""The papers' released code, reproduced: forward, losses and gradients of small random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import GOLDEN
+from wsolkit.errors import CheckpointError
+from wsolkit.interop import from_official
+
+FORWARD, GRADIENT = 1e-4, 1e-3  # relative tolerances
+
+_RENAMED = {"loc_token": "spatial_token", "loc_embed": "spatial_embed", "head.weight": "head.weight"}
+
+
+def reduced(method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The copies in this repository: (arrays, state dict)."""
+    with np.load(GOLDEN / f"{method}.npz") as arrays, np.load(GOLDEN / f"{method}_state.npz") as state:
+        return dict(arrays), {name: torch.from_numpy(state[name]) for name in state.files}
+
+
+def full(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with np.load(path) as arrays:
+        state = {n.removeprefix("state/"): torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith("state/")}
+        return {n: arrays[n] for n in arrays.files if not n.startswith("state/")}, state
+
+
+def network_input(image: np.ndarray[Any, Any]) -> Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (torch.from_numpy(image) / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def assert_close(actual: Tensor, expected: Any, tolerance: float) -> None:
+    expected = torch.as_tensor(expected, dtype=torch.float32)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def check_ts_cam(golden: dict[str, Any], state: dict[str, Tensor]) -> None:
+    module = from_official(state, "ts_cam", num_heads=int(golden["num_heads"]))
+    image, classes = network_input(golden["image"]), int(golden["num_classes"])
+    logits, maps = module.localize(image, torch.arange(classes).expand(len(image), -1))
+    assert_close(logits, golden["eval_logits"], FORWARD)
+    assert_close(maps, golden["eval_cams"], FORWARD)
+    assert_close(module(image).detach(), golden["eval_logits"], FORWARD)
+
+
+def check_sat(golden: dict[str, Any], state: dict[str, Tensor]) -> None:
+    module = from_official(state, "sat", num_heads=int(golden["num_heads"]))
+    image, label = network_input(golden["image"]), torch.from_numpy(golden["label"])
+    logits, maps = module.localize(image)
+    assert_close(logits, golden["eval_logits"], FORWARD)
+    assert_close(maps[:, 0], golden["eval_map"], FORWARD)
+
+    module.area_prior = float(golden["area_prior"])
+    module.train()
+    assert_close(module(image).detach(), golden["train_logits"], FORWARD)
+    losses = module.losses({"image": image, "label": label})
+    for term in ("loss", "loss_cls", "loss_area", "loss_norm"):
+        assert losses[term].item() == pytest.approx(float(golden[term]), rel=FORWARD)
+    assert losses["map_area"].item() == pytest.approx(golden["area_per_image"].mean(), rel=FORWARD)
+    losses["loss"].backward()
+    parameters = dict(module.network.named_parameters())
+    gradients = [name for name in golden if name.startswith("grad/")]
+    assert len(gradients) >= 7
+    for name in gradients:
+        own = name.removeprefix("grad/")
+        gradient = parameters[_RENAMED.get(own, f"backbone.network.{own}")].grad
+        assert gradient is not None
+        assert_close(gradient, golden[name], GRADIENT)
+
+
+def test_ts_cam_matches_released_code() -> None:
+    check_ts_cam(*reduced("ts_cam"))
+
+
+def test_sat_matches_released_code() -> None:
+    check_sat(*reduced("sat"))
+
+
+def test_ts_cam_matches_released_code_on_all_images(shared: Path) -> None:
+    check_ts_cam(*full(shared / "golden" / "tscam_a.npz"))
+
+
+def test_sat_matches_released_code_on_all_gradients(shared: Path) -> None:
+    check_sat(*full(shared / "golden" / "sat_a.npz"))
+
+
+def test_prefix_of_data_parallel_is_taken_off() -> None:
+    golden, state = reduced("ts_cam")
+    module = from_official({f"module.{name}": value for name, value in state.items()}, "ts_cam", num_heads=3)
+    assert_close(module(network_input(golden["image"])).detach(), golden["eval_logits"], FORWARD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("head.weight"), "entry 'head.weight' is missing"),
+        (lambda state: state.pop("norm.bias"), "entries missing \\['backbone.network.norm.bias'\\]"),
+        (lambda state: state.update(extra=torch.zeros(1)), "entries unknown \\['backbone.network.extra'\\]"),
+    ],
+)
+def test_other_state_dicts_are_refused(change: Any, message: str) -> None:
+    _, state = reduced("ts_cam")
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        from_official(state, "ts_cam", num_heads=3)

@@ -1,0 +1,151 @@
+"""Settings: every combination composes and is accepted, names are right, and answers about them come fast."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import wsolkit
+from tests.conftest import REPOSITORY
+from wsolkit import load_config
+from wsolkit.config import CONF, check_config
+from wsolkit.errors import ConfigError
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["method", "dataset", "backbone"])
+def test_names_are_those_of_their_files(group: str) -> None:
+    for name in names(group):
+        assert yaml.safe_load((CONF / group / f"{name}.yaml").read_text())["name"] == name
+
+
+@pytest.mark.parametrize(("method", "dataset"), itertools.product(names("method"), names("dataset")))
+def test_every_method_composes_with_every_data_set(method: str, dataset: str) -> None:
+    cfg = load_config(f"method={method}", f"dataset={dataset}", *([] if dataset == "shapes" else ["dataset.root=x"]))
+    check_config(cfg)
+    assert cfg.method.name == method
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g in ("backbone", "trainer", "protocol", "logger") for n in names(g)]
+)
+def test_every_option_is_accepted(group: str, name: str) -> None:
+    check_config(load_config(f"{group}={name}"))
+
+
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_every_recipe_is_accepted(recipe: str) -> None:
+    method = next(name for name in names("method") if recipe.startswith(f"{name}_"))
+    check_config(load_config(f"recipe={recipe}", f"method={method}"))
+
+
+def test_recipe_is_chosen_by_method_and_data_set() -> None:
+    """The papers' values, as ../shared/spec has them."""
+    sat = load_config("method=sat", "dataset=imagenet", "dataset.root=x")
+    assert (sat.method.area_prior, sat.optimizer.lr, sat.dataset.batch_size) == (0.35, 1.5e-5, 512)
+    assert (sat.trainer.max_epochs, sat.method.num_blocks, sat.backbone.name) == (1, 3, "deit_small")
+    ts_cam = load_config("method=ts_cam", "dataset=imagenet", "dataset.root=x")
+    assert (ts_cam.optimizer.lr, ts_cam.dataset.batch_size, ts_cam.trainer.max_epochs) == (5e-4, 256, 20)
+    assert list(ts_cam.schedule.milestones) == [10, 12]
+    assert ts_cam.method.keep_head_bias is True
+    cub = load_config("method=sat", "dataset=listed", "dataset.root=x", "recipe=sat_cub")
+    assert (cub.method.area_prior, cub.optimizer.lr, cub.dataset.batch_size) == (0.25, 1e-4, 256)
+    cub = load_config("method=ts_cam", "dataset=listed", "dataset.root=x", "recipe=ts_cam_cub")
+    assert (cub.optimizer.lr, cub.dataset.batch_size, cub.trainer.max_epochs) == (5e-5, 128, 60)
+
+
+def test_recipe_gives_way_to_the_command_line() -> None:
+    cfg = load_config("optimizer.lr=0.5", "backbone=vit_tiny", "dataset.batch_size=8")
+    assert (cfg.optimizer.lr, cfg.backbone.name, cfg.dataset.batch_size) == (0.5, "vit_tiny", 8)
+    assert load_config("~recipe").method.num_blocks == 3
+
+
+def test_protocols_are_given_as_a_list() -> None:
+    assert list(load_config("protocol=[maxboxacc_v2]").protocol) == ["maxboxacc_v2"]
+    assert list(load_config("protocol=maxboxacc").protocol) == ["maxboxacc"]
+    assert list(load_config().protocol) == ["maxboxacc", "maxboxacc_v2"]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("question", [["--help"], ["--cfg", "job"]])
+def test_questions_are_answered_without_torch(command: str, question: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['wsolkit.{command}', *{question!r}]\n"
+        "try:\n"
+        f"    runpy.run_module('wsolkit.{command}', run_name='__main__')\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 2
+    assert done.returncode == 0, done.stderr
+    assert "backbone" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_package_names_are_found_and_others_are_not() -> None:
+    assert wsolkit.load_config is load_config
+    assert callable(wsolkit.build_module)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        wsolkit.nothing  # noqa: B018
+
+
+def test_python_fills_in_no_defaults_of_methods() -> None:
+    """Every setting stands in YAML: constructors named there have no default arguments."""
+    import inspect
+
+    from wsolkit.config import locate
+
+    for path in [*CONF.glob("method/*.yaml"), *CONF.glob("backbone/*.yaml"), CONF / "loader" / "default.yaml"]:
+        target = locate(yaml.safe_load(path.read_text())["_target_"], "")
+        defaults = [n for n, p in inspect.signature(target).parameters.items() if p.default is not p.empty]
+        assert not defaults, (path, defaults)
+
+
+def test_every_number_in_a_recipe_says_where_it_is_from() -> None:
+    for path in (CONF / "recipe").glob("*.yaml"):
+        text = path.read_text()
+        head = text.split("\n")[1]
+        if "of one's own" in text or "no paper's values" in text:
+            continue  # said once, in the header
+        assert "ICCV" in head or "CVPR" in head or "ECCV" in head
+        for line in text.splitlines():
+            if any(character.isdigit() for character in line.split("#")[0]):
+                assert "paper" in line or "released" in line, f"{path.name}: {line}"
+
+
+def test_checked_settings_are_only_of_their_type() -> None:
+    cfg = load_config()
+    OmegaConf.update(cfg, "method.area_prior", "much")
+    with pytest.raises(ConfigError, match=r"method\.area_prior='much': Input should be a valid number"):
+        check_config(cfg)
+
+
+def test_imports_point_along_the_path_of_an_image() -> None:
+    """data, backbones → localization → metrics → methods → reporting → commands; never back."""
+    allowed = {
+        "data": {"data", "errors", "types"},
+        "backbones": {"backbones", "errors", "types"},
+        "localization": {"localization", "errors", "types"},
+        "metrics": {"metrics", "localization", "errors", "types"},
+        "methods": {"methods", "metrics", "localization", "backbones", "optim", "errors", "types"},
+        "reporting": {"reporting", "methods", "metrics", "localization", "data", "errors", "types"},
+    }
+    source = REPOSITORY / "src" / "wsolkit"
+    for package, may_import in allowed.items():
+        for path in (source / package).glob("*.py"):
+            for line in path.read_text().splitlines():
+                if line.startswith(("from wsolkit.", "import wsolkit.")):
+                    imported = line.split()[1].split(".")[1]
+                    assert imported in may_import, f"{path.relative_to(source)}: {line}"
