@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +97,7 @@ def write_imagenet(root: Path) -> Path:
 
 
 @pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test in an empty folder, so that runs leave nothing in the checkout."""
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

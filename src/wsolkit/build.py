@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import warnings
 from pathlib import Path
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import DictConfig
@@ -15,6 +18,7 @@ from omegaconf import DictConfig
 from wsolkit.backbones.vit import normalization
 from wsolkit.config import arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Training, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 
@@ -81,13 +85,30 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
     evaluation batch, of which processes have different numbers, since every image counts once.
     """
     StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        _convert_="all",
-        default_root_dir=str(folder),
-        callbacks=callbacks,
-        logger=loggers,
-        use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
-        enable_model_summary=False,
-    )
+    try:
+        trainer: Trainer = locate(cfg.trainer._target_, "trainer.")(
+            **arguments(cfg.trainer),
+            default_root_dir=str(folder),
+            callbacks=callbacks,
+            logger=loggers,
+            use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {error}") from error
     return trainer
+
+
+def quieten_libraries() -> None:
+    """Leave warnings that a user can act upon, and drop what Lightning says of itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "Experiment logs directory",  # the run directory is meant to hold the log
+        "Checkpoint directory .* exists and is not empty",
+        ".*does not have many workers",  # the built-in data set needs none
+        ".*treespec, LeafSpec.*",
+        "The number of training batches",
+        ".*compute.*method of metric .* was called before",  # a process may get no image of a small split
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -8,16 +8,16 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from wsolkit.errors import ConfigError, WsolkitError
 
@@ -97,26 +97,24 @@ def _prepare_children() -> None:
 
 def explain(error: Exception) -> str:
     """One readable message for an error of ours, of Hydra or of OmegaConf."""
-    cause = error.__cause__
     if isinstance(error, WsolkitError):
         return str(error)
-    for candidate in (error, cause):
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' cannot be read as a setting: {str(error).splitlines()[0]}"
+    needed = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if needed:
+        return f"required and not given: {needed[1]}. Add {needed[1]}=…"
+    option = re.search(r"Could not (?:find|load) '([^']+?)/([^/']*)'", str(error))
+    if option:
+        group, choice = option.groups()
+        listed = re.search(r"Available options in '[^']+':\n((?:\t[^\n]+\n)+)", str(error))
+        known = listed[1].split() if listed else [path.stem for path in (CONF / group).glob("*.yaml")]
+        return f"there is no {group} '{choice}'{_choices(choice, known)}"
+    for candidate in (error, error.__cause__):
         parent = getattr(candidate, "parent_node", None)
-        if (
-            isinstance(candidate, OmegaConfBaseException)
-            and isinstance(parent, DictConfig)
-            and candidate.key is not None
-        ):
+        if isinstance(candidate, ConfigKeyError | ConfigAttributeError) and isinstance(parent, DictConfig):
             where, key = candidate.full_key or str(candidate.key), str(candidate.key)
-            if key in parent:
-                return f"{where}: {str(candidate.msg or candidate).splitlines()[0]}"
             return f"there is no setting '{where}'{_choices(key, map(str, parent))}"
-    group = re.search(
-        r"Could not find '([^']+)/([^']+)'.*?Available options in '[^']+':\n((?:\t.+\n)+)", str(error), re.S
-    )
-    if group:
-        name, choice, options = group[1], group[2], [line.strip() for line in group[3].splitlines()]
-        return f"there is no {name} '{choice}'{_choices(choice, options)}"
     return "\n".join(line for line in str(error).splitlines() if line.strip())
 
 
@@ -143,7 +141,7 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = sorted(_missing(cfg, ""))
     if missing:
         raise ConfigError(
             f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}"
@@ -151,6 +149,14 @@ def check_config(cfg: DictConfig) -> None:
     settings = plain(cfg)
     _check_types(settings, typing.get_type_hints(RunSettings), "")
     _check_node(settings, "")
+
+
+def _missing(node: DictConfig, path: str) -> Iterator[str]:
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            yield f"{path}{key}"
+        elif not OmegaConf.is_interpolation(node, str(key)) and isinstance(node[key], DictConfig):
+            yield from _missing(node[key], f"{path}{key}.")
 
 
 def _check_node(node: Any, path: str) -> None:

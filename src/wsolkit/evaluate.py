@@ -25,13 +25,14 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
     from lightning.pytorch.callbacks import RichProgressBar
 
-    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer
+    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.reporting.pictures import ExamplePictures
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
     check_config(cfg)
+    quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     datamodule.setup("validate")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsolkit.config import check_config, run_command
-from wsolkit.errors import CheckpointError, WsolkitError
+from wsolkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from lightning import Callback, Trainer
@@ -25,17 +25,21 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     import lightning
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 
-    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer
+    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.reporting.pictures import ExamplePictures
 
     check_config(cfg)
     if cfg.resume is not None and not Path(cfg.resume).is_file():
         raise CheckpointError(f"resume={cfg.resume}: there is no such file; runs leave theirs in checkpoints/last.ckpt")
+    quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
     datamodule.setup("test")
     module = build_module(cfg, datamodule.class_names)
+
+    if cfg.monitor not in module.evaluation.names:
+        raise ConfigError(f"monitor={cfg.monitor}: expected one of {', '.join(module.evaluation.names)}")
 
     best = ModelCheckpoint(
         folder / "checkpoints",
@@ -58,7 +62,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
             logger.log_hyperparams(module.training_settings.config)
         trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
         if not best.best_model_path:
-            raise WsolkitError(f"training ended before a checkpoint was written: see {folder}")
+            raise CheckpointError(
+                "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
+                f"trainer.max_epochs={cfg.trainer.max_epochs}"
+            )
         trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
     finally:
         finish(loggers)

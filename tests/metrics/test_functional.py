@@ -61,7 +61,9 @@ def test_pixel_metrics_equal_their_definition() -> None:
         above = (scores >= threshold) & counted
         hits = int((above & truth).sum())
         if above.any():
-            points.append((hits / int(truth.sum()), hits / int(above.sum()), hits / int((above | truth).sum()), threshold))
+            points.append(
+                (hits / int(truth.sum()), hits / int(above.sum()), hits / int((above | truth).sum()), threshold)
+            )
     recall = np.array([0.0] + [p[0] for p in points])
     area = (np.diff(recall) * [p[1] for p in points]).sum()
     best = max(points[::-1], key=lambda point: point[2])

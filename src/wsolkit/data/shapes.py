@@ -1,9 +1,9 @@
-"""Built-in data set: small creatures told apart by a mark on their head, before a cluttered background.
+"""Built-in data set: small creatures told apart by the colour of their spots, before a cluttered background.
 
-It poses the problem of weakly supervised localization in small. The classes share body, legs, colours and textures;
-only a mark, a few pixels wide, tells them. A classifier needs the mark alone, so its map tends to cover the head; a
-good localizer covers the creature. Background clutter has the bodies' colours and textures and the marks' colours,
-and bars hide parts of the creature.
+It poses the problem of weakly supervised localization in small. The classes share body, legs and textures; only a few
+spots, each a few pixels wide, tell them: one on the head, three anywhere on the flank. A classifier needs one spot, so
+its map tends to cover that; a good localizer covers the creature. Before and around it lie patches of every colour,
+dots in the spots' colours, and bars that hide parts of it. Position, size, direction and colours vary.
 
 Images are drawn from seed, split and index; nothing is on disk. Boxes and masks come with them.
 """
@@ -21,14 +21,20 @@ from wsolkit.data.records import Split
 from wsolkit.errors import ConfigError
 from wsolkit.types import Boxes, Image, Mask
 
-_HUES: Mapping[str, tuple[int, int, int]] = {
-    "red": (225, 40, 40),
-    "green": (40, 190, 60),
-    "blue": (50, 90, 235),
-    "yellow": (240, 215, 40),
+_COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (225, 30, 30),
+    "green": (30, 190, 50),
+    "blue": (40, 70, 235),
+    "yellow": (245, 225, 30),
+    "magenta": (225, 40, 225),
+    "cyan": (30, 220, 225),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
 }
-_RIMS: Mapping[str, tuple[int, int, int]] = {"white": (250, 250, 250), "black": (10, 10, 10)}
-CLASSES = tuple(f"{hue} mark, {rim} rim" for hue in _HUES for rim in _RIMS)
+_RIM = (60, 40, 25)  # around the spots of every creature
+_FUR = (200, 140, 70)
+_FLANK_SPOTS = 3
+CLASSES = tuple(f"{colour} spots" for colour in _COLOURS)
 
 _SPLIT_NUMBER: Mapping[Split, int] = {"train": 0, "val": 1, "test": 2}
 _SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
@@ -92,54 +98,56 @@ def draw(rng: np.random.Generator, label: int, size: int) -> tuple[Image, Mask]:
 
 
 def _background(rng: np.random.Generator, size: int) -> Image:
-    coarse = rng.uniform(40, 215, (4, 4, 3)).astype(np.float32)
-    image = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
-    for _ in range(rng.integers(5, 10)):  # clutter in the bodies' colours and textures
-        corners = rng.uniform(0, size, 2) + rng.uniform(-0.22, 0.22, (rng.integers(3, 6), 2)) * size
+    coarse = rng.uniform(80, 180, (4, 4, 3)).astype(np.float32)
+    coarse = 0.5 * coarse + 0.5 * coarse.mean(axis=-1, keepdims=True)  # duller than what lies before it
+    image = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
+    for _ in range(rng.integers(3, 7)):  # clutter, as coloured as the creatures, now and then in their fur
+        corners = rng.uniform(0, size, 2) + rng.uniform(-0.14, 0.14, (rng.integers(3, 6), 2)) * size
         region = np.zeros((size, size), np.uint8)
         cv2.fillPoly(region, [cv2.convexHull(corners.astype(np.int32))], 1)
-        _paint(rng, image, region)
-    for _ in range(rng.integers(2, 5)):  # spots in the marks' colours, without a rim
-        hue = list(_HUES.values())[rng.integers(len(_HUES))]
-        _disc(image, rng.uniform(0, size, 2), size * rng.uniform(0.025, 0.05), _tint(rng, hue))
+        if rng.random() < 0.15:
+            _paint_fur(rng, image, region)
+        else:
+            image[region > 0] = rng.uniform(30, 220, 3)
+    for _ in range(rng.integers(1, 5)):  # dots in the spots' colours
+        colour = _COLOURS[rng.choice(list(_COLOURS))]
+        _disc(image, rng.uniform(0, size, 2), size * rng.uniform(0.025, 0.04), _tint(rng, colour))
     return np.asarray(image, np.uint8)
 
 
 def _creature(rng: np.random.Generator, image: Image, mask: Mask, label: int) -> None:
     size = len(image)
-    length = size * rng.uniform(0.16, 0.25)  # half of the body's
+    length = size * rng.uniform(0.12, 0.24)  # half of the body's
     width = length * rng.uniform(0.5, 0.75)
     angle = rng.uniform(0, 2 * np.pi)
     along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
-    reach = length * 1.55
-    centre = rng.uniform(reach, size - reach, 2)
+    centre = rng.uniform(1.2 * length, size - 1.2 * length, 2)
     side = rng.choice([-1, 1])
 
-    body = np.zeros_like(mask)
-    axes = (length, width)
-    cv2.ellipse(body, _fixed(centre), _fixed(axes), np.degrees(angle), 0, 360, 1, -1, cv2.LINE_8, _SHIFT)
+    cv2.ellipse(mask, _fixed(centre), _fixed((length, width)), np.degrees(angle), 0, 360, 1, -1, cv2.LINE_8, _SHIFT)
     for at in rng.uniform(-0.75, 0.75, rng.integers(2, 5)):  # legs
         hip = centre + along * at * length + side * across * width * 0.6
         foot = hip + side * across * length * rng.uniform(0.5, 0.8) + along * rng.uniform(-0.1, 0.1) * length
-        cv2.line(body, _fixed(hip), _fixed(foot), 1, max(1, round(size * 0.05)), cv2.LINE_8, _SHIFT)
+        cv2.line(mask, _fixed(hip), _fixed(foot), 1, max(1, round(size * 0.05)), cv2.LINE_8, _SHIFT)
     head = centre + along * length * 1.1
-    _disc(body, head, length * 0.38, 1)
-    _paint(rng, image, body)
-    mask[body > 0] = 1
+    _disc(mask, head, length * 0.38, 1)
+    _paint_fur(rng, image, mask)
 
-    hue, rim = divmod(label, len(_RIMS))
-    radius = max(size * 0.042, 2.0)
-    _disc(mask, head, radius * 1.55, 1)
-    _disc(image, head, radius * 1.55, list(_RIMS.values())[rim])
-    _disc(image, head, radius * 0.9, _tint(rng, list(_HUES.values())[hue]))
+    turn, reach = rng.uniform(0, 2 * np.pi, _FLANK_SPOTS), np.sqrt(rng.uniform(0, 0.8, _FLANK_SPOTS))
+    flank = centre + np.outer(reach * np.cos(turn), along * length) + np.outer(reach * np.sin(turn), across * width)
+    radius = max(size * 0.04, 2.0)
+    for spot in (head, *flank):
+        _disc(mask, spot, radius * 1.4, 1)
+        _disc(image, spot, radius * 1.4, _RIM)
+        _disc(image, spot, radius * 0.9, _tint(rng, _COLOURS[list(_COLOURS)[label]]))
 
 
-def _paint(rng: np.random.Generator, image: Image, region: Mask) -> None:
-    """Fill a region with an earthy colour and stripes or spots."""
+def _paint_fur(rng: np.random.Generator, image: Image, region: Mask) -> None:
+    """Fill a region with brownish stripes or checks."""
     size = len(image)
-    colour = rng.uniform([90, 60, 30], [200, 160, 130])
+    colour = np.array(_FUR) * rng.uniform(0.6, 1.15) + rng.uniform(-20, 20, 3)
     rows, columns = np.mgrid[:size, :size]
-    angle, period = rng.uniform(0, np.pi), size * rng.uniform(0.06, 0.14)
+    angle, period = rng.uniform(0, np.pi), size * rng.uniform(0.06, 0.12)
     wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period)
     if rng.random() < 0.5:
         wave = wave * np.sin((rows * np.cos(angle) - columns * np.sin(angle)) * 2 * np.pi / period)

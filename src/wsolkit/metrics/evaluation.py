@@ -153,6 +153,19 @@ class Evaluation(nn.Module):
         """The protocols' metrics by name."""
         return cast("dict[str, ProtocolEvaluation]", dict(self._protocols.items()))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of what `compute` may return for the method, where there are boxes and masks."""
+        per_protocol = [
+            f"{name}/{metric}"
+            for name, protocol in self.protocols.items()
+            for metric in (
+                *(f"max_box_acc_{round(100 * delta)}" for delta in protocol.protocol.iou_thresholds),
+                *("max_box_acc", "max_box_acc_v2", "threshold", *CONDITIONS, "pxap", "peak_iou", "peak_threshold"),
+            )
+        ]
+        return ["top1_cls", "top5_cls", *per_protocol]
+
     def classes(self, logits: Tensor, label: Tensor) -> Tensor:
         """Whose maps `update` needs: those of the ground-truth and of the predicted class [B, 2]."""
         return torch.stack([label, logits.argmax(dim=1)], dim=1)

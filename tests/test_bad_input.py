@@ -1,0 +1,299 @@
+"""Wrong calls and broken data sets, each with the message it must give and an exit code that is not 0."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+
+from wsolkit.checkpoint import read_checkpoint
+from wsolkit.config import load_config
+from wsolkit.data.imagenet import imagenet_records
+from wsolkit.data.listed import listed_records
+from wsolkit.errors import CheckpointError, DataError, WsolkitError
+from wsolkit.train import train
+
+SPLITS = {"train": "train", "val": "val", "test": "val"}
+BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
+
+
+def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+# What is seen at the command line: one message, no traceback. One process each, so only the kinds that differ.
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["method=satt"], "there is no method 'satt' (did you mean 'sat'?); choose from: sat, ts_cam"),
+        (
+            "train",
+            ["metod=sat"],
+            "there is no setting 'metod' (did you mean 'method'?); choose from: backbone, dataset",
+        ),
+        ("train", ["dataset=listed"], "required and not given: dataset.root. Add dataset.root=…"),
+        ("evaluate", [], "required and not given: checkpoint. Add checkpoint=…"),
+        ("evaluate", ["checkpoint=none.ckpt"], "there is no checkpoint 'none.ckpt'"),
+        (
+            "evaluate",
+            ["checkpoint=x.ckpt", "method=sat"],
+            "method=sat: method and backbone are those of the checkpoint",
+        ),
+        ("train", ["method="], "there is no method ''; choose from: sat, ts_cam"),
+        ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
+    ],
+)
+def test_commands_say_it_in_one_message(name: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = command(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["dataset=imagnet"],
+            "there is no dataset 'imagnet' (did you mean 'imagenet'?); choose from: imagenet, listed",
+        ),
+        (["backbone=deit"], "there is no backbone 'deit'"),
+        (["trainer=tpu"], "there is no trainer 'tpu' (did you mean 'gpu'?); choose from: auto, cpu, ddp, gpu"),
+        (["protocol=[maxbox]"], "there is no protocol 'maxbox' (did you mean 'maxboxacc'?)"),
+        (["method.area_priors=0.3"], "there is no setting 'method.area_priors' (did you mean 'area_prior'?)"),
+        (["method=ts_cam", "method.area_prior=0.3"], "there is no setting 'method.area_prior'; choose from: "),
+        (["trainer.max_epoch=3"], "there is no setting 'trainer.max_epoch' (did you mean 'max_epochs'?)"),
+        (["+method.colour=red"], "there is no setting 'method.colour'"),
+        (["method.area_prior=much"], "method.area_prior='much': Input should be a valid number"),
+        (["method.area_prior=1.5"], "method.area_prior=1.5: expected a share of the image between 0 and 1"),
+        (["method.num_blocks=2.5"], "method.num_blocks=2.5: Input should be a valid integer"),
+        (["method.num_blocks=7"], "method.num_blocks=7: expected 1 to 6"),
+        (["method.filter=median"], "method.filter='median': Input should be 'released', 'gaussian' or 'none'"),
+        (["dataset.batch_size=many"], "dataset.batch_size='many': Input should be a valid integer"),
+        (["dataset.batch_size=0"], "dataset.batch_size=0: expected 1 or more"),
+        (["dataset.image_size=60"], "image_size=60 is not a multiple of the patch size 8"),
+        (["dataset.resize=32"], "cannot cut 64 pixels out of an image resized to 32"),
+        (["dataset.records.sizes.train=0"], "dataset.sizes.train=0: expected 1 or more images"),
+        (["seed=one"], "seed='one': Input should be a valid integer"),
+        (["selection=best"], "selection='best': Input should be 'val' or 'test'"),
+        (["schedule.name=linear"], "schedule.name='linear': Input should be 'constant', 'step' or 'cosine'"),
+        (["trainer.precision=8"], "trainer.precision=8: Input should be"),
+        (["trainer.max_epochs=soon"], "trainer.max_epochs='soon': Input should be a valid integer"),
+        (["optimizer.lr=fast"], "optimizer.lr='fast': Input should be a valid number"),
+        (["resume=gone.ckpt"], "resume=gone.ckpt: there is no such file"),
+        (["monitor=nothing"], "monitor=nothing: expected one of top1_cls, top5_cls, maxboxacc/"),
+        (["backbone=vit_tiny", "backbone.weights=gone.pth"], "no weight file at 'gone.pth'"),
+        (["backbone.model=vit_huge_patch3"], "timm has no model 'vit_huge_patch3'"),
+        (["method._target_=wsolkit.methods.cam2.CAM"], "method._target_=wsolkit.methods.cam2.CAM: cannot be imported"),
+        (["dataset=listed", "dataset.root=gone"], "dataset.root: there is no folder 'gone'"),
+        (["trainer.accelerator=gpu", "trainer.devices=64"], "trainer: "),
+        (["dataset.batch_size=9", "trainer.accumulate_grad_batches=2"], "dataset.batch_size=9 is the global batch"),
+    ],
+)
+def test_wrong_settings(overrides: list[str], message: str, in_tmp: Path) -> None:
+    small = ["dataset.records.sizes={train: 8, val: 2, test: 2}"] if "dataset=" not in overrides[0] else []
+    with pytest.raises(WsolkitError) as caught:
+        train(load_config(*small, "trainer=smoke", "trainer.enable_progress_bar=false", *overrides), in_tmp)
+    assert message in str(caught.value)
+
+
+def replace_line(path: Path, number: int, line: str | None) -> None:
+    lines = path.read_text().splitlines()
+    lines[number - 1 : number] = [] if line is None else [line]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "new", "message"),
+    [
+        (
+            "train/class_labels.txt",
+            2,
+            "train/image 1, x.png,two",
+            "class_labels.txt:2: 'two' should be 1 whole numbers",
+        ),
+        ("train/class_labels.txt", 2, "train/image 1, x.png,-1", "class_labels.txt:2: label -1 of"),
+        (
+            "val/class_labels.txt",
+            2,
+            "val/image 1, x.png,2",
+            "class_labels.txt:2: label 2 of 'val/image 1, x.png' is out",
+        ),
+        ("val/class_labels.txt", 2, None, "has no label for 1 images, such as 'val/image 1, x.png'"),
+        ("val/class_labels.txt", 2, "val/other.png,0", "class_labels.txt:2: 'val/other.png' is not in image_ids.txt"),
+        (
+            "val/class_labels.txt",
+            2,
+            "nothing",
+            "class_labels.txt:2: 'nothing' has 1 fields separated by commas, expected 2",
+        ),
+        ("val/image_ids.txt", 2, "val/gone.png", "image_ids.txt:2: image '"),
+        (
+            "val/image_ids.txt",
+            2,
+            "val/image 0, x.png",
+            "image_ids.txt:2: 'val/image 0, x.png' is listed twice, first in line 1",
+        ),
+        ("val/image_sizes.txt", 1, None, "image_sizes.txt has no line for 'val/image 0, x.png'"),
+        (
+            "val/localization.txt",
+            1,
+            "val/image 0, x.png,0,0,41,9",
+            "localization.txt:1: box 0,0,41,9 does not lie in its image of 40×30",
+        ),
+        ("val/localization.txt", 1, "val/image 0, x.png,9,0,4,9", "localization.txt:1: box 9,0,4,9 does not lie"),
+        ("val/localization.txt", 2, None, "has no box for 1 of 5 images, such as 'val/image 1, x.png'"),
+        ("val/localization.txt", 2, "val/image 1, x.png,1,2,3", "localization.txt:2: "),
+    ],
+)
+def test_broken_lists(listed: Path, file: str, line: int, new: str | None, message: str) -> None:
+    replace_line(listed / "metadata" / file, line, new)
+    with pytest.raises(DataError) as caught:
+        for split in ("train", "val"):
+            listed_records(split, str(listed), SPLITS, None)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: (root / "metadata/val/localization.txt").unlink(), "localization.txt' does not exist"),
+        (lambda root: (root / "metadata/val/image_ids.txt").write_text("\n"), "is empty: the val split has no images"),
+        (
+            lambda root: (root / "metadata/val/image_ids.txt").write_bytes(b"\xff\xfe\x00"),
+            "is not a text file in UTF-8",
+        ),
+        (lambda root: (root / "classes.txt").write_text("a,0\nb,2\n"), "must number its 2 classes from 0 to 1"),
+    ],
+)
+def test_broken_listed_data_sets(listed: Path, break_it: Callable[[Path], Any], message: str) -> None:
+    break_it(listed)
+    with pytest.raises(DataError, match=re.escape(message)):
+        listed_records("val", str(listed), SPLITS, None)
+
+
+def empty_class(root: Path) -> None:
+    (root / "train" / "n09999999").mkdir()
+
+
+def drop(pattern: str) -> Callable[[Path], None]:
+    return lambda root: [path.unlink() for path in root.glob(pattern)] and None
+
+
+def rewrite(old: str, new: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = next(root.glob("Annotations/CLS-LOC/val/*2.xml"))
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
+        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
+        (drop("val/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
+        (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
+        (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
+        (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),
+        (rewrite("<xmin>1<", "<xmin>one<"), "is not an annotation in the official XML"),
+        (rewrite("n01440764", "n00000000"), "names class 'n00000000', which has no folder in train/"),
+        (rewrite("<xmax>20<", "<xmax>33<"), "2.xml: box 1,2,33,24 does not lie in its image of 32×24 pixels"),
+        (rewrite("object>", "thing>"), "holds no object"),
+    ],
+)
+def test_broken_imagenet(imagenet: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(imagenet)
+    with pytest.raises(DataError, match=re.escape(message)):
+        for split in ("train", "val"):
+            imagenet_records(split, str(imagenet), BOX_FOLDERS, 2)  # type: ignore[arg-type]
+
+
+def test_corrupt_image_is_named_when_it_is_reached(listed: Path, in_tmp: Path) -> None:
+    (listed / "train" / "image 3, x.png").write_bytes(b"not an image")
+    overrides = ["backbone=vit_micro", "dataset.image_size=32", "dataset.resize=36", "dataset.batch_size=4"]
+    cfg = load_config(
+        "dataset=listed", f"dataset.root={listed}", "dataset.num_workers=2", "trainer.max_epochs=1", *overrides
+    )
+    with pytest.raises(DataError, match=r"train/image 3, x\.png' cannot be decoded"):
+        train(cfg, in_tmp)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 cut short", "cannot be read, perhaps it was cut short"),
+        (b"no checkpoint", "holds pickled code, or is damaged"),
+        ({"state_dict": {}}, "is not a checkpoint of wsolkit"),
+        ({"state_dict": Evil()}, "holds pickled code, or is damaged; it is not read"),
+    ],
+)
+def test_broken_checkpoints(content: Any, message: str, in_tmp: Path) -> None:
+    if isinstance(content, bytes):
+        Path("x.ckpt").write_bytes(content)
+    else:
+        torch.save(content, "x.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint("x.ckpt")
+    assert not Path("evil").exists()
+
+
+def test_weights_with_code_are_refused(in_tmp: Path) -> None:
+    from wsolkit.backbones.weights import load_weights
+
+    torch.save({"state_dict": Evil()}, "x.pth")
+    with pytest.raises(CheckpointError, match="reading it would run code"):
+        load_weights("x.pth")
+    Path("x.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_weights("x.safetensors")
+    torch.save([1, 2], "x.pth")
+    with pytest.raises(CheckpointError, match="holds a list, expected a state dict"):
+        load_weights("x.pth")
+    torch.save({"epoch": 3}, "x.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        load_weights("x.pth")
+
+
+def test_mask_of_another_size_is_named() -> None:
+    import numpy as np
+
+    from wsolkit.data.dataset import WSOLDataset
+    from wsolkit.data.shapes import ShapesRecords
+    from wsolkit.data.transforms import Transform
+
+    class Wrong(ShapesRecords):
+        def mask(self, index: int) -> Any:
+            return np.zeros((3, 3), np.uint8)
+
+        def boxes(self, index: int) -> Any:
+            return np.zeros((0, 4), np.int64)
+
+    dataset = WSOLDataset(Wrong("val", {"val": 1}, 64, 0), Transform(64, 64, False, (0.5,) * 3, (0.5,) * 3), 0)
+    with pytest.raises(DataError, match=r"mask of 'val/00000' is \(3, 3\), its image \(64, 64\)"):
+        dataset[0, 0]
+
+
+def test_images_may_be_huge_in_one_direction(tmp_path: Path) -> None:
+    from wsolkit.data.records import read_image
+
+    PIL.Image.new("L", (3000, 1)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").shape == (1, 3000, 3)

@@ -1,0 +1,279 @@
+"""Whole runs, small: train, resume, evaluate, sweep, log."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig
+
+from tests.conftest import write_imagenet
+from wsolkit import load_config
+from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.errors import CheckpointError
+from wsolkit.train import train
+
+TINY = (
+    "dataset.records.sizes={train: 48, val: 20, test: 21}",
+    "dataset.batch_size=16",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "trainer.enable_progress_bar=false",
+    "num_examples=3",
+)
+
+
+def run(name: str, *arguments: str, cwd: Path) -> str:
+    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments]
+    done = subprocess.run(
+        call, cwd=cwd, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    values: dict[str, float] = json.loads((folder / "metrics.json").read_text())
+    return values
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory left by the command."""
+    folder = tmp_path_factory.mktemp("command")
+    out = run("train", "method=ts_cam", *TINY, "hydra.run.dir=run", cwd=folder)
+    assert "ts_cam, vit_micro, shapes; thresholds selected on the held-out val split" in out
+    for line in ("maxboxacc", "center_box", "full_image", "PxAP", "Classification: Top-1"):
+        assert line in out
+    return folder / "run"
+
+
+def test_run_directory_holds_what_is_promised(trained: Path) -> None:
+    values = metrics(trained)
+    for protocol in ("maxboxacc", "maxboxacc_v2"):
+        for name in (
+            *("gt_known_loc", "gt_known_loc_predicted_class", "top1_loc", "top5_loc", "threshold"),
+            *("max_box_acc", "max_box_acc_v2", "max_box_acc_30", "max_box_acc_50", "max_box_acc_70"),
+            *("pxap", "peak_iou", "center_box/max_box_acc", "full_image/pxap"),
+        ):
+            assert 0 <= values[f"{protocol}/{name}"] <= 100, name
+        assert values[f"{protocol}/threshold"] < 1
+        assert values[f"{protocol}/top1_loc"] <= values[f"{protocol}/top5_loc"] <= values[f"{protocol}/gt_known_loc"]
+        assert values[f"{protocol}/gt_known_loc"] <= values[f"{protocol}/max_box_acc"]
+        assert 0 <= values[f"{protocol}/peak_threshold"] <= 255
+    assert values["top1_cls"] <= values["top5_cls"]
+    assert (trained / "checkpoints" / "best.ckpt").is_file()
+    assert (trained / "checkpoints" / "last.ckpt").is_file()
+    assert (trained / "examples.png").read_bytes().startswith(b"\x89PNG")
+    log = (trained / "metrics.csv").read_text().splitlines()
+    assert "train/loss_epoch" in log[0]
+    assert "val/maxboxacc/max_box_acc" in log[0]
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["method"]["name"] == "ts_cam"
+    assert config["backbone"]["image_size"] == 64  # resolved
+
+
+def test_evaluate_gives_the_metrics_of_the_run(trained: Path) -> None:
+    run(
+        "evaluate",
+        f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}",
+        "trainer.enable_progress_bar=false",
+        "trainer.accelerator=cpu",
+        "hydra.run.dir=evaluation",
+        cwd=trained.parent,
+    )
+    assert metrics(trained.parent / "evaluation") == metrics(trained)
+    assert (trained.parent / "evaluation" / "examples.png").is_file()
+
+
+def test_evaluate_takes_protocols_and_settings_of_the_data_set(trained: Path) -> None:
+    run(
+        "evaluate",
+        f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}",
+        "protocol=[maxboxacc_v2]",
+        "protocol.maxboxacc_v2.num_thresholds=20",
+        "selection=test",
+        "dataset.records.sizes.test=9",
+        "trainer.enable_progress_bar=false",
+        "hydra.run.dir=other",
+        cwd=trained.parent,
+    )
+    values = metrics(trained.parent / "other")
+    assert not any(name.startswith("maxboxacc/") for name in values)
+    assert values["maxboxacc_v2/gt_known_loc"] == values["maxboxacc_v2/max_box_acc"]  # selected on the split itself
+    assert values["maxboxacc_v2/gt_known_loc"] * 9 / 100 == pytest.approx(
+        round(values["maxboxacc_v2/gt_known_loc"] * 9 / 100)
+    )
+
+
+def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
+    path = trained / "checkpoints" / "best.ckpt"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.names() == {"method": "ts_cam", "backbone": "vit_micro", "dataset": "shapes"}
+    assert checkpoint.class_names[0] == "red spots"
+    hostile: Any = checkpoint.config
+    hostile["method"]["_target_"] = "os.system"
+    hostile["method"]["head_init"] = {"_target_": "os.system", "command": "touch evil"}
+    hostile["dataset"]["records"]["_target_"] = "os.system"
+    hostile["dataset"]["records"]["seed"] = 7
+    restored = restore(load_config("method=ts_cam"), checkpoint, [])
+    assert restored.method._target_ == "wsolkit.methods.ts_cam.TSCAM"
+    assert restored.method.head_init == "default"
+    assert restored.dataset.records._target_ == "wsolkit.data.shapes.ShapesRecords"
+    assert restored.dataset.records.seed == 7
+    assert restore(load_config("method=ts_cam"), checkpoint, ["dataset.records.seed=3"]).dataset.records.seed == 3
+
+
+def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["wsolkit"]["config"]["method"]["name"] = "mine"
+    torch.save(content, tmp_path / "x.ckpt")
+    call = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=x.ckpt"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "there is no method 'mine'; choose from: sat, ts_cam" in done.stderr
+
+
+def config(*overrides: str) -> DictConfig:
+    return load_config(*TINY, "protocol=[maxboxacc]", *overrides)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resume_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the third of four epochs and resumed: the weights and metrics of an unbroken run, bit for bit."""
+    settings = ("trainer.max_epochs=4", "schedule.name=cosine", "backbone.drop_path_rate=0.2", "dataset.num_workers=1")
+    expected = train(config(*settings), tmp_path / "unbroken")
+
+    from wsolkit.methods.sat import SAT
+
+    step = SAT.training_step
+
+    def interrupted(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 2 and batch_idx == 1:
+            raise Interrupted
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SAT, "training_step", interrupted)
+    with pytest.raises(Interrupted):
+        train(config(*settings), tmp_path / "broken")
+    monkeypatch.undo()
+    resumed = train(config(*settings, f"resume={tmp_path}/broken/checkpoints/last.ckpt"), tmp_path / "resumed")
+    assert resumed == expected
+    unbroken = weights(tmp_path / "unbroken")
+    for name, value in weights(tmp_path / "resumed").items():
+        assert torch.equal(value, unbroken[name]), name
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config("trainer.max_epochs=1", f"seed={seed}"), tmp_path / folder)
+    first, again, other = (weights(tmp_path / folder) for folder in "abc")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_test_split_may_select(tmp_path: Path) -> None:
+    values = train(config("selection=test", "trainer.max_epochs=1"), tmp_path)
+    assert values["maxboxacc/gt_known_loc"] == values["maxboxacc/max_box_acc"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.precision=bf16-mixed"],
+        ["trainer.gradient_clip_val=0.1"],
+        ["trainer.accumulate_grad_batches=2"],
+        ["schedule.name=step", "schedule.milestones=[1]"],
+    ],
+)
+def test_training_settings_run(settings: list[str], tmp_path: Path) -> None:
+    values = train(config(*settings), tmp_path)
+    assert values["top5_cls"] > 0
+
+
+def test_schedule_reaches_the_optimizer(tmp_path: Path) -> None:
+    train(
+        config(
+            "schedule.name=step",
+            "schedule.milestones=[1]",
+            "schedule.warmup_epochs=0",
+            "optimizer.lr=1e-3",
+            "trainer.log_every_n_steps=1",
+        ),
+        tmp_path,
+    )
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("lr-AdamW/decay")
+    rates = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
+    assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
+
+
+def test_multirun_makes_a_directory_a_job(tmp_path: Path) -> None:
+    run(
+        *("train", "-m", "method=ts_cam,sat", "seed=0,1", *TINY, "trainer.max_epochs=1", "protocol=[maxboxacc]"),
+        "hydra.sweep.dir=sweep",
+        "logger=wandb",
+        cwd=tmp_path,
+    )
+    folders = sorted(path.parent for path in (tmp_path / "sweep").rglob("metrics.json"))
+    assert len(folders) == 4
+    assert len({(folder / "metrics.json").read_text() for folder in folders}) == 4
+    for folder in folders:
+        assert len(list((folder / "wandb").glob("offline-run-*"))) == 1  # a run of its own for each job
+
+
+def test_failed_job_of_a_multirun_leaves_the_others(tmp_path: Path) -> None:
+    call = ["-m", "wsolkit.train", "-m", "method.num_blocks=99,6", *TINY, "trainer=smoke", "hydra.sweep.dir=sweep"]
+    done = subprocess.run([sys.executable, *call], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "method.num_blocks=99: expected 1 to 6" in done.stderr
+    assert len(list((tmp_path / "sweep").rglob("metrics.json"))) == 1
+
+
+def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(config("logger=wandb", "trainer.max_epochs=1"), tmp_path)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert len(list((folder / "files" / "media" / "images").glob("examples_*.png"))) == 3
+    content = next(folder.glob("*.wandb")).read_bytes()
+    for key in (b"val/maxboxacc/max_box_acc", b"train/loss_epoch", b"test/top1_cls"):
+        assert key in content
+    assert (tmp_path / "metrics.csv").is_file()
+
+
+def test_imagenet_trains_from_its_official_layout(tmp_path: Path) -> None:
+    root = write_imagenet(tmp_path / "data")
+    cfg = load_config(
+        *(
+            "dataset=imagenet",
+            f"dataset.root={root}",
+            "dataset.num_classes=2",
+            "dataset.batch_size=4",
+            "dataset.num_workers=0",
+        ),
+        *("backbone=vit_micro", "dataset.image_size=32", "dataset.resize=36", "trainer.enable_progress_bar=false"),
+    )
+    values = train(cfg, tmp_path / "run")
+    assert "maxboxacc/max_box_acc" in values
+    assert "maxboxacc/pxap" not in values  # no masks
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    cfg = config("trainer.check_val_every_n_epoch=5")
+    with pytest.raises(CheckpointError, match="no checkpoint was written: no validation took place"):
+        train(cfg, tmp_path)
