@@ -131,6 +131,14 @@ def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
     assert restore(load_config("method=ts_cam"), checkpoint, ["dataset.records.seed=3"]).dataset.records.seed == 3
 
 
+def test_evaluate_takes_no_other_method(trained: Path) -> None:
+    checkpoint = f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}"
+    call = [sys.executable, "-m", "wsolkit.evaluate", checkpoint, "method=sat"]
+    done = subprocess.run(call, cwd=trained.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: method=sat: the checkpoint's method is ts_cam; leave the setting out\n"
+
+
 def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     content["wsolkit"]["config"]["method"]["name"] = "mine"

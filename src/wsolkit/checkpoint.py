@@ -8,6 +8,7 @@ that those files have.
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,33 @@ from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.weights import StateDict
 from wsolkit.errors import CheckpointError
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint; a resumed run takes it along from the directory of the run it continues."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's hook: make the state of the earlier run that of this one, in this one's directory."""
+        assert self.dirpath is not None
+        earlier, here = Path(state_dict["best_model_path"]), Path(self.dirpath) / f"{self.filename}.ckpt"
+        state = dict(state_dict)
+        if earlier.is_file() and earlier != here:
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(earlier, here)
+            state |= {
+                "dirpath": self.dirpath,
+                "best_model_path": str(here),
+                "kth_best_model_path": str(here),
+                "best_k_models": {str(here): state["best_model_score"]},
+                "last_model_path": "",
+            }
+        super().load_state_dict(state)
+
 
 GROUPS = ("method", "backbone", "dataset")
 

@@ -68,6 +68,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    sys.argv[1:] = [_quote_path(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -78,6 +79,16 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _quote_path(argument: str) -> str:
+    """Quote the value of `setting=path` where there is such a path, since = , [ ] mean something to Hydra."""
+    setting, equals, value = argument.partition("=")
+    special = set("=,[]{}()#$' \t") & set(value)
+    if not (equals and special and "/" in value and Path(value).exists()):
+        return argument
+    escaped = value.replace("'", "\\'")
+    return f"{setting}='{escaped}'"
 
 
 def _prepare_children() -> None:

@@ -69,17 +69,18 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Entry point of the command: the checkpoint's method, backbone and data set come before the user's settings."""
     given = sys.argv[1:]
-    fixed = [arg for arg in given if arg.startswith(("method=", "backbone="))]
-    paths = [arg.removeprefix("checkpoint=") for arg in given if arg.startswith("checkpoint=")]
-    if fixed:
-        sys.exit(f"error: {fixed[0]}: method and backbone are those of the checkpoint; leave the setting out")
+    paths = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")]
     if paths:
         from wsolkit.checkpoint import read_checkpoint
 
         try:
-            names = read_checkpoint(paths[-1]).names()
+            names = read_checkpoint(paths[-1].strip("'")).names()
         except WsolkitError as error:
             sys.exit(f"error: {error}")
+        for argument in given:
+            group, _, name = argument.partition("=")
+            if group in ("method", "backbone") and name != names[group]:
+                sys.exit(f"error: {argument}: the checkpoint's {group} is {names[group]}; leave the setting out")
         sys.argv[1:] = [f"{group}={name}" for group, name in names.items()] + given
     run_command("evaluate", evaluate)
 

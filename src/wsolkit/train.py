@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
+    from wsolkit.checkpoint import BestCheckpoint
     from wsolkit.reporting.pictures import ExamplePictures
 
     check_config(cfg)
@@ -41,7 +42,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={cfg.monitor}: expected one of {', '.join(module.evaluation.names)}")
 
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         folder / "checkpoints",
         filename="best",
         monitor=f"val/{cfg.monitor}",

@@ -1,0 +1,107 @@
+"""Several processes see what one sees: the same losses and gradients, the same metrics, each image once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+from wsolkit import build_module, load_config
+from wsolkit.methods.sat import batch_area_loss, global_mean
+
+SETTINGS = ("method=sat", "backbone.drop_path_rate=0", "method.area_prior=0.3")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"image": torch.randn(8, 3, 64, 64, generator=generator), "label": torch.arange(8)}
+
+
+def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
+    """One process's part of a step; rank 0 saves what DDP would apply: the mean of all gradients."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    module = build_module(load_config(*SETTINGS)).train()
+    part = {name: value[rank::world_size] for name, value in batch().items()}
+    losses = module.losses(part)  # type: ignore[arg-type]
+    losses["loss"].backward()
+    result = {name: parameter.grad for name, parameter in module.named_parameters()}
+    for gradient in result.values():
+        assert gradient is not None
+        distributed.all_reduce(gradient)
+        gradient /= world_size
+    area = losses["loss_area"].detach()
+    if rank == 0:
+        torch.save({"gradients": result, "area": area}, folder / f"{world_size}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_area_loss_is_over_the_global_batch_gradient_included(world_size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = build_module(load_config(*SETTINGS)).train()
+    losses = module.losses(batch())  # type: ignore[arg-type]
+    losses["loss"].backward()
+    multiprocessing.spawn(gradients, (world_size, free_port(), tmp_path), nprocs=world_size)  # type: ignore[attr-defined]
+    saved = torch.load(tmp_path / f"{world_size}.pt")
+    assert saved["area"].item() == pytest.approx(losses["loss_area"].item(), abs=1e-6)
+    for name, parameter in module.named_parameters():
+        expected, actual = parameter.grad, saved["gradients"][name]
+        assert expected is not None
+        assert (actual - expected).abs().max() <= 1e-5 + 1e-4 * expected.abs().max(), name
+
+
+def test_area_loss_on_one_process_is_plain() -> None:
+    maps = torch.rand(3, 4, 4, requires_grad=True)
+    assert torch.equal(global_mean(maps), maps.mean())
+    batch_area_loss(maps, 0.9).backward()
+    assert maps.grad is not None
+    assert torch.allclose(maps.grad, torch.full_like(maps, -1 / 48))
+
+
+def command(name: str, *arguments: str, cwd: Path) -> None:
+    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments, "trainer.enable_progress_bar=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """Trained on two processes in a multirun of one job; 23 and 20 images, which three processes do not divide."""
+    command(
+        *(
+            "train",
+            "-m",
+            "method=ts_cam",
+            "dataset.records.sizes={train: 32, val: 20, test: 23}",
+            "dataset.batch_size=16",
+        ),
+        *("trainer=cpu", "trainer.devices=2", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "logger=wandb"),
+        cwd=tmp_path,
+    )
+    (run,) = (path.parent for path in (tmp_path / "sweep").rglob("metrics.json"))
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # two processes, one run
+    assert len(list(tmp_path.rglob("checkpoints"))) == 1  # two processes, one directory
+    expected = json.loads((run / "metrics.json").read_text())
+    for processes in (1, 3):
+        command(
+            *("evaluate", f"checkpoint={run}/checkpoints/best.ckpt", "trainer=cpu", f"trainer.devices={processes}"),
+            *("dataset.eval_batch_size=4", f"hydra.run.dir=evaluation{processes}"),
+            cwd=tmp_path,
+        )
+        assert json.loads((tmp_path / f"evaluation{processes}" / "metrics.json").read_text()) == expected
