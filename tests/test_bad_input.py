@@ -162,7 +162,7 @@ def test_broken_lists(listed: Path, file: str, line: int, new: str | None, messa
     replace_line(listed / "metadata" / file, line, new)
     with pytest.raises(DataError) as caught:
         for split in ("train", "val"):
-            listed_records(split, str(listed), SPLITS, None)  # type: ignore[arg-type]
+            listed_records(split, str(listed), SPLITS, None)
     assert message in str(caught.value)
 
 
@@ -189,7 +189,11 @@ def empty_class(root: Path) -> None:
 
 
 def drop(pattern: str) -> Callable[[Path], None]:
-    return lambda root: [path.unlink() for path in root.glob(pattern)] and None
+    def change(root: Path) -> None:
+        for path in list(root.glob(pattern)):
+            path.unlink()
+
+    return change
 
 
 def rewrite(old: str, new: str) -> Callable[[Path], None]:
@@ -219,7 +223,7 @@ def test_broken_imagenet(imagenet: Path, break_it: Callable[[Path], None], messa
     break_it(imagenet)
     with pytest.raises(DataError, match=re.escape(message)):
         for split in ("train", "val"):
-            imagenet_records(split, str(imagenet), BOX_FOLDERS, 2)  # type: ignore[arg-type]
+            imagenet_records(split, str(imagenet), BOX_FOLDERS, 2)
 
 
 def test_corrupt_image_is_named_when_it_is_reached(listed: Path, in_tmp: Path) -> None:

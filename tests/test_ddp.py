@@ -57,7 +57,7 @@ def test_area_loss_is_over_the_global_batch_gradient_included(world_size: int, t
     module = build_module(load_config(*SETTINGS)).train()
     losses = module.losses(batch())  # type: ignore[arg-type]
     losses["loss"].backward()
-    multiprocessing.spawn(gradients, (world_size, free_port(), tmp_path), nprocs=world_size)  # type: ignore[attr-defined]
+    multiprocessing.spawn(gradients, (world_size, free_port(), tmp_path), nprocs=world_size)  # type: ignore[attr-defined, no-untyped-call]
     saved = torch.load(tmp_path / f"{world_size}.pt")
     assert saved["area"].item() == pytest.approx(losses["loss_area"].item(), abs=1e-6)
     for name, parameter in module.named_parameters():

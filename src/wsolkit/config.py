@@ -163,10 +163,10 @@ def check_config(cfg: DictConfig) -> None:
 
 
 def _missing(node: DictConfig, path: str) -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         if OmegaConf.is_missing(node, key):
             yield f"{path}{key}"
-        elif not OmegaConf.is_interpolation(node, str(key)) and isinstance(node[key], DictConfig):
+        elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
             yield from _missing(node[key], f"{path}{key}.")
 
 

@@ -24,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def square(
     size: int = 100, box: tuple[int, int, int, int] = (40, 30, 69, 49)
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A white rectangle on black, its box and its mask."""
     x0, y0, x1, y1 = box
     mask = np.zeros((size, size), np.uint8)

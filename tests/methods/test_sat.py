@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,9 +64,9 @@ def test_losses_by_hand() -> None:
 
 def test_masking_values_equals_masking_columns_of_attention() -> None:
     network = build("method.num_blocks=1").network
-    block = network.backbone.blocks[0].eval()
+    block: Any = network.backbone.blocks[0].eval()
     x = torch.randn(2, 66, 128)
-    attention = block.attn
+    attention: Any = block.attn
     qkv = attention.qkv(block.norm1(x)).reshape(2, 66, 3, 4, 32).permute(2, 0, 3, 1, 4)
     scores = qkv[0] @ qkv[1].transpose(-2, -1) / 32**0.5
     mask = scores[:, :, -1].mean(dim=1).sigmoid()

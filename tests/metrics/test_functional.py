@@ -96,7 +96,7 @@ def test_state_sums_over_parts_of_a_data_set() -> None:
         ([np.zeros(4), np.zeros((1, 4))], "boxes of image 0 have shape \\(4,\\)"),
     ],
 )
-def test_wrong_boxes_are_refused(boxes: list[np.ndarray], message: str) -> None:  # type: ignore[type-arg]
+def test_wrong_boxes_are_refused(boxes: list[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaxBoxAccuracy().update(torch.zeros(2, 8, 8), boxes)
 

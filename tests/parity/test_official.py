@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.conftest import GOLDEN
 from wsolkit.errors import CheckpointError
 from wsolkit.interop import from_official
+from wsolkit.methods.sat import SAT
 
 FORWARD, GRADIENT = 1e-4, 1e-3  # relative tolerances
 
@@ -58,6 +59,7 @@ def check_sat(golden: dict[str, Any], state: dict[str, Tensor]) -> None:
     assert_close(logits, golden["eval_logits"], FORWARD)
     assert_close(maps[:, 0], golden["eval_map"], FORWARD)
 
+    assert isinstance(module, SAT)
     module.area_prior = float(golden["area_prior"])
     module.train()
     assert_close(module(image).detach(), golden["train_logits"], FORWARD)
