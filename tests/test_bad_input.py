@@ -92,7 +92,7 @@ def test_commands_say_it_in_one_message(name: str, arguments: list[str], message
         (["trainer.precision=8"], "trainer.precision=8: Input should be"),
         (["trainer.max_epochs=soon"], "trainer.max_epochs='soon': Input should be a valid integer"),
         (["optimizer.lr=fast"], "optimizer.lr='fast': Input should be a valid number"),
-        (["resume=gone.ckpt"], "resume=gone.ckpt: there is no such file"),
+        (["resume=gone.ckpt"], "there is no checkpoint 'gone.ckpt'"),
         (["monitor=nothing"], "monitor=nothing: expected one of top1_cls, top5_cls, maxboxacc/"),
         (["backbone=vit_tiny", "backbone.weights=gone.pth"], "no weight file at 'gone.pth'"),
         (["backbone.model=vit_huge_patch3"], "timm has no model 'vit_huge_patch3'"),

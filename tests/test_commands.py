@@ -131,6 +131,11 @@ def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
     assert restore(load_config("method=ts_cam"), checkpoint, ["dataset.records.seed=3"]).dataset.records.seed == 3
 
 
+def test_resume_takes_no_other_run(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is of a run with method=ts_cam, these settings say sat"):
+        train(config("method=sat", f"resume={trained}/checkpoints/last.ckpt"), tmp_path)
+
+
 def test_evaluate_takes_no_other_method(trained: Path) -> None:
     checkpoint = f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}"
     call = [sys.executable, "-m", "wsolkit.evaluate", checkpoint, "method=sat"]

@@ -87,6 +87,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, content["state_dict"], own["config"], own["class_names"], own["version"])
 
 
+def check_resumable(path: str, cfg: DictConfig) -> None:
+    """Check that a checkpoint continues a run of these settings' method, backbone and data set.
+
+    Raises:
+        CheckpointError: it does not, or cannot be read.
+    """
+    for group, name in read_checkpoint(path).names().items():
+        if cfg[group].name != name:
+            raise CheckpointError(
+                f"resume={path} is of a run with {group}={name}, these settings say {cfg[group].name}"
+            )
+
+
 def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:
     """Put a checkpoint's values into settings composed for its method, backbone and data set.
 

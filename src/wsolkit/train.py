@@ -26,19 +26,18 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
-    from wsolkit.checkpoint import BestCheckpoint
+    from wsolkit.checkpoint import BestCheckpoint, check_resumable
     from wsolkit.reporting.pictures import ExamplePictures
 
     check_config(cfg)
-    if cfg.resume is not None and not Path(cfg.resume).is_file():
-        raise CheckpointError(f"resume={cfg.resume}: there is no such file; runs leave theirs in checkpoints/last.ckpt")
+    if cfg.resume is not None:
+        check_resumable(cfg.resume, cfg)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
     datamodule.setup("test")
     module = build_module(cfg, datamodule.class_names)
-
     if cfg.monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={cfg.monitor}: expected one of {', '.join(module.evaluation.names)}")
 

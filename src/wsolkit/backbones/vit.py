@@ -191,16 +191,22 @@ def _create(
 ) -> VisionTransformer:
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
-    network = timm.create_model(
-        model,
-        pretrained=pretrained,
-        img_size=image_size,
-        drop_path_rate=drop_path_rate,
-        dynamic_img_size=True,
-        **options,
-    )
+    plain = f"'{model}' is not a plain vision transformer with a class token, which this method needs"
+    if not timm.is_model_in_modules(model.split(".")[0], ("vision_transformer", "deit")):
+        raise ConfigError(plain)
+    settings = {"img_size": image_size, "drop_path_rate": drop_path_rate, "dynamic_img_size": True, **options}
+    try:
+        network = timm.create_model(model, pretrained=pretrained, **settings)
+    except Exception as error:  # the hub's client has no common base class for what can go wrong
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"the weights of '{model}' did not come from timm's hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
+        ) from error
     if not isinstance(network, VisionTransformer) or network.cls_token is None or type(network.blocks[0]) is not Block:
-        raise ConfigError(f"'{model}' is not a plain vision transformer with a class token, which this method needs")
+        raise ConfigError(plain)
     patch_size = network.patch_embed.patch_size[0]
     if image_size % patch_size:
         raise ConfigError(

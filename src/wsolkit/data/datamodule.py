@@ -124,6 +124,10 @@ class WSOLDataModule(LightningDataModule):
     def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
         dataset = self.dataset(split)
         rank, world_size, _ = self._place()
+        if len(dataset) < world_size:
+            raise DataError(
+                f"{len(dataset)} {split} images on {world_size} processes: use at most as many devices as images"
+            )
         order = EachOnce(len(dataset), rank, world_size)
         return self._loader(dataset, collate_fn=evaluation_batch, sampler=order, batch_size=self.eval_batch_size)
 

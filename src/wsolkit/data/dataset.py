@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from wsolkit.data.records import Records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
+from wsolkit.seeding import derive_seed
 from wsolkit.types import Boxes, EvaluationBatch, Mask, TrainingBatch
 
 
@@ -49,8 +50,7 @@ class WSOLDataset(Dataset[Sample]):
         if mask is not None and mask.shape != image.shape[:2]:
             raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {image.shape[:2]}")
         boxes = self.records.boxes(index)
-        seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
-        transformed = self.transform(image, boxes, mask, seed)
+        transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index))
         return {
             "image": transformed.image,
             "label": int(self.records.labels[index]),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import wsolkit
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.optim import Schedule, weight_decay_groups
+from wsolkit.seeding import derive_seed
 from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
 
 
@@ -72,7 +73,9 @@ class WSOLModule(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
-        torch.manual_seed(hash((self.training_settings.seed, self.trainer.global_step, batch_idx, self.global_rank)))
+        torch.manual_seed(
+            derive_seed(self.training_settings.seed, self.trainer.global_step, batch_idx, self.global_rank)
+        )
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Lightning's hook: compute and log the losses."""
