@@ -192,7 +192,7 @@ def _create(
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
     plain = f"'{model}' is not a plain vision transformer with a class token, which this method needs"
-    if not timm.is_model_in_modules(model.split(".")[0], ("vision_transformer", "deit")):
+    if not timm.models.is_model_in_modules(model, ("vision_transformer", "deit")):
         raise ConfigError(plain)
     settings = {"img_size": image_size, "drop_path_rate": drop_path_rate, "dynamic_img_size": True, **options}
     try:
