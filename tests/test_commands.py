@@ -209,6 +209,8 @@ def test_test_split_may_select(tmp_path: Path) -> None:
     "settings",
     [
         ["trainer.precision=bf16-mixed"],
+        ["trainer.precision=bf16-true", "num_examples=2"],
+        ["num_examples=0", "logger=wandb"],
         ["trainer.gradient_clip_val=0.1"],
         ["trainer.accumulate_grad_batches=2"],
         ["schedule.name=step", "schedule.milestones=[1]"],

@@ -101,7 +101,7 @@ def image_area_loss(maps: Tensor, area_prior: float) -> Tensor:
 
 def normalization_loss(maps: Tensor, kernel: Tensor) -> Tensor:
     """Mean of M*(1 − M*) over maps [B, H, W] smoothed by a kernel [1, 1, 3, 3], zero padding (Eqn. 8)."""
-    smooth = F.conv2d(maps[:, None], kernel, padding=1)
+    smooth = F.conv2d(maps[:, None], kernel.to(maps), padding=1)
     return (smooth * (1 - smooth)).mean()
 
 

@@ -48,7 +48,9 @@ def localize_examples(
     protocol = metric.protocol
     threshold = module.results.get(f"{name}/threshold", 0.5)
     batch = evaluation_batch([dataset[0, index] for index in indices])
-    image, label = batch["image"].to(module.device), batch["label"].to(module.device)
+    # With trainer.precision=bf16-true the weights are half precision, and so must the images be.
+    image = batch["image"].to(next(module.parameters()))
+    label = batch["label"].to(module.device)
     training = module.training
     module.eval()
     localization = module.localize(image, label[:, None])
@@ -116,7 +118,7 @@ class ExamplePictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if not (trainer.is_global_zero and loggers):
+        if not (trainer.is_global_zero and loggers and self.count > 0):
             return
         pictures = []
         for example in self._examples(trainer, pl_module, "val"):
