@@ -100,6 +100,12 @@ def test_prefix_of_data_parallel_is_taken_off() -> None:
     assert_close(module(network_input(golden["image"])).detach(), golden["eval_logits"], FORWARD)
 
 
+def test_number_of_heads_must_fit() -> None:
+    _, state = reduced("ts_cam")
+    with pytest.raises(CheckpointError, match="0 attention heads do not divide a width of 48: give num_heads"):
+        from_official(state, "ts_cam")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -50,6 +50,9 @@ def from_official(
         raise CheckpointError(
             f"not a released {method} model: entry {error} is missing; it has {', '.join(sorted(state)[:4])}, …"
         ) from error
+    num_heads = num_heads or embed_dim // 64
+    if num_heads == 0 or embed_dim % num_heads:
+        raise CheckpointError(f"{num_heads} attention heads do not divide a width of {embed_dim}: give num_heads=…")
     cfg = load_config(
         f"method={method}",
         "~recipe",
@@ -60,7 +63,7 @@ def from_official(
         f"dataset.resize={grid * patch_size}",
         f"dataset.num_classes={num_classes}",
         f"+backbone.options={{patch_size:{patch_size},embed_dim:{embed_dim},depth:{depth},"
-        f"num_heads:{num_heads or embed_dim // 64},mlp_ratio:{state['blocks.0.mlp.fc1.bias'].numel() / embed_dim}}}",
+        f"num_heads:{num_heads},mlp_ratio:{state['blocks.0.mlp.fc1.bias'].numel() / embed_dim}}}",
     )
     module = build_module(cfg)
     renamed = {
