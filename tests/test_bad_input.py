@@ -44,11 +44,6 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
         ("train", ["dataset=listed"], "required and not given: dataset.root. Add dataset.root=…"),
         ("evaluate", [], "required and not given: checkpoint. Add checkpoint=…"),
         ("evaluate", ["checkpoint=none.ckpt"], "there is no checkpoint 'none.ckpt'"),
-        (
-            "evaluate",
-            ["checkpoint=x.ckpt", "method=sat"],
-            "method=sat: method and backbone are those of the checkpoint",
-        ),
         ("train", ["method="], "there is no method ''; choose from: sat, ts_cam"),
         ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
     ],

@@ -167,6 +167,23 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_epoch_has_its_own_order_and_augmentations(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsolkit.methods.sat import SAT
+
+    step, seen = SAT.training_step, []
+
+    def remember(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
+        seen.append(round(batch["image"].sum().item(), 1))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SAT, "training_step", remember)
+    train(config("trainer.max_epochs=3", f"dataset.num_workers={workers}"), tmp_path)
+    assert len(seen) == len(set(seen)) == 9  # three epochs of three steps
+
+
 def test_resume_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the third of four epochs and resumed: the weights and metrics of an unbroken run, bit for bit."""
     settings = ("trainer.max_epochs=4", "schedule.name=cosine", "backbone.drop_path_rate=0.2", "dataset.num_workers=1")

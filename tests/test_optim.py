@@ -33,11 +33,6 @@ def test_warmup_is_linear_and_the_cosine_follows_it() -> None:
         schedule("cosine", warmup_epochs=-1)
 
 
-def test_factor_by_step_equals_the_factor_by_epoch() -> None:
-    by_step = schedule("cosine").per_step(steps=40, epochs=10)
-    assert [by_step(step) for step in (0, 10, 40)] == pytest.approx([schedule("cosine")(e, 10) for e in (0, 2.5, 10)])
-
-
 def test_frozen_parameters_are_left_out() -> None:
     module = nn.Linear(2, 2)
     module.weight.requires_grad = False

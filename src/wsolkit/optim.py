@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -67,7 +67,3 @@ class Schedule:
             progress = min(1.0, (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9))
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
         return 1.0
-
-    def per_step(self, steps: float, epochs: float) -> Callable[[int], float]:
-        """The factor as a function of the optimizer step, for `torch.optim.lr_scheduler.LambdaLR`."""
-        return lambda step: self(step * epochs / steps, epochs)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, check_resumable
@@ -46,10 +46,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         filename="best",
         monitor=f"val/{cfg.monitor}",
         mode="max",
-        save_last=True,
         enable_version_counter=False,
     )
-    callbacks: list[Callback] = [best, ExamplePictures(folder, cfg.num_examples, title(cfg))]
+    # At the end of each epoch, after its validation: from there a run continues exactly.
+    last = ModelCheckpoint(
+        folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    callbacks: list[Callback] = [best, last, ExamplePictures(folder, cfg.num_examples, title(cfg))]
     loggers = build_loggers(cfg, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))

@@ -78,8 +78,7 @@ def shapes(count: int = 24) -> WSOLDataset:
 
 
 def epoch_of(dataset: WSOLDataset, epoch: int, workers: int) -> torch.Tensor:
-    batches = GlobalBatches(len(dataset), 8, seed=0, rank=0, world_size=1)
-    batches.set_epoch(epoch)
+    batches = GlobalBatches(len(dataset), 8, seed=0, rank=0, world_size=1, epoch=lambda: epoch)
     loader = DataLoader(
         dataset, batch_sampler=batches, collate_fn=training_batch, num_workers=workers, worker_init_fn=one_thread
     )
@@ -113,9 +112,7 @@ def test_augmentations_differ_between_samples_epochs_and_seeds() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_processes_share_a_global_batch(world_size: int) -> None:
     def run(rank: int, world: int) -> list[list[tuple[int, int]]]:
-        batches = GlobalBatches(29, 8, seed=3, rank=rank, world_size=world)
-        batches.set_epoch(5)
-        return list(batches)
+        return list(GlobalBatches(29, 8, seed=3, rank=rank, world_size=world, epoch=lambda: 5))
 
     single = [set(batch) for batch in run(0, 1)]
     parts = [run(rank, world_size) for rank in range(world_size)]
@@ -127,19 +124,16 @@ def test_processes_share_a_global_batch(world_size: int) -> None:
 
 
 def test_order_changes_with_the_epoch_and_small_sets_make_one_batch() -> None:
-    batches = GlobalBatches(6, 8, seed=0, rank=0, world_size=4)
-    first = list(batches)
-    assert [len(batch) for batch in first] == [1]
-    batches.set_epoch(1)
-    whole = GlobalBatches(16, 8, seed=0, rank=0, world_size=1)
+    small = GlobalBatches(6, 8, seed=0, rank=0, world_size=4, epoch=lambda: 0)
+    assert [len(batch) for batch in small] == [1]
     orders = []
     for epoch in range(2):
-        whole.set_epoch(epoch)
-        orders.append([index for _, index in chain.from_iterable(whole)])
+        batches = GlobalBatches(16, 8, seed=0, rank=0, world_size=1, epoch=lambda epoch=epoch: epoch)  # type: ignore[misc]
+        orders.append([index for _, index in chain.from_iterable(batches)])
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
     assert orders[0] != orders[1]
     with pytest.raises(DataError, match="2 training images cannot be spread over 3 processes"):
-        GlobalBatches(2, 8, seed=0, rank=0, world_size=3)
+        GlobalBatches(2, 8, seed=0, rank=0, world_size=3, epoch=lambda: 0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

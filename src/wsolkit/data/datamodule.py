@@ -70,6 +70,7 @@ class WSOLDataModule(LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self._read = records
+        self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
 
     @property
@@ -110,7 +111,9 @@ class WSOLDataModule(LightningDataModule):
                 f"{world_size} devices × {accumulate} accumulated batches"
             )
         dataset = self.dataset("train")
-        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
+        batches = GlobalBatches(
+            len(dataset), self.batch_size // accumulate, self.seed, rank, world_size, self._next_epoch
+        )
         return self._loader(dataset, collate_fn=training_batch, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -130,6 +133,21 @@ class WSOLDataModule(LightningDataModule):
             )
         order = EachOnce(len(dataset), rank, world_size)
         return self._loader(dataset, collate_fn=evaluation_batch, sampler=order, batch_size=self.eval_batch_size)
+
+    def _next_epoch(self) -> int:
+        self._epoch += 1
+        return self._epoch - 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning's hook: how many training epochs have begun.
+
+        Counted here: a trainer that resumes starts to load its first epoch before it knows that epoch's number.
+        """
+        return {"epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lightning's hook: go on with the next epoch."""
+        self._epoch = state_dict["epoch"]
 
     def _place(self) -> tuple[int, int, int]:
         if self.trainer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -95,30 +95,30 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         batch_size: images per forward pass, over all processes.
         seed: of the permutations.
         rank, world_size: which process this is, of how many.
+        epoch: says the number of the epoch that begins; asked once for each.
 
     Raises:
         DataError: there are fewer images than processes.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int, world_size: int, epoch: Callable[[], int]
+    ) -> None:
         size = min(batch_size, length) // world_size * world_size
         if size == 0:
             raise DataError(f"{length} training images cannot be spread over {world_size} processes: use fewer devices")
         self.length, self.size, self.seed, self.rank, self.world_size = length, size, seed, rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length // self.size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        epoch = self.epoch()
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
         for start in range(0, len(self) * self.size, self.size):
             part = order[start + self.rank : start + self.size : self.world_size]
-            yield [(self.epoch, index) for index in part.tolist()]
+            yield [(epoch, index) for index in part.tolist()]
 
 
 class EachOnce(Sampler[tuple[int, int]]):

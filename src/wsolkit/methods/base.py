@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -119,9 +120,14 @@ class WSOLModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook: one optimizer over two groups of parameters, one schedule stepping with it."""
-        settings = self.training_settings
+        settings, trainer = self.training_settings, self.trainer
+
+        def factor(step: int) -> float:
+            # Not `trainer.estimated_stepping_batches`: that starts to load data, before a resumed run knows its epoch.
+            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if step else 1
+            return settings.schedule(step / steps, trainer.max_epochs or 1)
+
         optimizer = settings.optimizer(weight_decay_groups(self, self.no_weight_decay))
-        factor = settings.schedule.per_step(self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
