@@ -80,7 +80,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"'{path}' holds pickled code, or is damaged; it is not read: {str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read, perhaps it was cut short ({error})") from error
+        reason = str(error).split(". ")[0]
+        raise CheckpointError(f"'{path}' cannot be read, perhaps it was cut short ({reason})") from error
     own = content.get("wsolkit") if isinstance(content, dict) else None
     if own is None:
         raise CheckpointError(f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`")

@@ -130,7 +130,7 @@ def explain(error: Exception) -> str:
 
 
 def _choices(wrong: str, options: Iterable[str]) -> str:
-    options = sorted(options)
+    options = sorted(option for option in options if not option.startswith("_"))
     close = difflib.get_close_matches(wrong, options, n=1)
     return (f" (did you mean '{close[0]}'?)" if close else "") + f"; choose from: {', '.join(options)}"
 
