@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+
+from wsolkit import load_config
+from wsolkit.build import build_protocols
+from wsolkit.localization.protocol import Protocol
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -101,3 +106,9 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test in an empty folder, so that runs leave nothing in the checkout."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def protocol(name: str, **changes: object) -> Protocol:
+    """The rules of `conf/protocol/<name>.yaml` for 224×224 pixels, some of them changed."""
+    cfg = load_config(f"protocol={name}", "dataset=listed", "dataset.root=none")
+    return dataclasses.replace(build_protocols(cfg)[name], **changes)  # type: ignore[arg-type]

@@ -49,8 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory left by the command."""
     folder = tmp_path_factory.mktemp("command")
     out = run("train", "method=ts_cam", *TINY, "hydra.run.dir=run", cwd=folder)
-    assert "ts_cam, vit_micro, shapes; thresholds selected on the held-out val split" in out
-    for line in ("maxboxacc", "center_box", "full_image", "PxAP", "Classification: Top-1"):
+    assert "ts_cam, vit_micro, shapes; checkpoint selected on the held-out val split" in out
+    for line in ("maxboxacc", "center_box", "gaussian", "full_image", "PxAP", "MaxBoxAcc,"):
         assert line in out
     return folder / "run"
 
@@ -69,6 +69,13 @@ def test_run_directory_holds_what_is_promised(trained: Path) -> None:
         assert values[f"{protocol}/gt_known_loc"] <= values[f"{protocol}/max_box_acc"]
         assert 0 <= values[f"{protocol}/peak_threshold"] <= 255
     assert values["top1_cls"] <= values["top5_cls"]
+    curves: Any = values
+    assert len(curves["maxboxacc/curves/gt_known_loc_50"]) == len(curves["maxboxacc/curves/threshold"]) == 1000
+    assert len(curves["class_names"]) == len(curves["maxboxacc/per_class/gt_known_loc"]) == 8
+    assert sum(curves["maxboxacc/iou_histogram"]) == 21
+    page = (trained / "report.html").read_text()
+    for text in ("red spots", f"{values['maxboxacc/max_box_acc']:.1f}", "num_thresholds", "vit_micro", "Worst", "Best"):
+        assert text in page, text
     assert (trained / "checkpoints" / "best.ckpt").is_file()
     assert (trained / "checkpoints" / "last.ckpt").is_file()
     assert (trained / "examples.png").read_bytes().startswith(b"\x89PNG")
@@ -283,6 +290,8 @@ def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert len(list((folder / "files" / "media" / "images").glob("examples_*.png"))) == 3
     content = next(folder.glob("*.wandb")).read_bytes()
+    for chart in ("threshold", "iou", "errors", "size", "pixels"):
+        assert list((folder / "files" / "media" / "images" / "charts" / "maxboxacc").glob(f"{chart}_*.png"))
     for key in (b"val/maxboxacc/max_box_acc", b"train/loss_epoch", b"test/top1_cls"):
         assert key in content
     assert (tmp_path / "metrics.csv").is_file()

@@ -19,6 +19,7 @@ from wsolkit.backbones.vit import normalization
 from wsolkit.config import arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.errors import ConfigError
+from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Training, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 
@@ -34,9 +35,33 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
     node = arguments(cfg.dataset)
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": instantiate(node["records"], _convert_="all")}
+    protocols = build_protocols(cfg).values()
     settings["held_out"] = node["held_out"] and cfg.selection == "val"
-    datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(**settings, mean=mean, std=std, seed=cfg.seed)
+    datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
+        **settings,
+        mean=mean,
+        std=std,
+        seed=cfg.seed,
+        uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
+    )
     return datamodule
+
+
+def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
+    """The protocols of `cfg.protocol` by name.
+
+    Raises:
+        ConfigError: a rule is wrong.
+    """
+    protocols: dict[str, Protocol] = {}
+    for name, rules in (cfg.get("protocol") or {}).items():
+        try:
+            protocols[str(name)] = locate(rules._target_, f"protocol.{name}.")(**arguments(rules))
+        except ConfigError as error:
+            raise ConfigError(f"protocol.{name}: {error}") from error
+    if not protocols:
+        raise ConfigError("protocol=[]: name one or more, such as protocol=[maxboxacc]")
+    return protocols
 
 
 def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
@@ -61,7 +86,7 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
         config=plain(cfg),
         class_names=class_names,
     )
-    evaluation = Evaluation({name: instantiate(rules, _convert_="all") for name, rules in cfg.protocol.items()})
+    evaluation = Evaluation(build_protocols(cfg), len(class_names))
     backbone = locate(cfg.backbone._target_, "backbone.")(**arguments(cfg.backbone))
     module: WSOLModule = locate(cfg.method._target_, "method.")(
         backbone=backbone,

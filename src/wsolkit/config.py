@@ -25,6 +25,14 @@ _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
 """The folder of YAML files: inside the package when installed from a wheel, beside `src` in a checkout."""
 
+
+def _by_dataset(name: str, values: Mapping[str, Any], default: Any) -> Any:
+    return values.get(name, default)
+
+
+# A paper's value for each data set, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.
+OmegaConf.register_new_resolver("by_dataset", _by_dataset, replace=True)
+
 # Said of a node for people and for interpolation; not an argument of the class that the node describes.
 _LABELS = {"name"}
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -142,7 +150,9 @@ class RunSettings(typing.TypedDict, total=False):
     selection: typing.Literal["val", "test"]
     monitor: str
     resume: str | None
-    checkpoint: str
+    checkpoint: str | None
+    score_maps: str | None
+    save_maps: str | None
     num_examples: int
 
 

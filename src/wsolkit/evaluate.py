@@ -1,7 +1,8 @@
-"""python -m wsolkit.evaluate checkpoint=PATH: evaluate a trained model and report.
+"""python -m wsolkit.evaluate: evaluate a trained model, or score maps that another program saved, and report.
 
-Method, backbone and data set are the checkpoint's. Another data set (`dataset=…`), another place for it
-(`dataset.root=…`) or other protocols (`protocol=…`) can be given.
+checkpoint=PATH: method, backbone and data set are the checkpoint's. Another data set (`dataset=…`), another place for
+it (`dataset.root=…`) or other protocols (`protocol=…`) can be given; `save_maps=DIR` writes the maps.
+score_maps=DIR dataset=…: the maps are read from files.
 """
 
 from __future__ import annotations
@@ -15,20 +16,38 @@ from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
 from wsolkit.train import finish, report, save_config, title
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning import Callback
     from omegaconf import DictConfig
+    from torch import Tensor
+
+    from wsolkit.data.dataset import WSOLDataset
+    from wsolkit.interop.score_maps import ScoreMaps
+    from wsolkit.types import EvaluationBatch
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Evaluate a checkpoint and report into a run directory; returns the metrics."""
+    """Evaluate a checkpoint or a folder of score maps and report into a run directory; returns the metrics."""
+    if cfg.score_maps is not None:
+        return evaluate_score_maps(cfg, folder)
+    return evaluate_checkpoint(cfg, folder)
+
+
+def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Evaluate `cfg.checkpoint`."""
     import lightning
     from hydra.core.hydra_config import HydraConfig
     from lightning.pytorch.callbacks import RichProgressBar
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
-    from wsolkit.reporting.pictures import ExamplePictures
+    from wsolkit.interop.score_maps import ScoreMaps
+    from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.reporting.pictures import Report
 
+    if cfg.checkpoint is None:
+        raise ConfigError("required and not given: checkpoint. Add checkpoint=…, or score_maps=DIR")
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
     check_config(cfg)
@@ -50,20 +69,107 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
     except RuntimeError as error:
         raise CheckpointError(f"'{checkpoint.path}' does not fit the model it names: {error}") from error
 
+    heading = title(cfg, checkpoint.config)
     loggers = build_loggers(cfg, folder)
-    callbacks: list[Callback] = [ExamplePictures(folder, cfg.num_examples, title(cfg))]
+    callbacks: list[Callback] = [Report(folder, cfg.num_examples, heading, cfg.method.name)]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     save_config(cfg, folder, trainer)
+    saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     try:
         if datamodule.held_out:
+            module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
             trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
+        module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
         trainer.test(module, datamodule, verbose=False)
     finally:
         finish(loggers)
-    report(cfg, module, trainer, folder)
+    if trainer.is_global_zero:
+        outcome = Outcome(module.results, module.curves)
+        report(folder, heading, cfg.method.name, datamodule, module.evaluation, outcome)
     return module.results
+
+
+def _writer(folder: ScoreMaps | None, dataset: WSOLDataset) -> Callable[[EvaluationBatch, list[Tensor]], None] | None:
+    """What writes the maps of a split's batches to files."""
+    if folder is None:
+        return None
+
+    def write(batch: EvaluationBatch, maps: list[Tensor]) -> None:
+        for index, score in zip(batch["index"].tolist(), maps, strict=True):
+            folder.write(dataset.records.name(index), score.cpu().numpy())
+
+    return write
+
+
+def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Evaluate the maps in `cfg.score_maps`."""
+    from rich.progress import track
+
+    from wsolkit.build import build_datamodule, build_protocols, quieten_libraries
+    from wsolkit.config import plain
+    from wsolkit.interop.score_maps import ScoreMaps
+    from wsolkit.metrics.evaluation import Evaluation, outcome
+    from wsolkit.reporting.pictures import write_report
+
+    if cfg.checkpoint is not None or cfg.save_maps is not None:
+        raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
+    if not Path(cfg.score_maps).is_dir():
+        raise ConfigError(
+            f"score_maps: there is no folder '{cfg.score_maps}'; it should hold a .npy file for each image"
+        )
+    check_config(cfg)
+    quieten_libraries()
+    protocols = build_protocols(cfg)
+    for setting in ("input", "resolution"):
+        values = {name: getattr(rules, setting) for name, rules in protocols.items()}
+        if len(set(values.values())) > 1:
+            raise ConfigError(
+                f"the maps in '{cfg.score_maps}' have one {setting}, but these protocols differ in it: "
+                f"{', '.join(f'{name} ({value})' for name, value in values.items())}. Evaluate them one by one"
+            )
+    datamodule = build_datamodule(cfg)
+    datamodule.setup("validate")
+    datamodule.setup("test")
+    evaluation = Evaluation(protocols, len(datamodule.dataset("test").records.classes))
+    maps = ScoreMaps(cfg.score_maps)
+
+    def read(batch: EvaluationBatch, dataset: WSOLDataset) -> list[Tensor]:
+        import torch
+
+        names = map(dataset.records.name, batch["index"].tolist())
+        sizes = evaluation.map_sizes(batch)
+        return [torch.from_numpy(maps.read(name, size)) for name, size in zip(names, sizes, strict=True)]
+
+    def evaluate_split(split: str) -> None:
+        dataset = datamodule.dataset(split)  # type: ignore[arg-type]
+        loader = datamodule.val_dataloader() if split == "val" else datamodule.test_dataloader()
+        for batch in track(loader, f"Evaluating {split}", disable=not cfg.trainer.enable_progress_bar):
+            evaluation.update_maps(batch, read(batch, dataset))
+
+    if datamodule.held_out:
+        evaluate_split("val")
+        evaluation.select(outcome(evaluation.compute()).results)
+        evaluation.reset()
+    evaluate_split("test")
+    result = outcome(evaluation.compute())
+    folder.mkdir(parents=True, exist_ok=True)
+    heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
+    test = datamodule.dataset("test")
+    write_report(
+        folder,
+        heading,
+        "score maps",
+        plain(cfg),
+        datamodule,
+        evaluation,
+        result,
+        lambda batch: (read(batch, test), [None] * len(batch["label"])),
+        cfg.num_examples,
+    )
+    report(folder, heading, "score maps", datamodule, evaluation, result)
+    return result.results
 
 
 def main() -> None:

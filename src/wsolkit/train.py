@@ -1,13 +1,13 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
-A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt and examples.png.
+A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsolkit.config import check_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
 
-    from wsolkit.methods.base import WSOLModule
+    from wsolkit.data.datamodule import WSOLDataModule
+    from wsolkit.metrics.evaluation import Evaluation, Outcome
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -27,7 +28,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, check_resumable
-    from wsolkit.reporting.pictures import ExamplePictures
+    from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.reporting.pictures import Report
 
     check_config(cfg)
     if cfg.resume is not None:
@@ -52,7 +54,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     last = ModelCheckpoint(
         folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    callbacks: list[Callback] = [best, last, ExamplePictures(folder, cfg.num_examples, title(cfg))]
+    callbacks: list[Callback] = [best, last, Report(folder, cfg.num_examples, title(cfg, cfg), cfg.method.name)]
     loggers = build_loggers(cfg, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
@@ -72,15 +74,22 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
     finally:
         finish(loggers)
-    report(cfg, module, trainer, folder)
+    if trainer.is_global_zero:
+        outcome = Outcome(module.results, module.curves)
+        report(folder, title(cfg, cfg), cfg.method.name, datamodule, module.evaluation, outcome)
     return module.results
 
 
-def title(cfg: DictConfig) -> str:
-    """What was run on what, and where its thresholds come from, in one line."""
-    held_out = cfg.dataset.held_out and cfg.selection == "val"
+def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
+    """What was run on what, and where the checkpoint was chosen, in one line.
+
+    Args:
+        cfg: settings of this run.
+        trained: settings of the run that the checkpoint is from.
+    """
+    held_out = trained["dataset"]["held_out"] and trained["selection"] == "val"
     selected = "the held-out val split" if held_out else "the reported split itself"
-    return f"{cfg.method.name}, {cfg.backbone.name}, {cfg.dataset.name}; thresholds selected on {selected}"
+    return f"{cfg.method.name}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
 
 
 def save_config(cfg: DictConfig, folder: Path, trainer: Trainer) -> None:
@@ -92,17 +101,21 @@ def save_config(cfg: DictConfig, folder: Path, trainer: Trainer) -> None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
-def report(cfg: DictConfig, module: WSOLModule, trainer: Trainer, folder: Path) -> None:
-    """Write metrics.json and print the table, once for all processes."""
+def report(
+    folder: Path, title: str, row: str, datamodule: WSOLDataModule, evaluation: Evaluation, outcome: Outcome
+) -> None:
+    """Write metrics.json and print the table."""
     from rich.console import Console
 
     from wsolkit.reporting.table import results_table, write_metrics
 
-    if trainer.is_global_zero:
-        write_metrics(module.results, folder / "metrics.json")
-        console = Console()
-        console.print(results_table(module.results, cfg.method.name, title(cfg)))
-        console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+    write_metrics(outcome, list(datamodule.dataset("test").records.classes), folder / "metrics.json")
+    table = results_table(outcome.results, evaluation.chosen_on(datamodule.held_out), row, title)
+    console = Console()
+    # Numbers that are cut off would be worse than long lines.
+    console.width = max(console.width, Console(width=400).measure(table).maximum)
+    console.print(table)
+    console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
 
 
 def finish(loggers: Sequence[Logger]) -> None:

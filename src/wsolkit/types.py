@@ -41,13 +41,16 @@ class EvaluationBatch(TrainingBatch):
 
     boxes: per image [n, 4] in pixels of the original image; size [B, 2]: width and height of the original image;
     mask: [B, H, W] uint8 (0, 1, 255) at the network's input size, or None where the data set has no masks;
-    index [B]: position in the split.
+    index [B]: position in the split; uncropped [B, 3, R, R] and uncropped_mask [B, R, R]: the image and mask of which
+    some protocols cut the network's input, or None where none does.
     """
 
     boxes: list[Boxes]
     size: Tensor
     mask: Tensor | None
     index: Tensor
+    uncropped: Tensor | None
+    uncropped_mask: Tensor | None
 
 
 PlainConfig = dict[str, Any]

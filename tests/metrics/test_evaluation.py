@@ -1,124 +1,374 @@
-"""One pass, every number: against a loop over images that decides each by itself."""
+"""One pass, every number: against plain OpenCV, image by image and threshold by threshold."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import protocol
 from wsolkit.localization import boxes_at_thresholds
-from wsolkit.localization.maps import min_max, upsample
+from wsolkit.localization.maps import central_crop, min_max, ten_crops
 from wsolkit.localization.protocol import Protocol
-from wsolkit.metrics.evaluation import Evaluation, baseline_map
+from wsolkit.metrics.boxes import BASELINES, CONDITIONS, NUM_EXTREMES
+from wsolkit.metrics.errors import ERRORS, localization_errors
+from wsolkit.metrics.evaluation import Evaluation, baseline_map, outcome
 from wsolkit.metrics.functional import box_iou
-from wsolkit.types import EvaluationBatch, Localization
+from wsolkit.types import Classes, EvaluationBatch, Localization
 
-SIZE, CLASSES, IMAGES = 32, 8, 24
-RULES = Protocol(SIZE, "bicubic", "largest", (0.3, 0.5, 0.7), 50)
+SIZE, RESIZE, CLASSES, IMAGES, WIDTH, HEIGHT = 32, 40, 8, 40, 64, 48
+NAMES = ("maxboxacc", "maxboxacc_v2", "ts_cam", "scm", "sat", "spa")
 
 
-def batch_of(start: int, end: int, with_masks: bool = True) -> tuple[Localization, EvaluationBatch, Tensor]:
-    """A part of 24 images of 64×48 pixels with one or two boxes, maps for all classes, and logits often wrong."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(IMAGES, CLASSES, generator=generator)
-    label = torch.randint(CLASSES, (IMAGES,), generator=generator)
-    maps = torch.rand(IMAGES, CLASSES, 8, 8, generator=generator)
+def rules(name: str, **changes: object) -> Protocol:
+    return protocol(name, resolution=SIZE, resize=RESIZE, num_thresholds=20, **changes)
+
+
+class Network:
+    """Stands for a method: its score maps and logits are the pixels of what it is shown."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def classify(self, image: Tensor) -> Tensor:
+        """Average over 8 strips: [B, 3, S, S] → [B, 8]."""
+        logits: Tensor = image[:, 0].unflatten(1, (8, -1)).mean(dim=(2, 3))
+        return logits
+
+    def maps(self, image: Tensor) -> Tensor:
+        """Maps of all classes [B, 8, 8, 8]."""
+        pooled = torch.nn.functional.avg_pool2d(image[:, 1], image.shape[-1] // 8)
+        return torch.stack([pooled.roll(shift, dims=2) for shift in (0, 0, 0, 1, 2, 3, 4, 5)], dim=1)
+
+    def localize(self, image: Tensor, classes: Classes) -> Localization:
+        self.calls += 1
+        logits = self.classify(image)
+        assert callable(classes)
+        chosen = classes(logits)
+        return Localization(logits, self.maps(image).gather(1, chosen[:, :, None, None].expand(-1, -1, 8, 8)))
+
+
+def batch_of(start: int, end: int, with_masks: bool = True, with_boxes: bool = True) -> EvaluationBatch:
+    """A part of 40 images of 64×48 pixels with one or two boxes, some brighter in them, labels often wrong."""
     rng = np.random.default_rng(0)
-    boxes = []
+    boxes, labels, images, uncropped = [], [], [], []
     for index in range(IMAGES):
         corners = rng.integers(0, [40, 30], (1 + index % 2, 2))
-        boxes.append(np.concatenate([corners, corners + rng.integers(8, 18, corners.shape)], axis=1))
-        x0, y0, x1, y1 = boxes[-1][0] / [8, 6, 8, 6]
-        maps[index, label[index], int(y0) : int(y1) + 1, int(x0) : int(x1) + 1] += 0.8  # maps that know something
-    mask = (torch.rand(IMAGES, SIZE, SIZE, generator=generator) < 0.2).to(torch.uint8)
+        boxes.append(np.concatenate([corners, corners + rng.integers(8, 24, corners.shape)], axis=1))
+        boxes[-1] = np.minimum(boxes[-1], [WIDTH - 1, HEIGHT - 1] * 2)
+        picture = rng.random((HEIGHT, WIDTH, 3))
+        for x0, y0, x1, y1 in boxes[-1][:1]:
+            picture[y0 : y1 + 1, x0 : x1 + 1, 1] += rng.uniform(0.2, 2)
+        images.append(torch.from_numpy(cv2.resize(picture, (SIZE, SIZE))).permute(2, 0, 1))
+        uncropped.append(torch.from_numpy(cv2.resize(picture, (RESIZE, RESIZE))).permute(2, 0, 1))
+        labels.append(int(rng.integers(CLASSES)))
+    logits = Network().classify(torch.stack(images).float())
+    for index in range(0, IMAGES, 3):
+        labels[index] = int(logits[index].argmax())
     part = slice(start, end)
-    batch: EvaluationBatch = {
-        "image": torch.empty(end - start, 3, SIZE, SIZE),
-        "label": label[part],
-        "boxes": boxes[part],
-        "size": torch.tensor([[64, 48]] * (end - start)),
-        "mask": mask[part] if with_masks else None,
+    masks = torch.from_numpy((rng.random((IMAGES, RESIZE, RESIZE)) < 0.2).astype(np.uint8))
+    return {
+        "image": torch.stack(images).float()[part],
+        "label": torch.tensor(labels)[part],
+        "boxes": [b if with_boxes else b[:0] for b in boxes[part]],
+        "size": torch.tensor([[WIDTH, HEIGHT]] * (end - start)),
+        "mask": masks[part, :SIZE, :SIZE] if with_masks else None,
         "index": torch.arange(start, end),
+        "uncropped": torch.stack(uncropped).float()[part],
+        "uncropped_mask": masks[part] if with_masks else None,
     }
-    return Localization(logits[part], maps[part]), batch, logits[part]
 
 
-def evaluate(evaluation: Evaluation, *parts: tuple[int, int], with_masks: bool = True) -> dict[str, float]:
-    for start, end in parts:
-        (logits, maps), batch, _ = batch_of(start, end, with_masks)
-        classes = evaluation.classes(logits, batch["label"])
-        chosen = maps.gather(1, classes[:, :, None, None].expand(-1, -1, 8, 8))
-        evaluation.update(Localization(logits, chosen), batch)
-    return {name: float(value) for name, value in evaluation.compute().items()}
+def run(evaluation: Evaluation, *parts: tuple[int, int], **options: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    network = Network()
+    for start, end in parts or ((0, IMAGES),):
+        evaluation.update(batch_of(start, end, **options), network.localize, network.classify)
+    return outcome(evaluation.compute())
 
 
-def by_hand(threshold: float) -> dict[str, float]:
-    """Each condition at δ = 0.5, image by image."""
-    (logits, maps), batch, _ = batch_of(0, IMAGES)
-    totals = dict.fromkeys(("gt_known_loc", "top1_loc", "top5_loc", "gt_known_loc_predicted_class"), 0)
+def plain_boxes(p: Protocol, score: Any, threshold: float) -> Any:
+    """All boxes at one threshold, by the rule as its paper words it."""
+    height, width = score.shape
+    if p.threshold_rule == "relative_8_bit":
+        grey = (score * 255).astype(np.uint8)
+        above = grey > int(threshold * grey.max())
+    else:
+        above = score.astype(float) > threshold if p.threshold_rule == "above" else score.astype(float) >= threshold
+    if not above.any():
+        full = [0, 0, width, height] if p.far_corner == "half_open" else [0, 0, width - 1, height - 1]
+        return np.array([{"zero": [0, 0, 0, 0], "one_pixel": [0, 0, 1, 1], "image": full}[p.empty]])
+    if p.component == "all_pixels":
+        rows, columns = np.nonzero(above)
+        return np.array([[columns.min(), rows.min(), columns.max(), rows.max()]])
+    if p.component == "most_pixels":
+        stats = cv2.connectedComponentsWithStats(above.astype(np.uint8), connectivity=8)[2][1:]
+        rectangles = [stats[stats[:, cv2.CC_STAT_AREA].argmax(), :4]]
+    else:
+        contours = cv2.findContours(above.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+        contours = contours if p.component == "all_outlines" else [max(contours, key=cv2.contourArea)]
+        rectangles = [cv2.boundingRect(contour) for contour in contours]
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in rectangles]
+    return np.minimum(boxes, [width - 1, height - 1] * 2) if p.far_corner == "clipped" else np.array(boxes)
+
+
+def by_hand(p: Protocol) -> dict[str, Any]:
+    """For each condition the share of right images at each threshold, and the error analysis."""
+    batch = batch_of(0, IMAGES)
+    image = batch["image"] if p.input == "resize" else central_crop(batch["uncropped"], SIZE)  # type: ignore[arg-type]
+    network = Network()
+    logits, maps = network.classify(image), network.maps(image)
+    if p.classification == "ten_crop":
+        crops = ten_crops(batch["uncropped"], SIZE)  # type: ignore[arg-type]
+        logits = torch.stack([network.classify(crop).softmax(1) for crop in crops]).mean(0)
+    right: dict[str, list[Any]] = {name: [] for name in CONDITIONS}
+    errors, ious = [], []
+    side = (HEIGHT, WIDTH) if p.frame == "original" else (SIZE, SIZE)
     for index in range(IMAGES):
-        truth = (batch["boxes"][index] * SIZE / np.array([64, 48, 64, 48])).astype(int)
         order = logits[index].argsort(descending=True).tolist()
         label = int(batch["label"][index])
+        truth = p.truth(batch["boxes"][index], WIDTH, HEIGHT)
 
-        def right(which: int, index: int = index, truth: np.ndarray = truth) -> bool:
-            score = min_max(upsample(maps[index, which][None], SIZE, "bicubic"))[0].numpy()
-            box = boxes_at_thresholds(score, np.array([threshold]), "largest")
-            return bool(box_iou(box, truth).max() >= 0.5)
+        def curve(which: int, index: int = index, truth: Any = truth) -> tuple[Any, list[Any]]:
+            score = p.localization_maps(maps[index, which][None], side)[0].numpy()
+            every = [plain_boxes(p, score, threshold) for threshold in p.thresholds]
+            overlaps = [box_iou(boxes, truth).max(axis=1) for boxes in every]
+            best = [boxes[overlap.argmax()] for boxes, overlap in zip(every, overlaps, strict=True)]
+            return np.array([overlap.max() for overlap in overlaps]), best
 
-        totals["gt_known_loc"] += right(label)
-        totals["gt_known_loc_predicted_class"] += right(order[0])
-        totals["top1_loc"] += right(label) and order[0] == label
-        totals["top5_loc"] += right(label) and label in order[:5]
-    return {name: 100 * count / IMAGES for name, count in totals.items()}
+        def judge(overlap: Any, comparison: str) -> Any:
+            return overlap >= 0.5 if comparison == "at_least" else overlap > 0.5
+
+        (own, boxes), (predicted, _) = curve(label), curve(order[0])
+        right["gt_known_loc"].append(judge(own, p.gt_known_comparison))
+        right["gt_known_loc_predicted_class"].append(judge(predicted, p.gt_known_comparison))
+        right["top1_loc"].append(judge(own, p.top_k_comparison) & (order[0] == label))
+        five = own if p.top5_map == "label" else predicted
+        right["top5_loc"].append(judge(five, p.top_k_comparison) & (label in order[:5]))
+        kinds = localization_errors(np.array(boxes), truth)
+        errors.append(kinds if order[0] == label else np.full(len(kinds), ERRORS.index("cls")))
+        ious.append(own)
+    curves = {name: 100 * np.mean(rows, axis=0) for name, rows in right.items()}
+    top = [100 * np.mean([int(batch["label"][i]) in row for i, row in enumerate(logits.topk(k).indices.tolist())]) for k in (1, 5)]  # fmt: skip
+    return curves | {"errors": np.array(errors), "ious": np.array(ious), "top1_cls": top[0], "top5_cls": top[1]}
 
 
-def test_conditions_are_those_decided_image_by_image() -> None:
-    values = evaluate(Evaluation({"p": RULES}), (0, 10), (10, 24))
-    expected = by_hand(values["p/threshold"])
-    assert {name: values[f"p/{name}"] for name in expected} == pytest.approx(expected)
-    assert 0 < expected["top1_loc"] < expected["top5_loc"] < expected["gt_known_loc"] < 100
-    assert expected["gt_known_loc_predicted_class"] != expected["gt_known_loc"]
-    assert values["p/gt_known_loc"] == values["p/max_box_acc"] == values["p/max_box_acc_50"]
+@pytest.mark.parametrize("name", NAMES)
+def test_every_protocol_is_what_plain_opencv_gives(name: str) -> None:
+    p = rules(name)
+    results, curves = run(Evaluation({name: p}, CLASSES), (0, 10), (10, 11), (11, 40))
+    expected = by_hand(p)
+    own = "gt_known_loc_predicted_class" if name == "scm" else "gt_known_loc"
+    main = int(expected[own].argmax())
+    assert results[f"{name}/threshold"] == p.thresholds[main]
+    for condition in CONDITIONS:
+        alone = name == "scm" and condition != "gt_known_loc"
+        at = int(expected[condition].argmax()) if alone else main
+        assert results[f"{name}/{condition}"] == pytest.approx(expected[condition][at])
+        key = "gt_known_loc_50" if condition == "gt_known_loc" else condition
+        assert curves[f"{name}/curves/{key}"] == pytest.approx(expected[condition])
+    assert results[f"{name}/max_box_acc"] == pytest.approx(expected["gt_known_loc"].max())
+    for kind, error in enumerate(ERRORS):
+        share = 100 * np.mean(expected["errors"][:, main] == kind)
+        assert results[f"{name}/error_{error}"] == pytest.approx(share)
+    ious = expected["ious"][:, main]
+    assert results[f"{name}/iou_median"] == pytest.approx(100 * np.sort(ious)[(IMAGES - 1) // 2], abs=0.051)
+    assert curves[f"{name}/iou_histogram"] == np.bincount((ious * 100).clip(max=99).astype(int), minlength=100).tolist()
+    assert [results[f"{name}/top{k}_cls"] for k in (1, 5)] == pytest.approx(
+        [expected["top1_cls"], expected["top5_cls"]]
+    )
+    assert curves[f"{name}/worst_images"] == sorted(range(IMAGES), key=lambda i: (round(ious[i], 9), i))[:NUM_EXTREMES]
+    assert curves[f"{name}/best_images"] == sorted(range(IMAGES), key=lambda i: (-round(ious[i], 9), i))[:NUM_EXTREMES]
+
+
+def test_the_cases_differ() -> None:
+    """The data above tells the rules apart."""
+    expected = by_hand(rules("maxboxacc"))
+    at = int(expected["gt_known_loc"].argmax())
+    assert 0 < expected["top1_loc"][at] < expected["top5_loc"][at] < expected["gt_known_loc"][at] < 100
+    assert expected["gt_known_loc_predicted_class"][at] != expected["gt_known_loc"][at]
+    assert len({tuple(by_hand(rules(name))["gt_known_loc"]) for name in NAMES}) == len(NAMES)
+    assert len(np.unique(expected["errors"])) >= 4
+
+
+def test_several_protocols_in_one_pass_are_what_each_gives_alone() -> None:
+    together, curves = run(Evaluation({name: rules(name) for name in NAMES}, CLASSES))
+    for name in NAMES:
+        alone, alone_curves = run(Evaluation({name: rules(name)}, CLASSES))
+        assert {key: together[key] for key in alone if "/" in key} == pytest.approx(
+            {key: value for key, value in alone.items() if "/" in key}, nan_ok=True
+        )
+        for key, values in alone_curves.items():
+            np.testing.assert_array_equal(curves[key], values, err_msg=key)
+
+
+def test_the_network_sees_each_input_once() -> None:
+    network = Network()
+    evaluation = Evaluation({name: rules(name) for name in NAMES}, CLASSES)
+    evaluation.update(batch_of(0, 4), network.localize, network.classify)
+    assert network.calls == 2  # resized, and the centre of the larger one
+
+
+def test_table_by_class_is_that_of_its_images() -> None:
+    results, curves = run(Evaluation({"p": rules("maxboxacc")}, CLASSES))
+    label = batch_of(0, IMAGES)["label"].numpy()
+    images = np.array(curves["p/per_class/images"])
+    assert images.tolist() == np.bincount(label, minlength=CLASSES).tolist()
+    for metric in ("gt_known_loc", "top1_loc", "top1_cls"):
+        shares = np.nan_to_num(curves[f"p/per_class/{metric}"])
+        assert (shares * images).sum() / IMAGES == pytest.approx(results[f"p/{metric}"])
 
 
 def test_threshold_selected_elsewhere_is_the_one_reported_at() -> None:
-    evaluation = Evaluation({"p": RULES})
-    evaluation.thresholds = {"p": 0.3, "other": 0.1}
-    assert evaluation.thresholds == {"p": 0.3}
-    values = evaluate(evaluation, (0, 24))
-    assert values["p/threshold"] == 0.3
-    assert values["p/gt_known_loc"] == pytest.approx(by_hand(0.3)["gt_known_loc"])
-    assert values["p/max_box_acc"] >= values["p/gt_known_loc"]  # still the best over all thresholds
+    evaluation = Evaluation({"p": rules("maxboxacc"), "scm": rules("scm")}, CLASSES)
+    evaluation.thresholds = {"p/gt_known_loc": 0.3, "scm/top1_loc": 0.6, "other/top1_loc": 0.1}
+    assert evaluation.thresholds == {"p/gt_known_loc": 0.3, "scm/top1_loc": 0.6}
+    results, _ = run(evaluation)
+    assert results["p/threshold"] == pytest.approx(0.3)
+    assert results["p/gt_known_loc"] == pytest.approx(by_hand(rules("maxboxacc"))["gt_known_loc"][6])
+    assert results["p/top1_loc"] == pytest.approx(by_hand(rules("maxboxacc"))["top1_loc"][6])
+    assert results["scm/top1_loc"] == pytest.approx(by_hand(rules("scm"))["top1_loc"][12])
+    assert results["p/max_box_acc"] >= results["p/gt_known_loc"]  # still the best over all thresholds
+
+
+def test_selection_takes_over_the_best_thresholds() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc"), "scm": rules("scm")}, CLASSES)
+    results, _ = run(evaluation)
+    evaluation.select(results)
+    chosen = evaluation.thresholds
+    assert {chosen[f"p/{condition}"] for condition in CONDITIONS} == {results["p/threshold"]}
+    assert chosen["scm/top5_loc"] == results["scm/threshold_top5_loc"]
+    assert evaluation.chosen_on(held_out=True) == {"p": "val", "scm": "val"}
+    assert evaluation.chosen_on(held_out=False) == {"p": "test", "scm": "test"}
+
+
+def test_fixed_and_test_selected_thresholds_ignore_the_other_split() -> None:
+    protocols = {"fixed": rules("maxboxacc", threshold=0.4), "best": rules("maxboxacc", selection="test")}
+    evaluation = Evaluation(protocols, CLASSES)
+    evaluation.thresholds = {"fixed/gt_known_loc": 0.1, "best/gt_known_loc": 0.1}
+    results, _ = run(evaluation)
+    assert results["fixed/threshold"] == pytest.approx(0.4)
+    assert results["best/gt_known_loc"] == results["best/max_box_acc"]
+    assert evaluation.chosen_on(held_out=True) == {"fixed": "fixed", "best": "test"}
 
 
 def test_numbers_do_not_depend_on_batches_and_are_forgotten_on_reset() -> None:
-    evaluation = Evaluation({"p": RULES})
-    whole = evaluate(evaluation, (0, 24))
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    whole = run(evaluation)
     evaluation.reset()
-    assert evaluate(evaluation, (0, 7), (7, 8), (8, 24)) == whole
+    again = run(evaluation, (0, 7), (7, 8), (8, 40))
+    assert again[0] == pytest.approx(whole[0])
+    for key, values in whole[1].items():
+        np.testing.assert_array_equal(again[1][key], values, err_msg=key)
 
 
-def test_without_masks_there_are_no_pixel_metrics() -> None:
-    values = evaluate(Evaluation({"p": RULES}), (0, 24), with_masks=False)
-    assert "p/max_box_acc" in values
-    assert not [name for name in values if "pxap" in name or "peak" in name]
-    assert set(evaluate(Evaluation({"p": RULES}), (0, 24))) >= set(Evaluation({"p": RULES}).names)
+def test_without_masks_there_are_no_pixel_metrics_and_without_boxes_no_others() -> None:
+    with_both = run(Evaluation({"p": rules("maxboxacc")}, CLASSES))[0]
+    assert set(with_both) >= set(Evaluation({"p": rules("maxboxacc")}, CLASSES).names)
+    boxes = run(Evaluation({"p": rules("maxboxacc")}, CLASSES), with_masks=False)[0]
+    masks = run(Evaluation({"p": rules("maxboxacc")}, CLASSES), with_boxes=False)[0]
+    assert not [name for name in boxes if "pxap" in name or "peak" in name]
+    assert not [name for name in masks if "loc" in name or "error" in name]
+    assert with_both == boxes | masks
+
+
+def test_images_without_boxes_are_left_out_of_box_metrics() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    network = Network()
+    batch = batch_of(0, IMAGES)
+    for index in range(1, IMAGES, 2):
+        batch["boxes"][index] = np.zeros((0, 4), np.int64)
+    evaluation.update(batch, network.localize, network.classify)
+    results, curves = outcome(evaluation.compute())
+    assert sum(curves["p/per_class/images"]) == IMAGES / 2
+    expected = by_hand(rules("maxboxacc"))
+    assert results["p/top1_cls"] == pytest.approx(expected["top1_cls"])  # counts all
+
+
+def test_mask_iou_by_size_is_that_of_each_image() -> None:
+    p = rules("maxboxacc")
+    results, curves = run(Evaluation({"p": p}, CLASSES))
+    batch = batch_of(0, IMAGES)
+    maps = p.localization_maps(Network().maps(batch["image"])[range(IMAGES), batch["label"]])
+    above = maps.double() >= results["p/peak_threshold"] / 255
+    assert batch["mask"] is not None
+    truth = batch["mask"].eq(1)
+    iou = ((above & truth).sum((1, 2)) / (above | truth).sum((1, 2))).numpy()
+    expected = np.zeros((20, 20))
+    share = truth.float().mean((1, 2)).numpy()
+    np.add.at(expected, ((share * 20).astype(int), (iou * 20).astype(int)), 1)
+    assert curves["p/mask_iou_by_size"] == expected.tolist()
+    assert results["p/peak_iou"] == pytest.approx(100 * float((above & truth).sum() / (above | truth).sum()))
+
+
+def test_maps_of_another_program_give_what_the_network_s_own_maps_give() -> None:
+    p = rules("maxboxacc")
+    saved: list[Tensor] = []
+    own = Evaluation({"p": p}, CLASSES)
+    own.on_maps = lambda batch, maps: saved.extend(maps)
+    expected, expected_curves = run(own)
+    assert saved[0].shape == (SIZE, SIZE)
+    other = Evaluation({"p": p}, CLASSES)
+    other.update_maps(batch_of(0, 25), saved[:25])
+    other.update_maps(batch_of(25, IMAGES), saved[25:])
+    results, curves = outcome(other.compute())
+    assert "top1_cls" not in results
+    assert "p/top1_loc" not in results
+    shared = {name for name in results if "error" not in name}
+    assert {name: results[name] for name in shared} == pytest.approx({name: expected[name] for name in shared})
+    assert curves["p/curves/gt_known_loc_50"] == expected_curves["p/curves/gt_known_loc_50"]
+    assert results["p/error_cls"] == 0
+    assert sum(results[f"p/error_{name}"] for name in ERRORS) == pytest.approx(100)
+
+
+def test_maps_may_be_at_the_original_size_where_they_are_judged_there() -> None:
+    evaluation = Evaluation({"spa": rules("spa")}, CLASSES)
+    assert evaluation.map_sizes(batch_of(0, 1)) == [{(SIZE, SIZE), (HEIGHT, WIDTH)}]
+    evaluation.update_maps(batch_of(0, 2), [torch.rand(SIZE, SIZE), torch.rand(HEIGHT, WIDTH)])
+    assert outcome(evaluation.compute()).results["spa/gt_known_loc"] >= 0
+    both = Evaluation({"spa": rules("spa"), "scm": rules("scm")}, CLASSES)
+    assert both.map_sizes(batch_of(0, 1)) == [{(SIZE, SIZE)}]
 
 
 def test_baselines_are_what_their_names_say() -> None:
     full = boxes_at_thresholds(baseline_map("full_image", 32), np.arange(0, 1, 0.1), "largest")
     assert full.tolist() == [[0, 0, 31, 31]] * 10
-    centred = boxes_at_thresholds(baseline_map("center_box", 32), np.arange(0, 1, 0.1), "largest")
-    widths = centred[:, 2] - centred[:, 0]
-    assert (centred[:, :2].sum(axis=1) - centred[:, [1, 0]].sum(axis=1) == 0).all()
-    assert (np.diff(widths) < 0).all()
-    assert np.abs(centred[1:, [0, 1]] + centred[1:, [2, 3]] - 32).max() <= 1  # around the centre
+    for name in ("center_box", "gaussian"):
+        centred = boxes_at_thresholds(baseline_map(name, 32), np.arange(0, 1, 0.1), "largest")
+        widths = centred[:, 2] - centred[:, 0]
+        assert (np.diff(widths) <= 0).all()
+        assert widths[0] > 29
+        assert widths[-1] < 9
+        assert np.abs(centred[1:, [0, 1]] + centred[1:, [2, 3]] - 32).max() <= 1  # around the centre
+    rows = np.arange(32) - 15.5
+    assert np.corrcoef(np.log(baseline_map("gaussian", 32)[0]), rows**2)[0, 1] == pytest.approx(-1)
 
-    values = evaluate(Evaluation({"p": RULES}), (0, 24))
-    (_, _), batch, _ = batch_of(0, IMAGES)
-    truth = [(boxes * SIZE / np.array([64, 48, 64, 48])).astype(int) for boxes in batch["boxes"]]
-    covers = np.mean([box_iou(np.array([[0, 0, 31, 31]]), boxes).max() >= 0.3 for boxes in truth])
-    assert values["p/full_image/max_box_acc_30"] == pytest.approx(100 * covers)
-    assert values["p/full_image/pxap"] == pytest.approx(100 * float(torch.as_tensor(batch["mask"]).float().mean()))
+
+@pytest.mark.parametrize("name", NAMES)
+def test_baselines_are_judged_by_the_same_rules(name: str) -> None:
+    p = rules(name)
+    results, curves = run(Evaluation({name: p}, CLASSES))
+    batch = batch_of(0, IMAGES)
+    side = (HEIGHT, WIDTH) if p.frame == "original" else (SIZE, SIZE)
+    for baseline in BASELINES:
+        score = cv2.resize(baseline_map(baseline, SIZE).astype(np.float32), side[::-1], interpolation=cv2.INTER_LINEAR)
+        right = []
+        for boxes in batch["boxes"]:
+            truth = p.truth(boxes, WIDTH, HEIGHT)
+            overlap = [box_iou(plain_boxes(p, score, threshold), truth).max() for threshold in p.thresholds]
+            right.append(np.array(overlap) >= 0.5 if p.gt_known_comparison == "at_least" else np.array(overlap) > 0.5)
+        assert curves[f"{name}/{baseline}/curves/gt_known_loc_50"] == pytest.approx(100 * np.mean(right, axis=0))
+        assert results[f"{name}/{baseline}/max_box_acc"] == pytest.approx(100 * np.mean(right, axis=0).max())
+    if p.input == "resize":
+        assert results[f"{name}/full_image/pxap"] == pytest.approx(100 * float(batch["mask"].float().mean()))  # type: ignore[union-attr]
+
+
+def test_constant_map_is_legal_and_an_outcome_like_any_other() -> None:
+    constant = min_max(torch.full((1, 8, 8), 3.0))[0]
+    for name in NAMES:
+        evaluation = Evaluation({name: rules(name)}, CLASSES)
+        evaluation.update_maps(batch_of(0, 1), [torch.nn.functional.pad(constant, (0, 24, 0, 24))])
+        assert outcome(evaluation.compute()).results[f"{name}/error_correct"] in (0, 100)

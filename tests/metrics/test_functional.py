@@ -4,9 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from wsolkit.localization.boxes import threshold_grid, trace_boxes
+from wsolkit.localization.boxes import (
+    MAXBOXACC,
+    MAXBOXACC_V2,
+    best_iou,
+    grey_levels,
+    matched_boxes,
+    threshold_grid,
+)
 from wsolkit.metrics import MaxBoxAccuracy, PeakIoU, PixelAveragePrecision, TopKAccuracy
-from wsolkit.metrics.functional import box_iou, correct_at_thresholds, in_top_k, pixel_histogram
+from wsolkit.metrics.functional import (
+    box_iou,
+    histogram_median,
+    in_top_k,
+    max_box_accuracy,
+    pixel_histogram,
+    pixel_iou,
+    precision_recall,
+)
 
 
 def test_iou_counts_both_corners_as_inside() -> None:
@@ -32,20 +47,42 @@ def test_any_box_may_match_any_ground_truth() -> None:
     score_map[0:10, 0:10] = 1.0
     score_map[20:45, 20:45] = 0.6
     small, large = np.array([[0, 0, 10, 10]]), np.array([[20, 20, 45, 45]])
-    traced = trace_boxes(score_map, threshold_grid(10))
-    for truth, select, expected in (
-        (large, "largest", [True] * 6 + [False] * 4),  # above 0.6 only the small square is left
-        (small, "largest", [False] * 6 + [True] * 4),
-        (small, "all", [True] * 10),
-        (large, "all", [True] * 6 + [False] * 4),
+    levels = grey_levels(score_map, threshold_grid(10))
+    for truth, rule, expected in (
+        (large, MAXBOXACC, [True] * 6 + [False] * 4),  # above 0.6 only the small square is left
+        (small, MAXBOXACC, [False] * 6 + [True] * 4),
+        (small, MAXBOXACC_V2, [True] * 10),
+        (large, MAXBOXACC_V2, [True] * 6 + [False] * 4),
     ):
-        assert correct_at_thresholds(traced, truth, select, (0.8,)).tolist() == [expected]  # type: ignore[arg-type]
+        assert (matched_boxes(levels, rule, truth)[1] >= 0.8).tolist() == expected
+
+
+def test_compiled_iou_is_that_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 200, (300, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(0, 60, (300, 2))], axis=1)
+    assert best_iou(boxes[:200], boxes[200:]).tolist() == box_iou(boxes[:200], boxes[200:]).max(axis=1).tolist()
+
+
+def test_best_is_sought_among_the_admissible_thresholds() -> None:
+    correct, thresholds = torch.tensor([[9, 1, 2, 8]]), threshold_grid(4)
+    values = max_box_accuracy(correct, torch.tensor(10), (0.5,), thresholds, np.array([False, True, True, False]))
+    assert (values["max_box_acc"].item(), values["threshold"].item()) == (20, 0.5)
+
+
+def test_median_of_a_histogram() -> None:
+    values = np.random.default_rng(0).random(2001)
+    counts = torch.from_numpy(np.bincount((values * 1000).astype(int), minlength=1000))
+    assert histogram_median(counts).item() == pytest.approx(np.median(values), abs=5e-4)
+    upper = histogram_median(counts, start=500).item()
+    assert upper == pytest.approx(np.median(values[values >= 0.5]), abs=1e-3)
+    assert histogram_median(torch.zeros(10)).isnan()
 
 
 def test_histogram_bins_are_closed_below_and_open_above() -> None:
     scores = torch.tensor([[[0.0, 0.25, 0.5, 0.7499999, 1.0, 0.3]]])
     masks = torch.tensor([[[0, 0, 1, 1, 1, 255]]], dtype=torch.uint8)
-    background, objects = pixel_histogram(scores, masks, 4).tolist()
+    background, objects = pixel_histogram(scores, masks, 4)[0].tolist()
     assert background == [1, 1, 0, 0, 0, 0]
     assert objects == [0, 0, 2, 0, 1, 0]
 
@@ -74,6 +111,10 @@ def test_pixel_metrics_equal_their_definition() -> None:
     assert precision.compute().item() == pytest.approx(100 * area)
     iou, threshold = peak.compute().tolist()
     assert iou == pytest.approx(100 * best[2])
+    at = round(best[3] * 1000)
+    assert pixel_iou(peak.histogram)[at].item() == pytest.approx(100 * best[2])
+    curves = precision_recall(peak.histogram)
+    assert [curve[at].item() for curve in curves] == pytest.approx([100 * best[1], 100 * best[0]])
     assert threshold == pytest.approx(255 * best[3])
 
 

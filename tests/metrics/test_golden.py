@@ -9,20 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, protocol
 from wsolkit.localization import boxes_at_thresholds
-from wsolkit.localization.protocol import Protocol
 from wsolkit.metrics import MaxBoxAccuracy, PixelAveragePrecision
 
 DELTAS = (30, 50, 70)
 
 
 def ground_truth(golden: Any) -> list[Any]:
-    rules = Protocol(224, "bicubic", "largest", (0.5,), 1000)
+    rules = protocol("maxboxacc")
     sizes = golden["image_sizes"]
-    return [
-        rules.scale_boxes(golden["gt_boxes"][golden["gt_index"] == i], *sizes[i].tolist()) for i in range(len(sizes))
-    ]
+    return [rules.truth(golden["gt_boxes"][golden["gt_index"] == i], *sizes[i].tolist()) for i in range(len(sizes))]
 
 
 def test_boxes_equal_the_reference_at_every_threshold() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from wsolkit.cores import available_cores
 from wsolkit.data.dataset import (
     EachOnce,
     GlobalBatches,
@@ -38,6 +38,7 @@ class WSOLDataModule(LightningDataModule):
         held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
+        uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class WSOLDataModule(LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        uncropped: bool,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -70,6 +72,7 @@ class WSOLDataModule(LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self._read = records
+        self.uncropped = uncropped
         self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
 
@@ -91,7 +94,10 @@ class WSOLDataModule(LightningDataModule):
             transform = Transform(
                 self.resize if train else self.image_size, self.image_size, train, self.mean, self.std
             )
-            dataset = WSOLDataset(self._read(split), transform, self.seed)
+            uncropped = None
+            if self.uncropped and not train:
+                uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
+            dataset = WSOLDataset(self._read(split), transform, self.seed, uncropped)
             if len(dataset) == 0:
                 raise DataError(f"the {split} split is empty")
             self._datasets[split] = dataset
@@ -166,8 +172,3 @@ class WSOLDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             **options,  # type: ignore[arg-type]
         )
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,10 @@ from wsolkit.types import Boxes, EvaluationBatch, Mask, TrainingBatch
 
 
 class Sample(TypedDict):
-    """One image: transformed, with `boxes` and `mask` carried along, and its original boxes and size (w, h)."""
+    """One image: transformed, with `boxes` and `mask` carried along, and its original boxes and size (w, h).
+
+    uncropped, uncropped_mask: the same after the second transform, where there is one.
+    """
 
     image: Tensor
     label: int
@@ -27,6 +30,8 @@ class Sample(TypedDict):
     mask: Mask | None
     original_boxes: Boxes
     size: tuple[int, int]
+    uncropped: Tensor | None
+    uncropped_mask: Mask | None
 
 
 class WSOLDataset(Dataset[Sample]):
@@ -34,12 +39,19 @@ class WSOLDataset(Dataset[Sample]):
 
     Indices are pairs (epoch, position): the augmentation of a sample depends on them and the seed alone, so it is the
     same whatever the number of workers and processes, and different in every epoch.
+
+    Args:
+        records: of the split.
+        transform: from an image as read to what the network takes.
+        seed: of the augmentations.
+        uncropped: a second transform of the same image.
     """
 
-    def __init__(self, records: Records, transform: Transform, seed: int) -> None:
+    def __init__(self, records: Records, transform: Transform, seed: int, uncropped: Transform | None = None) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
+        self.uncropped = uncropped
 
     def __len__(self) -> int:
         return len(self.records.labels)
@@ -51,6 +63,7 @@ class WSOLDataset(Dataset[Sample]):
             raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {image.shape[:2]}")
         boxes = self.records.boxes(index)
         transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index))
+        second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0)
         return {
             "image": transformed.image,
             "label": int(self.records.labels[index]),
@@ -59,6 +72,8 @@ class WSOLDataset(Dataset[Sample]):
             "mask": transformed.mask,
             "original_boxes": boxes,
             "size": self.records.size(index) or (image.shape[1], image.shape[0]),
+            "uncropped": None if second is None else second.image,
+            "uncropped_mask": None if second is None else second.mask,
         }
 
 
@@ -72,15 +87,22 @@ def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
 
 def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
     """Collate what losses and metrics need."""
-    masks = [sample["mask"] for sample in samples]
-    present = [torch.from_numpy(mask) for mask in masks if mask is not None]
+    uncropped = [sample["uncropped"] for sample in samples if sample["uncropped"] is not None]
     return {
         **training_batch(samples),
         "boxes": [sample["original_boxes"] for sample in samples],
         "size": torch.tensor([sample["size"] for sample in samples]),
-        "mask": torch.stack(present) if len(present) == len(masks) else None,
+        "mask": _stack_masks([sample["mask"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
+        "uncropped": torch.stack(uncropped) if uncropped else None,
+        "uncropped_mask": _stack_masks([sample["uncropped_mask"] for sample in samples]),
     }
+
+
+def _stack_masks(masks: Sequence[Mask | None]) -> Tensor | None:
+    """Stack the masks of a batch; None unless every image has one."""
+    present = [torch.from_numpy(mask) for mask in masks if mask is not None]
+    return torch.stack(present) if len(present) == len(masks) else None
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):

@@ -1,44 +1,90 @@
-"""Boxes around what a score map holds above a threshold, as the MaxBoxAcc evaluation draws them.
+"""Boxes around what a score map holds above each threshold, by the rules of the papers' evaluations.
 
-Source: Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020. The map is truncated
-to 8 bits, compared with int(τ · its maximum), and the outlines that OpenCV finds become boxes. Only 256 binary maps
-exist, however many thresholds are asked for, so each is traced once.
+A map is first cut into levels, so that "above threshold number i" is "level > c" for some whole number c. MaxBoxAcc
+(Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020) truncates it to 8 bits and
+compares with int(τ · its maximum): only 256 binary maps exist, however many thresholds there are. Other rules compare
+the map itself with τ; the levels then count the thresholds that a pixel passes. `components` finds what lies above all
+of them in one pass. The results are those of OpenCV 5.0.0, threshold by threshold, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+import itertools
+from typing import Any, Literal, NamedTuple, overload
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from wsolkit.localization.components import (
+    AREA_GAIN,
+    HIGH,
+    LOW,
+    PIXEL_GAIN,
+    compiled,
+    components,
+    fill_holes,
+    highest_rank,
+    holes,
+    opencv_order,
+    pad,
+)
 from wsolkit.types import Boxes
 
+Component = Literal["largest_outline", "all_outlines", "most_pixels", "all_pixels"]
+FarCorner = Literal["clipped", "half_open", "inclusive"]
+Empty = Literal["zero", "one_pixel", "image"]
 Select = Literal["largest", "all"]
 FloatArray = npt.NDArray[np.floating]
 
+_LARGEST_OUTLINE, _ALL_OUTLINES, _MOST_PIXELS, _ALL_PIXELS = range(4)
+_COMPONENTS: dict[str, int] = {
+    "largest_outline": _LARGEST_OUTLINE,
+    "all_outlines": _ALL_OUTLINES,
+    "most_pixels": _MOST_PIXELS,
+    "all_pixels": _ALL_PIXELS,
+}
+_CLIPPED, _HALF_OPEN, _INCLUSIVE = range(3)
+_FAR_CORNERS: dict[str, int] = {"clipped": _CLIPPED, "half_open": _HALF_OPEN, "inclusive": _INCLUSIVE}
+GREY_LEVELS = 256
+_MAX_SIDE = 32767
 
-class TracedBoxes(NamedTuple):
-    """Boxes of every outline of every distinct binary map.
 
-    boxes: per distinct map [n, 4]; areas: per distinct map [n], OpenCV's contour area;
-    which [T]: which distinct map a threshold gives.
+class BoxRule(NamedTuple):
+    """How what is above a threshold becomes boxes.
+
+    component: around the outline with the largest `cv2.contourArea` (of equals, the one that OpenCV lists first);
+    around each outline, those of holes included; around the 8-connected component with the most pixels (of equals,
+    the first in raster order); or one box around all pixels.
+    far_corner: "inclusive": the last pixel in the box; "half_open": one past it; "clipped": one past it, but at most
+    W − 1 and H − 1.
+    empty: the box where nothing is above: [0, 0, 0, 0], [0, 0, 1, 1], or the whole image.
     """
 
-    boxes: list[Boxes]
-    areas: list[npt.NDArray[np.float64]]
-    which: npt.NDArray[np.int64]
+    component: Component
+    far_corner: FarCorner
+    empty: Empty
 
-    def select(self, select: Select) -> list[Boxes]:
-        """Boxes per distinct map: the one with the "largest" outline, or "all"."""
-        if select == "all":
-            return self.boxes
-        if select != "largest":
-            raise ValueError(f"select={select!r}: expected 'largest' or 'all'")
-        # argmax takes the first of equals, as max() over OpenCV's list does.
-        return [boxes[[areas.argmax()]] for boxes, areas in zip(self.boxes, self.areas, strict=True)]
+    def empty_box(self, height: int, width: int) -> npt.NDArray[np.int64]:
+        """The box [4] of a map of this size with nothing above the threshold."""
+        if self.empty != "image":
+            return np.array([0, 0, 0, 0] if self.empty == "zero" else [0, 0, 1, 1], np.int64)
+        past = int(self.far_corner == "half_open")
+        return np.array([0, 0, width - 1 + past, height - 1 + past], np.int64)
+
+
+MAXBOXACC = BoxRule("largest_outline", "clipped", "zero")
+MAXBOXACC_V2 = BoxRule("all_outlines", "clipped", "zero")
+
+
+class Levels(NamedTuple):
+    """A map in whole numbers: above threshold number i is where level > cuts[i].
+
+    level [H, W] uint8 or uint16, at most `num_levels`; cuts [T], below `num_levels`.
+    """
+
+    level: npt.NDArray[np.unsignedinteger]
+    cuts: npt.NDArray[np.int64]
+    num_levels: int
 
 
 def threshold_grid(num_thresholds: int) -> npt.NDArray[np.float64]:
@@ -46,35 +92,29 @@ def threshold_grid(num_thresholds: int) -> npt.NDArray[np.float64]:
     return np.arange(0, 1, 1 / num_thresholds)[:num_thresholds]
 
 
-def trace_boxes(score_map: FloatArray, thresholds: FloatArray) -> TracedBoxes:
-    """Outline what lies above each threshold.
+def grey_cuts(peak: int, thresholds: FloatArray) -> npt.NDArray[np.int64]:
+    """int(τ · peak), truncated, of a map in 8 bits with this maximum; nothing is above the highest level."""
+    return np.minimum(np.asarray(thresholds, dtype=np.float64) * peak, GREY_LEVELS - 1).astype(np.int64)
 
-    Args:
-        score_map: [H, W] in [0, 1].
-        thresholds: τ [T] in [0, 1), relative to the map's maximum.
 
-    Returns:
-        boxes as x0, y0, x1, y1 in pixels, x1 and y1 one past the last pixel but at most W − 1 and H − 1, as the
-        reference has it; [0, 0, 0, 0] with area 0 where nothing is above the threshold.
+def grey_levels(score_map: FloatArray, thresholds: FloatArray) -> Levels:
+    """Levels by the rule of MaxBoxAcc: a map [H, W] in [0, 1], truncated to 8 bits, above int(τ · its maximum).
 
     Raises:
-        ValueError: the map is not two-dimensional, or has values outside [0, 1] or NaN.
+        ValueError: the map is not two-dimensional, is empty, or has values outside [0, 1] or NaN; or a threshold is
+            below 0 or NaN.
     """
     score_map = np.asarray(score_map)
-    if score_map.ndim != 2:
-        raise ValueError(f"score map of shape {score_map.shape}: expected [H, W]")
+    if not (np.asarray(thresholds) >= 0).all():
+        raise ValueError(f"thresholds from {np.min(thresholds)}: expected [0, 1], relative to the map's maximum")
+    if score_map.ndim != 2 or 0 in score_map.shape or max(score_map.shape) > _MAX_SIDE:
+        raise ValueError(f"score map of shape {score_map.shape}: expected [H, W], up to {_MAX_SIDE} pixels a side")
     if not (score_map.min() >= 0 and score_map.max() <= 1):  # written so that NaN fails too
         raise ValueError(
             f"score map with values from {score_map.min()} to {score_map.max()}: expected [0, 1], min-max it first"
         )
     grey = (score_map * 255).astype(np.uint8)
-    peak = int(grey.max())
-    cuts = (np.asarray(thresholds, dtype=np.float64) * peak).astype(np.int64)  # int(τ · max): truncated
-    # A cut between two values that occur gives the same binary map as the lower of them: trace each such map once.
-    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    distinct, index = np.unique(np.searchsorted(values, cuts, side="right"), return_inverse=True)
-    traced = [_outline(grey, int(values[k - 1]) if k else -1) for k in distinct]
-    return TracedBoxes([boxes for boxes, _ in traced], [areas for _, areas in traced], index.astype(np.int64))
+    return Levels(grey, grey_cuts(int(grey.max()), thresholds), GREY_LEVELS)
 
 
 @overload
@@ -88,25 +128,165 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: L
 def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: Select) -> Boxes | list[Boxes]:
     """Boxes at each of T thresholds, by the rules of MaxBoxAcc ("largest") or MaxBoxAccV2 ("all").
 
-    Args, box convention and errors: see `trace_boxes`.
+    Args:
+        score_map: [H, W] in [0, 1].
+        thresholds: τ [T] in [0, 1], relative to the map's maximum.
 
     Returns:
-        [T, 4] for "largest"; a list of T arrays [n, 4] for "all", in OpenCV's order, outlines of holes included.
+        boxes as x0, y0, x1, y1 in pixels, x1 and y1 one past the last pixel but at most W − 1 and H − 1, as the
+        reference has it; [0, 0, 0, 0] where nothing is above the threshold. [T, 4] for "largest"; a list of T arrays
+        [n, 4] for "all", in OpenCV's order, outlines of holes included.
+
+    Raises:
+        ValueError: see `grey_levels`.
     """
-    traced = trace_boxes(score_map, thresholds)
-    chosen = traced.select(select)
+    if select not in ("largest", "all"):
+        raise ValueError(f"select={select!r}: expected 'largest' or 'all'")
+    levels = grey_levels(score_map, thresholds)
+    height, width = levels.level.shape
     if select == "largest":
-        return np.concatenate(chosen)[traced.which]
-    return [chosen[k] for k in traced.which]
+        empty = MAXBOXACC.empty_box(height, width)
+        boxes: Boxes = _level_boxes(
+            _whole(levels.level), levels.num_levels, _LARGEST_OUTLINE, _CLIPPED, empty, empty[None]
+        )
+        return boxes[levels.cuts]
+    listed, start = _listed_boxes(_whole(levels.level), levels.num_levels)
+    edges = start.tolist()
+    each = [listed[a:b] for a, b in itertools.pairwise(edges)]
+    nothing = MAXBOXACC_V2.empty_box(height, width)[None]
+    return [each[c] if len(each[c]) else nothing for c in levels.cuts.tolist()]
 
 
-def _outline(grey: npt.NDArray[np.uint8], cut: int) -> tuple[Boxes, npt.NDArray[np.float64]]:
-    height, width = grey.shape
-    binary = (grey > cut).astype(np.uint8)
-    contours: Sequence[npt.NDArray[np.int32]] = cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
-    if not contours:
-        return np.zeros((1, 4), np.int64), np.zeros(1)
-    corners = np.array([cv2.boundingRect(contour) for contour in contours], dtype=np.int64)  # x, y, w, h
-    corners[:, 2] = np.minimum(corners[:, 0] + corners[:, 2], width - 1)
-    corners[:, 3] = np.minimum(corners[:, 1] + corners[:, 3], height - 1)
-    return corners, np.array([cv2.contourArea(contour) for contour in contours])
+def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, npt.NDArray[np.float64]]:
+    """At each threshold the box, or with all outlines the one that overlaps some true box most, and its best IoU.
+
+    Args:
+        levels: of a map [H, W].
+        truth: ground-truth boxes [n, 4], n ≥ 1, in pixels of the map.
+
+    Returns:
+        boxes [T, 4] and the highest IoU with any true box [T], see `iou`.
+    """
+    empty = rule.empty_box(*levels.level.shape)
+    component, far_corner = _COMPONENTS[rule.component], _FAR_CORNERS[rule.far_corner]
+    truth = np.ascontiguousarray(truth, np.int64)
+    boxes = _level_boxes(_whole(levels.level), levels.num_levels, component, far_corner, empty, truth)
+    overlap = best_iou(boxes, truth)
+    return boxes[levels.cuts], overlap[levels.cuts]
+
+
+def _whole(level: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint16]:
+    """Levels of one type and layout, since functions are compiled for each."""
+    return np.ascontiguousarray(level, np.uint16)
+
+
+@compiled
+def iou(box: Any, other: Any) -> float:
+    """IoU of two boxes [4] of whole numbers. Both corners are inside a box: its width is x1 − x0 + 1."""
+    width = min(box[2], other[2]) - max(box[0], other[0]) + 1
+    height = min(box[3], other[3]) - max(box[1], other[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+    other_area = (other[2] - other[0] + 1) * (other[3] - other[1] + 1)
+    return float(width * height / (area + other_area - width * height))
+
+
+@compiled
+def best_iou(boxes: Any, truth: Any) -> Any:
+    """Highest IoU of each box [m, 4] with any of [n, 4]: [m]."""
+    best = np.zeros(len(boxes))
+    for b in range(len(boxes)):
+        for t in range(len(truth)):
+            best[b] = max(best[b], iou(boxes[b], truth[t]))
+    return best
+
+
+@compiled
+def _level_boxes(level: Any, count: int, component: int, far_corner: int, empty: Any, truth: Any) -> Any:
+    """One box for each threshold 0 <= c < count: [count, 4]; `truth` [n, 4] decides among all outlines."""
+    boxes = np.empty((count, 4), np.int64)
+    boxes[:] = empty
+    if component == _ALL_PIXELS:
+        nodes = _all_pixels(level, count)
+        chosen = np.where(nodes[:, 0] < level.shape[1], np.arange(count), -1)
+    else:
+        padded = pad(level)
+        if component == _ALL_OUTLINES:
+            nodes = _outlines(padded, fill_holes(padded), count)
+        elif component == _LARGEST_OUTLINE:  # the area in an outline is that of the component with its holes filled
+            nodes = components(fill_holes(padded), count, AREA_GAIN)[0]
+            chosen = highest_rank(nodes, count, True)  # OpenCV lists the one that it finds last first
+        else:
+            nodes = components(padded, count, PIXEL_GAIN)[0]
+            chosen = highest_rank(nodes, count, False)
+    _set_far_corner(nodes, far_corner, level.shape[0], level.shape[1])
+    if component == _ALL_OUTLINES:
+        chosen = _highest_overlap(nodes, count, truth)
+    for c in range(count):
+        if chosen[c] >= 0:
+            boxes[c] = nodes[chosen[c], :4]
+    return boxes
+
+
+@compiled
+def _all_pixels(level: Any, count: int) -> Any:
+    """A box [count, 4] around {level > c} for each c; where it is empty, x0 is the width."""
+    height, width = level.shape
+    boxes = np.empty((count, 4), np.int32)
+    boxes[:] = np.array([width, height, -1, -1], np.int32)
+    for y in range(height):
+        for x in range(width):
+            if level[y, x] > 0:
+                box = boxes[level[y, x] - 1]
+                box[0] = min(box[0], x)
+                box[1] = min(box[1], y)
+                box[2] = max(box[2], x)
+                box[3] = max(box[3], y)
+    for c in range(count - 2, -1, -1):
+        boxes[c, :2] = np.minimum(boxes[c, :2], boxes[c + 1, :2])
+        boxes[c, 2:] = np.maximum(boxes[c, 2:], boxes[c + 1, 2:])
+    return boxes
+
+
+@compiled
+def _outlines(padded: Any, filled: Any, count: int) -> Any:
+    return np.concatenate((components(padded, count, PIXEL_GAIN)[0], holes(padded, filled, count)[0]))
+
+
+@compiled
+def _highest_overlap(nodes: Any, count: int, truth: Any) -> Any:
+    """At each threshold 0 <= c < count, the node that overlaps some true box most; -1 where there is none."""
+    best = np.full(count, -1.0)
+    chosen = np.full(count, -1, np.int64)
+    overlap = best_iou(nodes, truth)
+    for n in range(len(nodes)):
+        for c in range(nodes[n, LOW], nodes[n, HIGH]):
+            if overlap[n] > best[c]:
+                best[c] = overlap[n]
+                chosen[c] = n
+    return chosen
+
+
+@compiled
+def _listed_boxes(level: Any, count: int) -> Any:
+    """The boxes of all outlines at each threshold 0 <= c < count, in OpenCV's order; and where each one's start."""
+    padded = pad(level)
+    filled = fill_holes(padded)
+    outer, inner = components(padded, count, PIXEL_GAIN), holes(padded, filled, count)
+    nodes = np.concatenate((outer[0], inner[0]))
+    _set_far_corner(nodes, _CLIPPED, level.shape[0], level.shape[1])
+    rows, start = opencv_order(outer, inner, filled, count)
+    return nodes[rows, :4].astype(np.int64), start
+
+
+@compiled
+def _set_far_corner(boxes: Any, far_corner: int, height: int, width: int) -> None:
+    """Turn the last pixel inside into the far corner."""
+    if far_corner != _INCLUSIVE:
+        for box in boxes:
+            box[2] += 1
+            box[3] += 1
+            if far_corner == _CLIPPED:
+                box[2] = min(box[2], width - 1)
+                box[3] = min(box[3], height - 1)

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
-def min_max(maps: Tensor) -> Tensor:
-    """Scale each map [..., H, W] to [0, 1] over space; a constant map becomes 0."""
+
+def min_max(maps: Tensor, epsilon: float = 0) -> Tensor:
+    """Scale each map [..., H, W] to [0, 1] over space; a constant map becomes 0.
+
+    Args:
+        epsilon: added to the range that is divided by, as some released code does.
+    """
     low = maps.amin(dim=(-2, -1), keepdim=True)
-    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low + epsilon
     return (maps - low) / span.masked_fill(span == 0, 1)
 
 
-def upsample(maps: Tensor, size: int, interpolation: Literal["bicubic", "bilinear"]) -> Tensor:
-    """Resize maps [B, H, W] to [B, size, size], corners not aligned (as OpenCV does)."""
-    return F.interpolate(maps[:, None], size=(size, size), mode=interpolation, align_corners=False)[:, 0]
+def upsample(maps: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """Resize maps [B, h, w] to size (H, W), corners not aligned (as OpenCV does): [B, H, W]."""
+    if maps.shape[-2:] == size:
+        return maps
+    aligned = None if interpolation == "nearest" else False
+    return F.interpolate(maps[:, None], size=size, mode=interpolation, align_corners=aligned)[:, 0]
+
+
+def central_crop(images: Tensor, size: int) -> Tensor:
+    """Cut the central square out of images [..., H, W]: [..., size, size]."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def ten_crops(images: Tensor, size: int) -> Sequence[Tensor]:
+    """Four corners and the centre of images [B, 3, H, W], and their mirror images: ten of [B, 3, size, size]."""
+    ends = slice(size), slice(-size, None)
+    crops = [images[..., rows, columns] for rows in ends for columns in ends] + [central_crop(images, size)]
+    return crops + [crop.flip(-1) for crop in crops]

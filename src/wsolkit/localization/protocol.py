@@ -7,43 +7,166 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from wsolkit.errors import ConfigError
-from wsolkit.localization.boxes import Select
-from wsolkit.localization.maps import min_max, upsample
+from wsolkit.localization.boxes import (
+    GREY_LEVELS,
+    BoxRule,
+    Component,
+    Empty,
+    FarCorner,
+    Levels,
+    grey_cuts,
+    threshold_grid,
+)
+from wsolkit.localization.maps import Interpolation, min_max, upsample
 from wsolkit.types import Boxes
+
+Input = Literal["resize", "center_crop"]
+Comparison = Literal["at_least", "above"]
+WhoseMap = Literal["label", "predicted"]
+
+_GRID_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How score maps and ground truth are brought together.
+    """How an image, its ground truth and its score map are brought together, and what counts as right.
 
     Args:
-        resolution: side of the square in pixels to which maps and ground truth are scaled.
-        interpolation: of the maps, before min-max.
-        select: which outlines become boxes: the one of "largest" area, or "all" of them.
-        iou_thresholds: δ; a box is right if its IoU with some ground-truth box is at least δ.
-        num_thresholds: size of the grid of thresholds τ.
+        input: the network sees the image resized to `resolution`, or resized to `resize` and its centre cut out.
+        resolution, resize: sides in pixels of the network's input, and of the image it is cut out of.
+        frame: maps and ground truth meet at the network's "input", or at the "original" size of the image.
+        far_corner_shift: added to x1 and y1 of the ground truth at its original size.
+        clip_truth: whether ground truth beyond the last pixel is moved on to it.
+        interpolation, min_max, epsilon: how maps are enlarged, whether they are scaled to [0, 1] before or after, and
+            what is added to the range then.
+        threshold_rule: "relative_8_bit": the map truncated to 8 bits is above int(τ · its maximum); "above": the map
+            is > τ; "from": it is >= τ.
+        component, far_corner, empty: see `BoxRule`.
+        num_thresholds: size n of the grid of thresholds τ = 0, 1/n, …, (n − 1)/n.
+        threshold: the τ of a paper or of one's own; None: the best one is chosen, by GT-known Loc.
+        threshold_range: first and last τ among which is chosen.
+        threshold_per: one τ for the "protocol", or the best for each "metric".
+        selection: where τ is chosen: "val": the held-out split, if there is one; "test": the reported split itself.
+        iou_thresholds: δ; 0.5 must be among them.
+        gt_known_comparison, top_k_comparison: an IoU of just δ is right ("at_least") or not ("above"), for GT-known and
+            MaxBoxAcc, and for Top-1 and Top-5 Loc.
+        gt_known_map: whose map the source calls GT-known, the label's or the predicted class's; τ is chosen by it.
+        top5_map: Top-5 Loc takes the box from the label's map, or from the predicted class's for all five classes.
+        classification: logits of the "single" input, or the mean of the softmax over "ten_crop".
     """
 
+    input: Input
     resolution: int
-    interpolation: Literal["bicubic", "bilinear"]
-    select: Select
-    iou_thresholds: Sequence[float]
+    resize: int
+    frame: Literal["input", "original"]
+    far_corner_shift: int
+    clip_truth: bool
+    interpolation: Interpolation
+    min_max: Literal["before_upsampling", "after_upsampling"]
+    epsilon: float
+    threshold_rule: Literal["relative_8_bit", "above", "from"]
+    component: Component
+    far_corner: FarCorner
+    empty: Empty
     num_thresholds: int
+    threshold: float | None
+    threshold_range: Sequence[float]
+    threshold_per: Literal["protocol", "metric"]
+    selection: Literal["val", "test"]
+    iou_thresholds: Sequence[float]
+    gt_known_comparison: Comparison
+    top_k_comparison: Comparison
+    gt_known_map: WhoseMap
+    top5_map: WhoseMap
+    classification: Literal["single", "ten_crop"]
 
     def __post_init__(self) -> None:
         if self.resolution < 1 or self.num_thresholds < 1:
             raise ConfigError("a protocol's resolution and num_thresholds must be 1 or more")
+        if self.input == "center_crop" and self.resize < self.resolution:
+            raise ConfigError(
+                f"a protocol's resize={self.resize} is smaller than its resolution={self.resolution}: nothing can be "
+                "cut out of it"
+            )
         if 0.5 not in self.iou_thresholds:
             raise ConfigError(f"a protocol's iou_thresholds must contain 0.5, got {list(self.iou_thresholds)}")
+        low, high = self.threshold_range if len(self.threshold_range) == 2 else (1, 0)
+        if not self.admissible.any():
+            raise ConfigError(
+                f"a protocol's threshold_range={list(self.threshold_range)}: expected first and last of a range that "
+                f"holds a multiple of 1/num_thresholds = {1 / self.num_thresholds:g} below 1, got {low} to {high}"
+            )
+        if self.threshold is not None and self.index_of(self.threshold) is None:
+            raise ConfigError(
+                f"a protocol's threshold={self.threshold}: expected a multiple of 1/num_thresholds = "
+                f"{1 / self.num_thresholds:g} in [0, 1), or null to choose the best"
+            )
 
-    def localization_maps(self, maps: Tensor) -> Tensor:
-        """Raw score maps [B, h, w] → localization maps [B, R, R] in [0, 1], float32."""
-        return min_max(upsample(maps.float(), self.resolution, self.interpolation))
+    @property
+    def thresholds(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """The grid of τ [T]."""
+        return threshold_grid(self.num_thresholds)
 
-    def scale_boxes(self, boxes: Boxes, width: int, height: int) -> Boxes:
-        """Ground-truth boxes [n, 4] in pixels of the original image → in pixels of the square, truncated."""
-        scaled = np.asarray(boxes) * self.resolution // np.array([width, height, width, height])
-        return np.asarray(scaled, np.int64)
+    @property
+    def admissible(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of the grid may be chosen: bool [T]."""
+        if len(self.threshold_range) != 2:
+            return np.zeros(self.num_thresholds, bool)
+        low, high = self.threshold_range
+        return (self.thresholds >= low - _GRID_TOLERANCE) & (self.thresholds <= high + _GRID_TOLERANCE)
+
+    def index_of(self, threshold: float) -> int | None:
+        """The place of τ in the grid; None if it is not on it."""
+        nearest = int(np.abs(self.thresholds - threshold).argmin())
+        return nearest if abs(self.thresholds[nearest] - threshold) < _GRID_TOLERANCE else None
+
+    @property
+    def box_rule(self) -> BoxRule:
+        """How what is above a threshold becomes boxes."""
+        return BoxRule(self.component, self.far_corner, self.empty)
+
+    @property
+    def map_rule(self) -> tuple[object, ...]:
+        """Protocols that agree in this have the same `localization_maps`."""
+        return self.input, self.resolution, self.resize, self.interpolation, self.min_max, self.epsilon
+
+    def localization_maps(self, maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Raw score maps [B, h, w] → localization maps in [0, 1], float32.
+
+        Args:
+            size: height and width of the result; None: the resolution of the network's input.
+        """
+        maps = maps.float()
+        side = size or (self.resolution, self.resolution)
+        if self.min_max == "before_upsampling":
+            return upsample(min_max(maps, self.epsilon), side, self.interpolation)
+        return min_max(upsample(maps, side, self.interpolation), self.epsilon)
+
+    def levels(self, maps: Tensor) -> list[Levels]:
+        """Cut localization maps [B, H, W] in [0, 1] into levels, on the device they are on, one entry a map."""
+        if self.threshold_rule == "relative_8_bit":
+            grey = (maps * 255).to(torch.uint8).cpu().numpy()
+            return [Levels(g, grey_cuts(int(g.max()), self.thresholds), GREY_LEVELS) for g in grey]
+        if maps.device.type == "mps":  # no float64 there, and thresholds need it
+            maps = maps.cpu()
+        grid = torch.from_numpy(self.thresholds).to(maps.device)
+        # The number of thresholds that each pixel passes.
+        passed = torch.bucketize(maps.double(), grid, right=self.threshold_rule == "from", out_int32=True)
+        cuts = np.arange(self.num_thresholds)
+        return [Levels(level, cuts, self.num_thresholds) for level in passed.cpu().numpy().astype(np.uint16)]
+
+    def truth(self, boxes: Boxes, width: int, height: int) -> Boxes:
+        """Ground-truth boxes [n, 4] in pixels of the original image → in pixels of the map, truncated."""
+        boxes = np.asarray(boxes, np.int64) + np.array([0, 0, self.far_corner_shift, self.far_corner_shift])
+        sides = np.array([width, height, width, height])
+        last = np.array([width, height] * 2) - 1
+        if self.frame == "input":
+            boxes = boxes * (self.resize if self.input == "center_crop" else self.resolution) // sides
+            if self.input == "center_crop":
+                boxes = boxes - (self.resize - self.resolution) // 2
+            last[:] = self.resolution - 1
+        return np.clip(boxes, 0, last) if self.clip_truth else boxes

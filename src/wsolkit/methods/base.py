@@ -13,7 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 import wsolkit
-from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.metrics.evaluation import Evaluation, outcome
 from wsolkit.optim import Schedule, weight_decay_groups
 from wsolkit.seeding import derive_seed
 from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
@@ -53,7 +53,9 @@ class WSOLModule(LightningModule, ABC):
         self.evaluation = evaluation
         self.no_weight_decay = tuple(no_weight_decay)
         self.results: dict[str, float] = {}
-        """Metrics of the latest validation or test pass, by name."""
+        """Numbers of the latest validation or test pass, by name."""
+        self.curves: dict[str, list[Any]] = {}
+        """Curves and tables of that pass, by name."""
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
@@ -94,29 +96,25 @@ class WSOLModule(LightningModule, ABC):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Lightning's hook: localize and count."""
-        label = batch["label"]
-        localization = self.localize(batch["image"], lambda logits: self.evaluation.classes(logits, label))
-        self.evaluation.update(localization, batch)
+        self.evaluation.update(batch, self.localize, self)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Lightning's hook: log the metrics as `val/…`, and select the thresholds that were best."""
         self.evaluation.thresholds = {}
-        values = self._log_evaluation("val")
-        names = self.evaluation.protocols
-        self.evaluation.thresholds = {n: values[f"{n}/threshold"] for n in names if f"{n}/threshold" in values}
+        self._log_evaluation("val")
+        self.evaluation.select(self.results)
 
     def on_test_epoch_end(self) -> None:
         """Lightning's hook: log the metrics as `test/…`, at the thresholds selected in validation, if any."""
         self._log_evaluation("test")
 
-    def _log_evaluation(self, stage: str) -> dict[str, float]:
+    def _log_evaluation(self, stage: str) -> None:
         computed = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise
         self.evaluation.reset()
-        self.results = {name: float(value) for name, value in computed.items()}
+        self.results, self.curves = outcome(computed)
         self.log_dict({f"{stage}/{name}": value for name, value in self.results.items()})
-        return self.results
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook: one optimizer over two groups of parameters, one schedule stepping with it."""

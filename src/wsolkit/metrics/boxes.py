@@ -1,9 +1,9 @@
-"""MaxBoxAcc (Choe et al., CVPR 2020; V2 from its journal version)."""
+"""Box metrics: MaxBoxAcc (Choe et al., CVPR 2020; V2 from its journal version), and all that papers report of boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,22 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wsolkit.localization.boxes import Select, threshold_grid, trace_boxes
-from wsolkit.metrics.functional import correct_at_thresholds, max_box_accuracy
+from wsolkit.localization.boxes import MAXBOXACC, MAXBOXACC_V2, grey_levels, matched_boxes, threshold_grid
+from wsolkit.localization.protocol import Comparison, Protocol
+from wsolkit.metrics.errors import CLS, ERRORS
+from wsolkit.metrics.functional import histogram_median, max_box_accuracy
 from wsolkit.types import Boxes
+
+BASELINES = ("center_box", "gaussian", "full_image")
+
+# Under which condition a box counts: always; with the map of the predicted class instead of the label's; if the label
+# is the first, or among the first five predictions. Those after the first need a classification.
+CONDITIONS = ("gt_known_loc", "gt_known_loc_predicted_class", "top1_loc", "top5_loc")
+
+IOU_BINS = 1000
+REPORTED_IOU_BINS = 100
+NUM_EXTREMES = 12
+_NO_IMAGE = torch.iinfo(torch.int64).max
 
 
 class MaxBoxAccuracy(Metric):
@@ -39,7 +52,7 @@ class MaxBoxAccuracy(Metric):
         super().__init__()
         if select not in ("largest", "any"):
             raise ValueError(f"select={select!r}: expected 'largest' or 'any'")
-        self.select: Select = "largest" if select == "largest" else "all"
+        self.rule = MAXBOXACC if select == "largest" else MAXBOXACC_V2
         self.iou_thresholds = tuple(iou_thresholds)
         self.thresholds = threshold_grid(num_thresholds)
         shape = (len(self.iou_thresholds), num_thresholds)
@@ -62,18 +75,222 @@ class MaxBoxAccuracy(Metric):
         for number, ground_truth in enumerate(boxes):
             if np.ndim(ground_truth) != 2 or np.shape(ground_truth)[0] == 0 or np.shape(ground_truth)[1] != 4:
                 raise ValueError(f"boxes of image {number} have shape {np.shape(ground_truth)}: expected [n, 4], n ≥ 1")
-        if len(maps):
-            verdicts = [
-                correct_at_thresholds(trace_boxes(m, self.thresholds), np.asarray(b), self.select, self.iou_thresholds)
-                for m, b in zip(maps, boxes, strict=True)
-            ]
-            self.correct += torch.from_numpy(np.sum(verdicts, axis=0)).to(self.correct.device)
-            self.total += len(verdicts)
+        if len(maps) == 0:
+            return
+        levels = [grey_levels(score_map, self.thresholds) for score_map in maps]
+        truths = [np.asarray(ground_truth, np.int64) for ground_truth in boxes]
+        ious = np.stack([matched_boxes(part, self.rule, truth)[1] for part, truth in zip(levels, truths, strict=True)])
+        right = ious >= np.asarray(self.iou_thresholds)[:, None, None]  # [B, T] → [δ, B, T]
+        self.correct += torch.from_numpy(right.sum(axis=1)).to(self.correct.device)
+        self.total += len(maps)
 
     def counts(self) -> Tensor:
         """Correct images [δ, τ] of what this process has seen."""
         return self.correct
 
     def compute(self) -> dict[str, Tensor]:
-        """Percentages from 0 to 100, and the best threshold in [0, 1): see `max_box_accuracy`."""
+        """Percentages from 0 to 100, and the best thresholds in [0, 1): see `max_box_accuracy`."""
         return max_box_accuracy(self.correct, self.total, self.iou_thresholds, self.thresholds)
+
+
+class Verdicts(NamedTuple):
+    """What is known of the boxes of B images at each of T thresholds.
+
+    image, label [B]: position in the split, and class; iou [B, T]: of the box from the label's map; error [B, T]: see
+    `localization_errors`; baseline_iou [baselines, B, T]. Where there is a classification: predicted_iou [B, T]: of
+    the box from the map of the predicted class; top1, top5 [B]: whether the label is the first, or among the first
+    five.
+    """
+
+    image: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    iou: npt.NDArray[np.float64]
+    error: npt.NDArray[np.uint8]
+    baseline_iou: npt.NDArray[np.float64]
+    predicted_iou: npt.NDArray[np.float64] | None
+    top1: npt.NDArray[np.bool_] | None
+    top5: npt.NDArray[np.bool_] | None
+
+
+class BoxEvaluation(Metric):
+    """Boxes of a method, and of the baselines, under one protocol.
+
+    The state is tables of counts of fixed size that sum across processes.
+
+    Args:
+        protocol: its rules.
+        num_classes: for the table by class.
+
+    Attributes:
+        selected: thresholds τ chosen on another split, by condition; {}: the best ones on this split.
+    """
+
+    correct: Tensor
+    images: Tensor
+    classified: Tensor
+    errors: Tensor
+    ious: Tensor
+    class_images: Tensor
+    class_top1: Tensor
+    class_correct: Tensor
+    extremes: Tensor
+
+    def __init__(self, protocol: Protocol, num_classes: int) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.selected: dict[str, float] = {}
+        deltas, steps = len(protocol.iou_thresholds), protocol.num_thresholds
+
+        def table(name: str, *shape: int) -> None:
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+        table("correct", len(CONDITIONS) + len(BASELINES), deltas, steps)
+        table("images")
+        table("classified")
+        table("errors", steps, len(ERRORS))
+        table("ious", steps, IOU_BINS)
+        table("class_images", num_classes)
+        table("class_top1", num_classes)
+        table("class_correct", 2, num_classes, steps)  # GT-known and Top-1 Loc at δ = 0.5
+        # The images of lowest and of highest IoU at each threshold, packed by `_pack`.
+        none = torch.full((2, steps, NUM_EXTREMES), _NO_IMAGE)
+        self.add_state("extremes", none, dist_reduce_fx=_merge_extremes)
+
+    def update(self, verdicts: Verdicts) -> None:
+        """Count a batch."""
+        rules, device = self.protocol, self.correct.device
+        deltas = np.asarray(rules.iou_thresholds)[:, None, None]
+        half = list(rules.iou_thresholds).index(0.5)
+
+        def right(iou: npt.NDArray[np.float64], comparison: Comparison) -> npt.NDArray[np.bool_]:
+            return iou >= deltas if comparison == "at_least" else iou > deltas  # [B, T] → [δ, B, T]
+
+        gt_known = right(verdicts.iou, rules.gt_known_comparison)
+        rows = [gt_known]
+        error = verdicts.error
+        label = torch.from_numpy(verdicts.label).to(device)
+        if verdicts.top1 is not None and verdicts.top5 is not None and verdicts.predicted_iou is not None:
+            by_label = right(verdicts.iou, rules.top_k_comparison)
+            by_predicted = right(verdicts.predicted_iou, rules.top_k_comparison)
+            top1_loc = by_label & verdicts.top1[:, None]
+            rows += [
+                right(verdicts.predicted_iou, rules.gt_known_comparison),
+                top1_loc,
+                (by_label if rules.top5_map == "label" else by_predicted) & verdicts.top5[:, None],
+            ]
+            error = np.where(verdicts.top1[:, None], error, np.uint8(CLS))
+            self.classified += len(label)
+            self.class_top1 += _sum_by(label, verdicts.top1[:, None], len(self.class_top1))[:, 0]
+            self.class_correct[1] += _sum_by(label, top1_loc[half], len(self.class_top1))
+        for row, outcome in enumerate(rows):
+            self.correct[row] += torch.from_numpy(outcome.sum(axis=1)).to(device)
+        for row, iou in enumerate(verdicts.baseline_iou, start=len(CONDITIONS)):
+            self.correct[row] += torch.from_numpy(right(iou, rules.gt_known_comparison).sum(axis=1)).to(device)
+        self.images += len(label)
+        self.class_images += torch.bincount(label, minlength=len(self.class_images))
+        self.class_correct[0] += _sum_by(label, gt_known[half], len(self.class_images))
+        _count_in_rows(self.errors, error)
+        _count_in_rows(self.ious, np.minimum(verdicts.iou * IOU_BINS, IOU_BINS - 1))
+        packed = torch.from_numpy(_pack(verdicts.iou, verdicts.image)).to(device)
+        self.extremes = _merge_extremes(torch.stack([self.extremes, _padded(packed)]))
+
+    def chosen(self, condition: str) -> int:
+        """The place in the grid of the threshold at which a condition of `CONDITIONS` is reported."""
+        rules = self.protocol
+        own = "gt_known_loc_predicted_class" if rules.gt_known_map == "predicted" else "gt_known_loc"
+        if rules.threshold_per == "protocol" or condition == "gt_known_loc":
+            condition = own
+        if not int(self.classified):
+            condition = "gt_known_loc"
+        threshold = rules.threshold
+        if threshold is None and rules.selection == "val":
+            threshold = self.selected.get(condition)
+        if threshold is not None:
+            return int(np.abs(rules.thresholds - threshold).argmin())
+        half = list(rules.iou_thresholds).index(0.5)
+        counts = self.correct[CONDITIONS.index(condition), half].cpu()
+        return int(counts.masked_fill(~torch.from_numpy(rules.admissible), -1).argmax())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Metrics by name, float64: scalars; and curves [T], tables by class [C] and the IoU histogram [100].
+
+        Percentages from 0 to 100, thresholds in [0, 1). Empty where no image had a box.
+        """
+        if not int(self.images):
+            return {}
+        rules = self.protocol
+        grid, deltas = rules.thresholds, rules.iou_thresholds
+        half = list(deltas).index(0.5)
+        accuracy = 100 * self.correct.cpu().double() / self.images.cpu()
+        values = max_box_accuracy(self.correct[0], self.images, deltas, grid, rules.admissible)
+        known = CONDITIONS if int(self.classified) else CONDITIONS[:1]
+        main = self.chosen("gt_known_loc")
+        values["threshold"] = torch.tensor(grid[main], dtype=torch.float64)
+        for condition in known:
+            row, at = CONDITIONS.index(condition), self.chosen(condition)
+            values[condition] = accuracy[row, half, at]
+            if rules.threshold_per == "metric":
+                values[f"threshold_{condition}"] = torch.tensor(grid[at], dtype=torch.float64)
+            if condition != "gt_known_loc":
+                values[f"curves/{condition}"] = accuracy[row, half]
+        ious = self.ious[main].cpu()
+        values["iou_median"] = 100 * histogram_median(ious)
+        values["iou_median_correct"] = 100 * histogram_median(ious, start=IOU_BINS // 2)
+        values |= {
+            f"error_{name}": 100 * share
+            for name, share in zip(ERRORS, self.errors[main].cpu().double() / self.images.cpu(), strict=True)
+        }
+        values["iou_histogram"] = ious.view(REPORTED_IOU_BINS, -1).sum(1).double()
+        values["curves/threshold"] = torch.from_numpy(grid.copy())
+        for delta, curve in zip(deltas, accuracy[0], strict=True):
+            values[f"curves/gt_known_loc_{round(100 * delta)}"] = curve
+        images = self.class_images.cpu().double()
+        by_class = {"gt_known_loc": self.class_correct[0, :, main]}
+        if int(self.classified):
+            by_class |= {
+                "top1_cls": self.class_top1,
+                "top1_loc": self.class_correct[1, :, self.chosen("top1_loc")],
+            }
+        values["per_class/images"] = images
+        values |= {f"per_class/{name}": 100 * count.cpu().double() / images for name, count in by_class.items()}
+        for row, name in enumerate(BASELINES, start=len(CONDITIONS)):
+            summary = max_box_accuracy(self.correct[row], self.images, deltas, grid, rules.admissible)
+            values |= {f"{name}/{metric}": value for metric, value in summary.items()}
+            values[f"{name}/curves/gt_known_loc_50"] = accuracy[row, half]
+        lowest, highest = self.extremes[:, main].cpu()
+        for name, packed in (("worst", lowest), ("best", highest)):
+            values[f"{name}_images"] = (packed[packed < _NO_IMAGE] & 0xFFFFFFFF).double()
+        return values
+
+
+def _sum_by(label: Tensor, outcome: npt.NDArray[np.bool_], num_classes: int) -> Tensor:
+    """Sum outcomes [B, T] of images by their labels [B]: int64 [C, T]."""
+    counts = torch.from_numpy(outcome).to(label.device).long()
+    return counts.new_zeros(num_classes, counts.shape[1]).index_add_(0, label, counts)
+
+
+def _count_in_rows(table: Tensor, columns: npt.NDArray[np.generic]) -> None:
+    """Add one to a table [T, n] in each row t and column columns[b, t]."""
+    rows, width = table.shape
+    places = torch.from_numpy(columns.astype(np.int64)) + width * torch.arange(rows)
+    flat = places.flatten().to(table.device)
+    table.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _pack(iou: npt.NDArray[np.float64], image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """IoU [B, T] and image [B] as whole numbers [2, T, B] that rise with IoU, and with falling IoU; ties by image."""
+    rising = np.round(iou.T * 2**30).astype(np.int64)
+    return np.stack([rising, 2**30 - rising]) << 32 | image
+
+
+def _padded(packed: Tensor) -> Tensor:
+    """The NUM_EXTREMES smallest of [2, T, B], filled up: [2, T, NUM_EXTREMES]."""
+    smallest = packed.topk(min(NUM_EXTREMES, packed.shape[-1]), dim=-1, largest=False).values
+    fill = smallest.new_full((*smallest.shape[:-1], NUM_EXTREMES - smallest.shape[-1]), _NO_IMAGE)
+    return torch.cat([smallest, fill], dim=-1)
+
+
+def _merge_extremes(parts: Tensor) -> Tensor:
+    """The smallest of several such tables [n, 2, T, NUM_EXTREMES], in rising order."""
+    together = parts.movedim(0, -1).flatten(-2)
+    return together.sort(dim=-1).values[..., :NUM_EXTREMES].contiguous()

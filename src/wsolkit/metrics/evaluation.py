@@ -1,152 +1,189 @@
-"""One pass over a split, every metric: classification, localization under each protocol, masks, and baselines."""
+"""One pass over a split, every metric: classification, boxes and masks under each protocol, and baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor, distributed, nn
 
-from wsolkit.localization.boxes import TracedBoxes, threshold_grid, trace_boxes
-from wsolkit.localization.protocol import Protocol
+from wsolkit.cores import available_cores
+from wsolkit.localization.boxes import Levels, best_iou, matched_boxes
+from wsolkit.localization.maps import central_crop, ten_crops, upsample
+from wsolkit.localization.protocol import Input, Protocol
+from wsolkit.metrics.boxes import BASELINES, CONDITIONS, BoxEvaluation, Verdicts
 from wsolkit.metrics.classification import TopKAccuracy
-from wsolkit.metrics.functional import (
-    correct_at_thresholds,
-    in_top_k,
-    max_box_accuracy,
-    peak_iou,
-    pixel_average_precision,
-    pixel_histogram,
-)
-from wsolkit.types import Boxes, EvaluationBatch, Localization
+from wsolkit.metrics.errors import ERRORS, localization_errors
+from wsolkit.metrics.functional import in_top_k, pixel_histogram
+from wsolkit.metrics.masks import PIXEL_BINS, MaskEvaluation
+from wsolkit.types import Boxes, Classes, EvaluationBatch, Localization
 
-BASELINES = ("center_box", "full_image")
-
-# Under which condition a box counts: always; if the label is the first, or among the first five predictions; and
-# with the map of the predicted class instead of the label's.
-CONDITIONS = ("gt_known_loc", "top1_loc", "top5_loc", "gt_known_loc_predicted_class")
-
-PIXEL_BINS = 1000
+Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
+"""Of an image's boxes at T thresholds: IoU [T], what is wrong with them [T], and the baselines' IoU [baselines, T]."""
 
 
 def baseline_map(name: str, size: int) -> npt.NDArray[np.float64]:
-    """Maps [size, size] that know nothing of the image.
+    """Localization maps [size, size] that know nothing of the image.
 
     "center_box": falls linearly from the centre to the border, so that its level sets are the centred squares of
-    every size; "full_image": 1 everywhere, so that every threshold keeps the whole image.
+    every size; "gaussian": round, with a standard deviation of a quarter of the side; "full_image": 1 everywhere, so
+    that every threshold keeps the whole image.
     """
     if name == "full_image":
         return np.ones((size, size))
     distance = np.abs(np.arange(size) - (size - 1) / 2) / (size / 2)
-    return np.asarray(1 - np.maximum(distance[:, None], distance[None]))
+    if name == "center_box":
+        return np.asarray(1 - np.maximum(distance[:, None], distance[None]))
+    bell = np.exp(-2 * distance**2)
+    return np.outer(bell, bell)
 
 
-class ProtocolEvaluation(Metric):
-    """Localization of a method, and of the baselines, under one protocol.
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Boxes are drawn in these, beside the forward pass of the next batch."""
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return ThreadPoolExecutor(max(1, available_cores() // here), thread_name_prefix="boxes")
 
-    Each map is traced once. The state is two tables that sum across processes: correct images by condition or
-    baseline, δ and τ; and pixels by method or baseline, background or object, and score.
 
-    Attributes:
-        selected: the threshold τ chosen on another split, or None: the best one on this split.
-    """
+@functools.cache
+def _counter() -> ThreadPoolExecutor:
+    """Counts what the others have drawn, one batch after the other."""
+    return ThreadPoolExecutor(1, thread_name_prefix="counts")
 
-    correct: Tensor
-    images: Tensor
-    histogram: Tensor
 
-    def __init__(self, protocol: Protocol) -> None:
+class Outcome(NamedTuple):
+    """Metrics of a pass by name: numbers, and curves and tables."""
+
+    results: dict[str, float]
+    curves: dict[str, list[Any]]
+
+
+class _Pending(NamedTuple):
+    """A batch whose boxes are being drawn."""
+
+    metric: BoxEvaluation
+    by_label: list[Future[Judged]]
+    by_predicted: dict[int, Future[Judged]]
+    image: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    top1: npt.NDArray[np.bool_] | None
+    top5: npt.NDArray[np.bool_] | None
+
+    def finish(self) -> None:
+        """Wait for the boxes and count them."""
+        judged = [future.result() for future in self.by_label]
+        iou, error, baseline_iou = (np.stack(part) for part in zip(*judged, strict=True))
+        predicted_iou = None
+        if self.top1 is not None:
+            predicted_iou = iou.copy()
+            for row, future in self.by_predicted.items():
+                predicted_iou[row] = future.result()[0]
+        verdicts = Verdicts(
+            self.image, self.label, iou, error, baseline_iou.swapaxes(0, 1), predicted_iou, self.top1, self.top5
+        )
+        with torch.inference_mode():  # each thread has its own mode, and the state may have been made in this one
+            self.metric.update(verdicts)
+
+
+class ProtocolEvaluation(nn.Module):
+    """A protocol and its metrics."""
+
+    def __init__(self, protocol: Protocol, num_classes: int) -> None:
         super().__init__()
         self.protocol = protocol
-        self.selected: float | None = None
-        self.thresholds = threshold_grid(protocol.num_thresholds)
+        self.top1_cls = TopKAccuracy(1)
+        self.top5_cls = TopKAccuracy(5)
+        self.boxes = BoxEvaluation(protocol, num_classes)
+        self.masks = MaskEvaluation(1 + len(BASELINES))
         self._baselines = [baseline_map(name, protocol.resolution) for name in BASELINES]
-        self._traced_baselines = [trace_boxes(score, self.thresholds) for score in self._baselines]
-        rows = len(CONDITIONS) + len(BASELINES)
-        table = torch.zeros(rows, len(protocol.iou_thresholds), protocol.num_thresholds, dtype=torch.int64)
-        self.add_state("correct", table, dist_reduce_fx="sum")
-        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
-        histogram = torch.zeros(1 + len(BASELINES), 2, PIXEL_BINS + 2, dtype=torch.int64)
-        self.add_state("histogram", histogram, dist_reduce_fx="sum")
+        self._baseline_boxes = functools.lru_cache(maxsize=64)(self._draw_baselines)
 
-    def update(self, localization: Localization, batch: EvaluationBatch) -> None:
-        """Count a batch; `localization.maps` [B, 2, h, w] are those of the label and of the predicted class."""
-        maps = self.protocol.localization_maps(localization.maps[:, 0])
-        if any(len(boxes) for boxes in batch["boxes"]):
-            self._count_boxes(maps, localization, batch)
-        if batch["mask"] is not None:
-            size = (self.protocol.resolution,) * 2
-            mask = F.interpolate(batch["mask"][:, None], size, mode="nearest")[:, 0]
-            constant = [torch.from_numpy(score).to(maps).expand_as(maps) for score in self._baselines]
-            for row, scores in enumerate([maps, *constant]):
-                self.histogram[row] += pixel_histogram(scores, mask, PIXEL_BINS).to(self.histogram.device)
+    def levels(self, maps: Tensor, raw: Tensor, rows: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Levels]:
+        """Cut the maps of some images of a batch into levels.
 
-    def _count_boxes(self, maps: Tensor, localization: Localization, batch: EvaluationBatch) -> None:
-        label, logits = batch["label"], localization.logits
-        truth = [
-            self.protocol.scale_boxes(boxes, width, height)
-            for boxes, (width, height) in zip(batch["boxes"], batch["size"].tolist(), strict=True)
-        ]
-        right = self._judge(maps, truth)
-        # A class-agnostic map is the same for every class, and a right prediction has the label's own map.
-        differs = (localization.maps[:, 0] != localization.maps[:, 1]).flatten(1).any(dim=1)
-        rows = ((logits.argmax(dim=1) != label) & differs).nonzero()[:, 0]
-        right_predicted = right.copy()
-        if len(rows):
-            others = self.protocol.localization_maps(localization.maps[rows, 1])
-            right_predicted[rows.cpu().numpy()] = self._judge(others, [truth[row] for row in rows.tolist()])
-        top1, top5 = (in_top_k(logits, label, k).cpu().numpy()[:, None, None] for k in (1, 5))
-        ignorant = [np.stack([self._verdict(traced, boxes) for boxes in truth]) for traced in self._traced_baselines]
-        table = np.stack([right, right & top1, right & top5, right_predicted, *ignorant])
-        self.correct += torch.from_numpy(table.sum(axis=1)).to(self.correct.device)  # [rows, B, δ, τ] → [rows, δ, τ]
-        self.images += len(truth)
+        Args:
+            maps: localization maps [B, R, R].
+            raw: score maps [B, h, w] that they come from.
+            rows: of which images.
+            sizes: height and width of each original image of the batch.
+        """
+        rules = self.protocol
+        if rules.frame == "input":
+            return rules.levels(maps[list(rows)])
+        return [rules.levels(rules.localization_maps(raw[row : row + 1], sizes[row]))[0] for row in rows]
 
-    def _judge(self, maps: Tensor, truth: list[Boxes]) -> npt.NDArray[np.bool_]:
-        traced = [trace_boxes(score, self.thresholds) for score in maps.cpu().numpy()]
-        return np.stack([self._verdict(t, boxes) for t, boxes in zip(traced, truth, strict=True)])
+    def sizes(self, batch: EvaluationBatch) -> list[tuple[int, int]]:
+        """Height and width of the maps of a batch."""
+        if self.protocol.frame == "input":
+            return [(self.protocol.resolution, self.protocol.resolution)] * len(batch["boxes"])
+        return [(height, width) for width, height in batch["size"].tolist()]
 
-    def _verdict(self, traced: TracedBoxes, boxes: Boxes) -> npt.NDArray[np.bool_]:
-        return correct_at_thresholds(traced, boxes, self.protocol.select, self.protocol.iou_thresholds)
+    def localization_maps(self, raw: Tensor, batch: EvaluationBatch) -> list[Tensor]:
+        """Localization maps of a batch from its score maps [B, h, w], each at the size at which it is judged."""
+        rules = self.protocol
+        return [rules.localization_maps(raw[row : row + 1], size)[0] for row, size in enumerate(self.sizes(batch))]
+
+    def truths(self, batch: EvaluationBatch, rows: Sequence[int]) -> list[Boxes]:
+        """Ground-truth boxes of some images of a batch, in pixels of the maps."""
+        sizes = batch["size"].tolist()
+        return [self.protocol.truth(batch["boxes"][row], *sizes[row]) for row in rows]
+
+    def judge(self, levels: Levels, truth: Boxes) -> Judged:
+        """Draw an image's boxes and compare them with the true ones [n, 4], n ≥ 1."""
+        boxes, overlap = matched_boxes(levels, self.protocol.box_rule, truth)
+        height, width = levels.level.shape
+        baselines = np.stack([best_iou(drawn, truth) for drawn in self._baseline_boxes((height, width))])
+        return overlap, localization_errors(boxes, truth), baselines
+
+    def _draw_baselines(self, size: tuple[int, int]) -> list[Boxes]:
+        rules = self.protocol
+        maps = upsample(torch.from_numpy(np.stack(self._baselines)).float(), size, "bilinear")
+        # Each of their level sets has one outline only, so which of several is meant does not matter.
+        component = "largest_outline" if rules.component == "all_outlines" else rules.component
+        any_box = np.zeros((1, 4), np.int64)
+        rule = rules.box_rule._replace(component=component)
+        return [matched_boxes(levels, rule, any_box)[0] for levels in rules.levels(maps)]
+
+    def histograms(self, maps: Tensor, mask: Tensor) -> Tensor:
+        """Pixels by score, of localization maps [B, R, R] and of the baselines: [1 + baselines, B, 2, bins]."""
+        constant = [torch.from_numpy(score).to(maps).expand_as(maps) for score in self._baselines]
+        mask = F.interpolate(mask[:, None], maps.shape[-2:], mode="nearest")[:, 0]
+        return torch.stack([pixel_histogram(scores, mask, PIXEL_BINS) for scores in (maps, *constant)])
 
     def compute(self) -> dict[str, Tensor]:
         """Metrics by name, and those of the baselines as `<baseline>/<metric>`; only what there was truth for."""
-        values: dict[str, Tensor] = {}
-        if int(self.images):
-            deltas = self.protocol.iou_thresholds
-            values |= max_box_accuracy(self.correct[0], self.images, deltas, self.thresholds)
-            if self.selected is not None:
-                values["threshold"] = values["threshold"].new_tensor(self.selected)
-            at = int(np.abs(self.thresholds - float(values["threshold"])).argmin())
-            half = list(deltas).index(0.5)
-            for row, condition in enumerate(CONDITIONS):
-                values[condition] = 100 * self.correct[row, half, at].cpu().double() / self.images.cpu()
-            for row, name in enumerate(BASELINES, start=len(CONDITIONS)):
-                summary = max_box_accuracy(self.correct[row], self.images, deltas, self.thresholds)
-                values |= {f"{name}/{metric}": value for metric, value in summary.items()}
-        if int(self.histogram.sum()):
-            for name, histogram in zip(["", *(f"{name}/" for name in BASELINES)], self.histogram, strict=True):
-                values[f"{name}pxap"] = pixel_average_precision(histogram)
-                values[f"{name}peak_iou"], values[f"{name}peak_threshold"] = peak_iou(histogram)
-        return values
+        values = {}
+        if int(self.top1_cls.total):
+            values = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
+        return values | self.boxes.compute() | self.masks.compute()
 
 
 class Evaluation(nn.Module):
     """All metrics of a validation or test pass.
 
+    Boxes are drawn by threads while the network works on the next batch; `compute` waits for the last ones.
+
     Args:
         protocols: by the name under which each reports.
+        num_classes: of the data set.
     """
 
-    def __init__(self, protocols: Mapping[str, Protocol]) -> None:
+    def __init__(self, protocols: Mapping[str, Protocol], num_classes: int) -> None:
         super().__init__()
-        self.top1_cls = TopKAccuracy(1)
-        self.top5_cls = TopKAccuracy(5)
-        self._protocols = nn.ModuleDict({name: ProtocolEvaluation(rules) for name, rules in protocols.items()})
+        self._protocols = nn.ModuleDict({n: ProtocolEvaluation(rules, num_classes) for n, rules in protocols.items()})
+        self._inputs: list[Input] = sorted({rules.input for rules in protocols.values()}, reverse=True)
+        self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
+        self._pending: list[Future[None]] = []
+        self.on_maps: Callable[[EvaluationBatch, list[Tensor]], None] | None = None
+        """Called with each batch and its localization maps by label, under the first protocol."""
 
     @property
     def protocols(self) -> dict[str, ProtocolEvaluation]:
@@ -155,46 +192,240 @@ class Evaluation(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of what `compute` may return for the method, where there are boxes and masks."""
-        per_protocol = [
-            f"{name}/{metric}"
-            for name, protocol in self.protocols.items()
-            for metric in (
-                *(f"max_box_acc_{round(100 * delta)}" for delta in protocol.protocol.iou_thresholds),
-                *("max_box_acc", "max_box_acc_v2", "threshold", *CONDITIONS, "pxap", "peak_iou", "peak_threshold"),
-            )
-        ]
-        return ["top1_cls", "top5_cls", *per_protocol]
+        """Names of the numbers that `compute` may return for the method, where there are boxes and masks."""
+        names = ["top1_cls", "top5_cls"]
+        for name, metric in self.protocols.items():
+            deltas = [round(100 * delta) for delta in metric.protocol.iou_thresholds]
+            names += [
+                f"{name}/{key}"
+                for key in (
+                    *("top1_cls", "top5_cls", *CONDITIONS, "max_box_acc", "max_box_acc_v2", "threshold"),
+                    *(f"{key}_{delta}" for delta in deltas for key in ("max_box_acc", "threshold")),
+                    *("iou_median", "iou_median_correct", *(f"error_{error}" for error in ERRORS)),
+                    *("pxap", "peak_iou", "peak_threshold"),
+                )
+            ]
+        return names
 
-    def classes(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Whose maps `update` needs: those of the ground-truth and of the predicted class [B, 2]."""
-        return torch.stack([label, logits.argmax(dim=1)], dim=1)
+    def update(
+        self,
+        batch: EvaluationBatch,
+        localize: Callable[[Tensor, Classes], Localization],
+        classify: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Count a batch.
 
-    def update(self, localization: Localization, batch: EvaluationBatch) -> None:
-        """Count a batch; `localization.maps` are those of `classes`."""
-        self.top1_cls.update(localization.logits, batch["label"])
-        self.top5_cls.update(localization.logits, batch["label"])
-        for protocol in self.protocols.values():
-            protocol.update(localization, batch)
+        Args:
+            localize: see `WSOLModule.localize`; called once for each way in which protocols feed the network.
+            classify: images [B, 3, H, W] → logits [B, C], for protocols that classify ten crops.
+        """
+        label = batch["label"]
+        pooled = ten_crop_probabilities(batch, classify) if self._ten_crop else None
+
+        def classes(logits: Tensor) -> Tensor:
+            tops = (logits,) if pooled is None else (logits, pooled)
+            return torch.stack([label, *(top.argmax(dim=1) for top in tops)], dim=1)
+
+        submitted = []
+        for way in self._inputs:
+            image, mask = network_input(batch, way)
+            localization = localize(image, classes)
+            maps: dict[object, Tensor] = {}  # protocols that agree in the rule share the maps, and their histograms
+            histograms: dict[object, Tensor] = {}
+            for metric in self.protocols.values():
+                rules = metric.protocol
+                if rules.input != way:
+                    continue
+                by_crops = pooled is not None and rules.classification == "ten_crop"
+                logits = pooled if by_crops and pooled is not None else localization.logits
+                metric.top1_cls.update(logits, label)
+                metric.top5_cls.update(logits, label)
+                if rules.map_rule not in maps:
+                    maps[rules.map_rule] = rules.localization_maps(localization.maps[:, 0])
+                if self.on_maps is not None and metric is next(iter(self.protocols.values())):
+                    self.on_maps(batch, metric.localization_maps(localization.maps[:, 0], batch))
+                if mask is not None:
+                    if rules.map_rule not in histograms:
+                        histograms[rules.map_rule] = metric.histograms(maps[rules.map_rule], mask)
+                    metric.masks.update(histograms[rules.map_rule])
+                rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
+                if rows:
+                    raw = localization.maps[:, 0], localization.maps[:, 2 if by_crops else 1]
+                    submitted.append(_submit(metric, batch, rows, maps[rules.map_rule], raw, logits))
+        self._finish(submitted)
+
+    def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
+        """Count a batch of localization maps in [0, 1] that are ready, each [R, R] or at its image's own size.
+
+        They count as those of the label's class; there is no classification.
+        """
+        submitted = []
+        for metric in self.protocols.values():
+            rules = metric.protocol
+            square = (rules.resolution, rules.resolution)
+            if batch["mask"] is not None:
+                mask = network_input(batch, rules.input)[1]
+                assert mask is not None
+                resized = torch.cat([_at_size(score, square) for score in maps])
+                metric.masks.update(metric.histograms(resized, mask))
+            rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
+            if rows:
+                sizes = metric.sizes(batch)
+                levels = [rules.levels(_at_size(maps[row], sizes[row]))[0] for row in rows]
+                submitted.append(_submit_levels(metric, batch, rows, levels, {}, None))
+        self._finish(submitted)
+
+    def map_sizes(self, batch: EvaluationBatch) -> list[set[tuple[int, int]]]:
+        """Heights and widths that `update_maps` takes for each image of a batch."""
+        squares = {(m.protocol.resolution,) * 2 for m in self.protocols.values()}
+        if any(metric.protocol.frame == "input" for metric in self.protocols.values()):
+            return [squares] * len(batch["boxes"])
+        return [squares | {(height, width)} for width, height in batch["size"].tolist()]
+
+    def _finish(self, submitted: list[_Pending]) -> None:
+        """Wait for the previous batch, whose boxes were drawn meanwhile, so that no more than two are in memory."""
+        for counted in self._pending:
+            counted.result()
+        self._pending = [_counter().submit(pending.finish) for pending in submitted]
 
     def compute(self) -> dict[str, Tensor]:
-        """Sum over processes: `top1_cls`, `top5_cls`, `<protocol>/<metric>`, `<protocol>/<baseline>/<metric>`."""
-        values = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
-        for name, protocol in self.protocols.items():
-            values |= {f"{name}/{metric}": value for metric, value in protocol.compute().items()}
+        """Sum over processes: `top1_cls`, `top5_cls`, `<protocol>/<metric>`, `<protocol>/<baseline>/<metric>`.
+
+        Scalars are numbers, others curves and tables. Classification without a protocol is the first one's.
+        """
+        self._finish([])
+        values: dict[str, Tensor] = {}
+        for name, metric in self.protocols.items():
+            computed = metric.compute()
+            values = {key: computed[key] for key in ("top1_cls", "top5_cls") if key in computed} | values
+            values |= {f"{name}/{key}": value for key, value in computed.items()}
         return values
 
     def reset(self) -> None:
         """Forget what was counted; selected thresholds stay."""
-        for metric in (self.top1_cls, self.top5_cls, *self.protocols.values()):
-            metric.reset()
+        self._finish([])
+        for metric in self.protocols.values():
+            for part in (metric.top1_cls, metric.top5_cls, metric.boxes, metric.masks):
+                part.reset()
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Thresholds τ selected on another split, by protocol; assigning replaces them, {} forgets them."""
-        return {name: p.selected for name, p in self.protocols.items() if p.selected is not None}
+        """Thresholds τ selected on another split, as `<protocol>/<condition>`; assigning replaces them, {} forgets."""
+        return {
+            f"{name}/{condition}": threshold
+            for name, metric in self.protocols.items()
+            for condition, threshold in metric.boxes.selected.items()
+        }
 
     @thresholds.setter
     def thresholds(self, selected: Mapping[str, float]) -> None:
-        for name, protocol in self.protocols.items():
-            protocol.selected = selected.get(name)
+        for name, metric in self.protocols.items():
+            metric.boxes.selected = {
+                condition: selected[f"{name}/{condition}"]
+                for condition in CONDITIONS
+                if f"{name}/{condition}" in selected
+            }
+
+    def select(self, results: Mapping[str, float]) -> None:
+        """Take the thresholds of these numbers, of another split, as selected."""
+        selected: dict[str, float] = {}
+        for name in self.protocols:
+            for condition in CONDITIONS:
+                for key in (f"{name}/threshold_{condition}", f"{name}/threshold"):
+                    if key in results:
+                        selected.setdefault(f"{name}/{condition}", results[key])
+        self.thresholds = selected
+
+    def chosen_on(self, held_out: bool) -> dict[str, str]:
+        """Where each protocol's threshold is chosen: "fixed", "val", or "test", the reported split itself."""
+        rules = {name: metric.protocol for name, metric in self.protocols.items()}
+        return {
+            name: "fixed" if r.threshold is not None else "val" if held_out and r.selection == "val" else "test"
+            for name, r in rules.items()
+        }
+
+
+def outcome(values: Mapping[str, Tensor]) -> Outcome:
+    """Sort what `Evaluation.compute` returns into numbers, and curves and tables."""
+    results = {name: float(value) for name, value in values.items() if value.ndim == 0}
+    return Outcome(results, {name: value.tolist() for name, value in values.items() if value.ndim > 0})
+
+
+def network_input(batch: EvaluationBatch, way: Input) -> tuple[Tensor, Tensor | None]:
+    """What the network sees of a batch [B, 3, S, S], and the masks of that part [B, S, S]."""
+    if way == "resize":
+        return batch["image"], batch["mask"]
+    uncropped, mask = _uncropped(batch), batch["uncropped_mask"]
+    size = batch["image"].shape[-1]
+    return central_crop(uncropped, size), None if mask is None else central_crop(mask, size)
+
+
+def ten_crop_probabilities(batch: EvaluationBatch, classify: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of the softmax over four corners, the centre, and their mirror images: [B, C]."""
+    crops = ten_crops(_uncropped(batch), batch["image"].shape[-1])
+    return torch.stack([classify(crop).float().softmax(dim=1) for crop in crops]).mean(dim=0)
+
+
+def _at_size(score: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map [h, w] at another size [1, H, W]; as it is, in its own precision, where it has that size."""
+    return score[None] if score.shape == size else upsample(score[None].float(), size, "bilinear")
+
+
+def _uncropped(batch: EvaluationBatch) -> Tensor:
+    uncropped = batch["uncropped"]
+    if uncropped is None:
+        raise ValueError(
+            "a protocol crops its input, but the batch has no 'uncropped' images: WSOLDataModule makes them"
+        )
+    return uncropped
+
+
+def _submit(
+    metric: ProtocolEvaluation,
+    batch: EvaluationBatch,
+    rows: list[int],
+    maps: Tensor,
+    raw: tuple[Tensor, Tensor],
+    logits: Tensor,
+) -> _Pending:
+    """Have the boxes of some images of a batch drawn.
+
+    Args:
+        maps: localization maps [B, R, R] of the labels.
+        raw: score maps [B, h, w] of the labels and of the predicted classes.
+        logits: [B, C].
+    """
+    sizes = metric.sizes(batch)
+    # A class-agnostic map is the same for every class, and a right prediction has the label's own map.
+    differs = (raw[0] != raw[1]).flatten(1).any(dim=1) & (logits.argmax(dim=1) != batch["label"])
+    others = [place for place, other in enumerate(differs[rows].tolist()) if other]
+    other_levels: list[Levels] = []
+    if others:
+        theirs = raw[1][[rows[place] for place in others]]
+        their_sizes = [sizes[rows[place]] for place in others]
+        other_maps = metric.protocol.localization_maps(theirs)
+        other_levels = metric.levels(other_maps, theirs, range(len(others)), their_sizes)
+    levels = metric.levels(maps, raw[0], rows, sizes)
+    return _submit_levels(metric, batch, rows, levels, dict(zip(others, other_levels, strict=True)), logits)
+
+
+def _submit_levels(
+    metric: ProtocolEvaluation,
+    batch: EvaluationBatch,
+    rows: list[int],
+    levels: list[Levels],
+    predicted: dict[int, Levels],
+    logits: Tensor | None,
+) -> _Pending:
+    label, truths = batch["label"][rows], metric.truths(batch, rows)
+    threads = _threads()
+    top1, top5 = (None if logits is None else in_top_k(logits[rows], label, k).cpu().numpy() for k in (1, 5))
+    return _Pending(
+        metric.boxes,
+        [threads.submit(metric.judge, part, truth) for part, truth in zip(levels, truths, strict=True)],
+        {place: threads.submit(metric.judge, part, truths[place]) for place, part in predicted.items()},
+        batch["index"][rows].cpu().numpy(),
+        label.cpu().numpy(),
+        top1,
+        top5,
+    )

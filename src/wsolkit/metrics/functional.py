@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wsolkit.localization.boxes import Select, TracedBoxes
 from wsolkit.types import Boxes
 
 
@@ -29,35 +28,46 @@ def box_iou(boxes: Boxes, others: Boxes) -> npt.NDArray[np.float64]:
     return np.asarray(intersection / (areas[0] + areas[1] - intersection), np.float64)
 
 
-def correct_at_thresholds(
-    traced: TracedBoxes, ground_truth: Boxes, select: Select, iou_thresholds: Sequence[float]
-) -> npt.NDArray[np.bool_]:
-    """Whether some chosen box overlaps some ground-truth box [n, 4] by at least δ, at each δ and τ: [δ, τ]."""
-    chosen = traced.select(select)
-    overlap = box_iou(np.concatenate(chosen), ground_truth).max(axis=1)  # [Σ boxes, n] → [Σ boxes]
-    starts = np.cumsum([0] + [len(boxes) for boxes in chosen[:-1]])
-    best = np.maximum.reduceat(overlap, starts)[traced.which]  # [distinct maps] → [τ]
-    return best >= np.asarray(iou_thresholds)[:, None]
-
-
 def max_box_accuracy(
-    correct: Tensor, total: Tensor, iou_thresholds: Sequence[float], thresholds: npt.NDArray[np.float64]
+    correct: Tensor,
+    total: Tensor,
+    iou_thresholds: Sequence[float],
+    thresholds: npt.NDArray[np.float64],
+    admissible: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Tensor]:
     """Summarise correct images [δ, τ] out of `total`, as percentages from 0 to 100, float64.
 
+    Args:
+        admissible: bool [τ]: among which thresholds the best is sought; None: all.
+
     Returns:
-        max_box_acc_30 and so on: best over τ for each δ; max_box_acc_v2: their mean; and where 0.5 is among the δ,
-        max_box_acc: the best over τ there, and threshold: the τ in [0, 1) that reaches it.
+        max_box_acc_30 and so on: best over τ for each δ, and threshold_30 and so on: the τ in [0, 1) that reaches it;
+        max_box_acc_v2: their mean; and where 0.5 is among the δ, max_box_acc and threshold: those for 0.5.
     """
     accuracy = 100 * correct.cpu().double() / total.cpu()  # some devices have no float64
-    best = accuracy.amax(dim=1)
-    values = {f"max_box_acc_{round(100 * d)}": value for d, value in zip(iou_thresholds, best, strict=True)}
+    if admissible is not None:
+        accuracy = accuracy.masked_fill(~torch.from_numpy(admissible), -1)
+    best, at = accuracy.amax(dim=1), accuracy.argmax(dim=1)
+    values = {}
+    for row, delta in enumerate(iou_thresholds):
+        values[f"max_box_acc_{round(100 * delta)}"] = best[row]
+        values[f"threshold_{round(100 * delta)}"] = accuracy.new_tensor(thresholds[int(at[row])])
     values["max_box_acc_v2"] = best.mean()
     if 0.5 in iou_thresholds:
-        half = list(iou_thresholds).index(0.5)
-        values["max_box_acc"] = best[half]
-        values["threshold"] = accuracy.new_tensor(thresholds[int(correct[half].argmax())])
+        values["max_box_acc"], values["threshold"] = values["max_box_acc_50"], values["threshold_50"]
     return values
+
+
+def histogram_median(counts: Tensor, start: int = 0) -> Tensor:
+    """Median of values in [0, 1) counted in bins [n] of equal width, from bin `start` on, to half a bin; float64.
+
+    NaN where nothing was counted.
+    """
+    cumulated = counts[start:].double().cumsum(0)
+    if cumulated[-1] == 0:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    median_bin = start + int(torch.searchsorted(cumulated, cumulated[-1] / 2))
+    return torch.tensor((median_bin + 0.5) / len(counts), dtype=torch.float64)
 
 
 def pixel_histogram(scores: Tensor, masks: Tensor, num_thresholds: int) -> Tensor:
@@ -69,7 +79,7 @@ def pixel_histogram(scores: Tensor, masks: Tensor, num_thresholds: int) -> Tenso
         num_thresholds: n; the bins are [i/n, (i + 1)/n), then [1, 2) and [2, 3), as in the reference evaluation.
 
     Returns:
-        int64 [2, n + 2]: background, object.
+        int64 [B, 2, n + 2]: background, object.
     """
     if scores.device.type == "mps":  # no float64 there, and the bins' edges need it
         scores, masks = scores.cpu(), masks.cpu()
@@ -77,8 +87,9 @@ def pixel_histogram(scores: Tensor, masks: Tensor, num_thresholds: int) -> Tenso
     edges = torch.cat([edges, edges.new_tensor([1.0, 2.0])])
     bins = torch.bucketize(scores.double(), edges, right=True) - 1
     counted = masks <= 1
-    combined = bins[counted] + masks[counted].long() * len(edges)
-    return torch.bincount(combined, minlength=2 * len(edges)).view(2, -1)
+    table = 2 * torch.arange(len(masks), device=masks.device)[:, None, None] + masks.long()
+    combined = (bins + table * len(edges))[counted]
+    return torch.bincount(combined, minlength=2 * len(masks) * len(edges)).view(len(masks), 2, -1)
 
 
 def pixel_average_precision(histogram: Tensor) -> Tensor:
@@ -103,8 +114,17 @@ def peak_iou(histogram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_iou(histogram: Tensor) -> Tensor:
-    """Pooled IoU of pixels with score ≥ τ with the objects, in [0, 100], for each bin's lower edge τ: [bins]."""
+    """IoU of pixels with score ≥ τ with the objects, in [0, 100], for each bin's lower edge τ.
+
+    [..., 2, bins] → [..., bins]. NaN where there is neither a pixel of an object nor one with such a score.
+    """
+    false_positives, true_positives = histogram.cpu().double().flip(-1).cumsum(-1).flip(-1).unbind(-2)
+    objects = true_positives[..., :1]
+    return 100 * true_positives / (objects + false_positives)
+
+
+def precision_recall(histogram: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled precision and recall in [0, 100] of pixels with score ≥ τ, for each bin's lower edge τ: [bins] each."""
     false_positives, true_positives = histogram.cpu().double().flip(1).cumsum(1).flip(1)
-    objects = true_positives[0]
-    iou: Tensor = true_positives / (objects + false_positives)
-    return 100 * iou
+    found = (true_positives + false_positives).clamp(min=1)
+    return 100 * true_positives / found, 100 * true_positives / true_positives[0]

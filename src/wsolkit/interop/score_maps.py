@@ -1,0 +1,75 @@
+"""Score maps in files, one `.npy` for each image id: what the benchmark of Choe et al. and its successors exchange.
+
+A map is [H, W], floating point, in [0, 1]. It is taken as a localization map: nothing scales it to [0, 1] again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from wsolkit.errors import DataError
+
+
+class ScoreMaps:
+    """A folder of score maps.
+
+    Args:
+        folder: holds `<image id>.npy`; ids may name subfolders.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        """The file of an image.
+
+        Raises:
+            DataError: the id leads out of the folder.
+        """
+        path = self.folder / f"{name}.npy"
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise DataError(f"image id '{name}' leads out of the folder of score maps '{self.folder}'")
+        return path
+
+    def write(self, name: str, score_map: npt.NDArray[np.float32]) -> None:
+        """Write an image's map [H, W] in [0, 1]."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, score_map)
+
+    def read(self, name: str, sizes: Collection[tuple[int, int]]) -> npt.NDArray[np.floating]:
+        """Read an image's map [H, W] in [0, 1].
+
+        Args:
+            name: the image's id.
+            sizes: heights and widths it may have.
+
+        Raises:
+            DataError: the file is missing or damaged, or not such a map.
+        """
+        path = self.path(name)
+        try:
+            score_map = np.load(path, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DataError(f"score map '{path}' is missing: expected one .npy file for each image id") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"score map '{path}' cannot be read as a .npy array ({error})") from error
+        if not isinstance(score_map, np.ndarray) or score_map.dtype.kind != "f":
+            kind = getattr(score_map, "dtype", type(score_map).__name__)
+            raise DataError(f"score map '{path}' is of type {kind}: expected floating point in [0, 1]")
+        if score_map.shape not in sizes:
+            expected = " or ".join("×".join(map(str, size)) for size in sorted(sizes))
+            shape = "×".join(map(str, score_map.shape))
+            raise DataError(f"score map '{path}' is {shape or 'a single number'}: expected {expected} (height×width)")
+        if np.isnan(score_map).any():
+            raise DataError(f"score map '{path}' holds NaN: expected values in [0, 1]")
+        low, high = score_map.min(), score_map.max()
+        if low < 0 or high > 1:
+            raise DataError(
+                f"score map '{path}' has values from {low:g} to {high:g}: expected [0, 1], min-max it first"
+            )
+        return np.asarray(score_map)

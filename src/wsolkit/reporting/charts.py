@@ -1,0 +1,254 @@
+"""Charts of an evaluation, one function each; the report page and W&B show the same ones.
+
+`results` and `curves` are flat, keyed `<protocol>/<name>` and `<protocol>/<baseline>/<name>`. A chart whose data is
+missing is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from wsolkit.types import Boxes, Image
+
+Results = Mapping[str, float]
+Curves = Mapping[str, Sequence[Any]]
+
+TRUTH, PREDICTED = "#00e000", "#ff3030"
+SCORE_COLOURS = "plasma"
+
+# Okabe and Ito's colours, which stay apart under every colour blindness.
+_SKY, _BLUE, _GREEN, _RED, _ORANGE = "#56b4e9", "#0072b2", "#009e73", "#d55e00", "#e69f00"
+_BASELINE_STYLES = (("#444444", (4, 2)), ("#666666", (1, 1.2)), ("#888888", (6, 2, 1, 2)))
+
+_ERRORS = {
+    "correct": "correct",
+    "cls": "Cls: wrong class",
+    "m_ins": "M-Ins: several\nobjects in one box",
+    "part": "Part: part\nof the object",
+    "more": "More: more\nthan the object",
+    "other": "OT: other",
+}
+
+
+class Shown(NamedTuple):
+    """An image of the gallery.
+
+    name: the image's id; image [S, S, 3]; score_map [R, R] in [0, 1]; truth [n, 4] and predicted [m, 4] in pixels of
+    the map; label and predicted_label: names of classes, the latter None if unknown; iou in [0, 1].
+    """
+
+    name: str
+    image: Image
+    score_map: npt.NDArray[np.floating[Any]]
+    truth: Boxes
+    predicted: Boxes
+    label: str
+    predicted_label: str | None
+    iou: float
+
+
+def charts(results: Results, curves: Curves) -> dict[str, Figure]:
+    """All charts there is data for, keyed `<protocol>/<chart>`."""
+    drawn = {
+        f"{protocol}/{name}": draw(results, curves, protocol)
+        for protocol in protocol_names(results, curves)
+        for name, draw in _CHARTS.items()
+    }
+    return {key: figure for key, figure in drawn.items() if figure is not None}
+
+
+def protocol_names(results: Results, curves: Curves) -> list[str]:
+    """Protocols that have a number or a curve, in order of appearance."""
+    return list(dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key))
+
+
+def baseline_names(results: Results, protocol: str) -> list[str]:
+    """Baselines that have a number under a protocol, in order of appearance."""
+    keys = [key.split("/") for key in results]
+    return list(dict.fromkeys(key[1] for key in keys if len(key) == 3 and key[0] == protocol))
+
+
+def series(curves: Curves, key: str) -> npt.NDArray[np.float64] | None:
+    """A curve or table as an array, or None if there is no number in it."""
+    values = np.array(curves.get(key, ()), dtype=np.float64)  # None, as JSON has it, becomes NaN
+    return values if np.isfinite(values).any() else None
+
+
+def threshold_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """GT-known Loc against the threshold τ, a curve for each IoU threshold δ, and the baselines at δ = 0.5."""
+    tau = series(curves, f"{protocol}/curves/threshold")
+    known = {delta: series(curves, f"{protocol}/curves/gt_known_loc_{delta}") for delta in ("30", "50", "70")}
+    if tau is None or all(values is None for values in known.values()):
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "threshold τ", "GT-known Loc (%)")
+    for (delta, values), colour in zip(known.items(), (_SKY, _BLUE, _GREEN), strict=True):
+        if values is not None:
+            axes.plot(tau, values, color=colour, linewidth=1.8, label=f"IoU threshold δ = 0.{delta[0]}")
+    chosen = _value(results, f"{protocol}/threshold")
+    if chosen is not None:
+        axes.axvline(chosen, color=_RED, linewidth=1.2, label=f"chosen τ = {chosen:.3f}")
+    for name, (colour, dashes) in zip(baseline_names(results, protocol), _BASELINE_STYLES, strict=False):
+        values = series(curves, f"{protocol}/{name}/curves/gt_known_loc_50")
+        if values is not None:
+            label = f"{spelled(name)}, δ = 0.5"
+            axes.plot(tau, values, color=colour, linewidth=1.2, dashes=dashes, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 100))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def iou_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Images by the IoU of their box at the chosen threshold, with the medians of all boxes and of the correct ones."""
+    counts = series(curves, f"{protocol}/iou_histogram")
+    if counts is None or not counts.sum():
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "IoU of the box with the ground truth", "images")
+    bars = counts.reshape(20, -1).sum(axis=1)  # [100] → [20]
+    axes.bar(np.arange(20) / 20, bars, width=1 / 20, align="edge", color=_SKY, edgecolor="white", linewidth=0.8)
+    medians = {"iou_median": ("all boxes", _BLUE, "-"), "iou_median_correct": ("correct boxes", _RED, "--")}
+    for key, (whose, colour, style) in medians.items():
+        percent = _value(results, f"{protocol}/{key}")
+        if percent is not None:
+            label = f"median of {whose}: {percent / 100:.2f}"
+            axes.axvline(percent / 100, color=colour, linestyle=style, linewidth=1.6, label=label)
+    axes.set_xlim(0, 1)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def error_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Shares of the images by what is wrong with their box: SPA's error analysis (supplement, Algorithm 1)."""
+    shares = {label: _value(results, f"{protocol}/error_{name}") for name, label in _ERRORS.items()}
+    known = {label: share for label, share in shares.items() if share is not None}
+    if not known:
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "share of images (%)", "")
+    colours = [_GREEN if label == "correct" else _ORANGE for label in known]
+    bars = axes.barh(list(known), list(known.values()), height=0.65, color=colours)
+    axes.bar_label(bars, [f"{share:.1f} %" for share in known.values()], padding=3, fontsize=8)
+    axes.set_xlim(0, 1.22 * max(max(known.values()), 1))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def size_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Number of images by the object's share of the image and by the IoU of the thresholded map with the mask."""
+    counts = series(curves, f"{protocol}/mask_iou_by_size")
+    if counts is None or not counts.sum():
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "object's share of the image (%)", "IoU of map and mask (%)")
+    picture = axes.imshow(
+        counts.T, origin="lower", extent=(0, 100, 0, 100), cmap="Blues", interpolation="none", aspect="auto"
+    )
+    axes.grid(visible=False)
+    bar = figure.colorbar(picture, ax=axes, ticks=MaxNLocator(5, integer=True))
+    bar.set_label("images", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def pixel_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Precision against recall of pixels, and pixel IoU against the threshold on the scale of 8-bit maps."""
+    names = ("recall", "precision", "pixel_threshold", "pixel_iou")
+    recall, precision, threshold, iou = (series(curves, f"{protocol}/curves/{name}") for name in names)
+    if recall is None or precision is None or threshold is None or iou is None:
+        return None
+    figure = _figure(width=6.5)
+    left, right = figure.subplots(1, 2)
+    _style(left, "pixel recall (%)", "pixel precision (%)").set(xlim=(0, 100), ylim=(0, 100))
+    _style(right, "threshold τ (0 to 255)", "pixel IoU (%)").set(xlim=(0, 255), ylim=(0, 100))
+    pxap = _value(results, f"{protocol}/pxap")
+    left.plot(recall, precision, color=_BLUE, linewidth=1.8, label=None if pxap is None else f"PxAP {pxap:.1f} %")
+    right.plot(threshold, iou, color=_BLUE, linewidth=1.8)
+    peak, at = _value(results, f"{protocol}/peak_iou"), _value(results, f"{protocol}/peak_threshold")
+    if peak is not None and at is not None:
+        right.plot([at], [peak], "o", color=_RED, label=f"peak {peak:.1f} % at τ = {at:.0f}")
+    for axes, place in ((left, "lower left"), (right, "upper right")):
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc=place, fontsize=8, frameon=False)
+    return figure
+
+
+_CHARTS = {
+    "threshold": threshold_chart,
+    "iou": iou_chart,
+    "errors": error_chart,
+    "size": size_chart,
+    "pixels": pixel_chart,
+}
+
+
+def example_image(shown: Shown, side: int = 320) -> Image:
+    """The image with its boxes, and beside it the same under the score map: [side, 2·side + 4, 3].
+
+    Ground truth is solid, predicted boxes are dashed.
+    """
+    plain = _resized(PIL.Image.fromarray(shown.image), side)
+    scores = _resized(PIL.Image.fromarray(np.asarray(shown.score_map, np.float32)), side).clip(0, 1)
+    colours = 255 * matplotlib.colormaps[SCORE_COLOURS](scores)[..., :3]  # [side, side] → [side, side, 3]
+    covered = np.asarray(0.5 * plain + 0.5 * colours, np.uint8)
+    height, width = shown.score_map.shape  # of the original image, under some protocols: it is shown squashed
+    scale = side / np.array([width, height, width, height])
+    for picture in (plain, covered):
+        # White below the dashes sets them off; green, drawn between the two, still shows where both boxes agree.
+        _draw_boxes(picture, shown.predicted, scale, "#ffffff", dashed=False)
+        _draw_boxes(picture, shown.truth, scale, TRUTH, dashed=False)
+        _draw_boxes(picture, shown.predicted, scale, PREDICTED, dashed=True)
+    gap = np.full((side, 4, 3), 255, np.uint8)
+    return np.concatenate([plain, gap, covered], axis=1)
+
+
+def _resized(picture: PIL.Image.Image, side: int) -> npt.NDArray[Any]:
+    return np.array(picture.resize((side, side), PIL.Image.Resampling.BILINEAR))
+
+
+def _draw_boxes(picture: Image, boxes: Boxes, scale: npt.NDArray[np.float64], colour: str, *, dashed: bool) -> None:
+    """Draw the outlines of boxes [n, 4], four pixels wide, into a picture [side, side, 3]."""
+    y, x = np.mgrid[: len(picture), : len(picture)]
+    for box in boxes:
+        x0, y0, x1, y1 = scale * (box + np.array([0, 0, 1, 1]))  # the last corner lies inside the box
+        depth = np.minimum(np.minimum(x - x0, x1 - 1 - x), np.minimum(y - y0, y1 - 1 - y)).round()
+        line = (depth >= 0) & (depth < 4)
+        if dashed:
+            line &= (x + y) // 8 % 2 == 0
+        picture[line] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def spelled(name: str) -> str:
+    """A key as people write it: "center_box" → "center box"."""
+    return name.replace("_", " ")
+
+
+def _value(results: Results, key: str) -> float | None:
+    value = results.get(key)
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _figure(width: float = 4.4) -> Figure:
+    return Figure(figsize=(width, 3.5), layout="constrained")
+
+
+def _style(axes: Any, xlabel: str, ylabel: str) -> Any:
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes

@@ -1,0 +1,88 @@
+"""Pictures of what a method sees: images with ground truth, score map and box."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsolkit.data.dataset import WSOLDataset, evaluation_batch
+from wsolkit.data.transforms import denormalise
+from wsolkit.localization.boxes import matched_boxes
+from wsolkit.methods.base import WSOLModule
+from wsolkit.metrics.evaluation import Evaluation, network_input
+from wsolkit.metrics.functional import box_iou
+from wsolkit.reporting.charts import Shown
+from wsolkit.types import EvaluationBatch
+
+Localize = Callable[[EvaluationBatch], tuple[list[Tensor], list[int | None]]]
+"""A batch → localization maps by label, each at the size at which it is judged, and predicted classes if known."""
+
+
+def localize_with(module: WSOLModule) -> Localize:
+    """Localization maps of a module, under its first protocol."""
+    metric = next(iter(module.evaluation.protocols.values()))
+
+    def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
+        image = network_input(batch, metric.protocol.input)[0]
+        # With trainer.precision=bf16-true the weights are half precision, and so must the images be.
+        image = image.to(next(module.parameters()))
+        training = module.training
+        module.eval()
+        with torch.inference_mode():
+            localization = module.localize(image, batch["label"].to(module.device)[:, None])
+        module.train(training)
+        maps = metric.localization_maps(localization.maps[:, 0], batch)
+        return [score.cpu() for score in maps], list(localization.logits.argmax(dim=1).tolist())
+
+    return localize
+
+
+def show(
+    localize: Localize,
+    evaluation: Evaluation,
+    results: Mapping[str, float],
+    dataset: WSOLDataset,
+    indices: Sequence[int],
+    normalization: tuple[Sequence[float], Sequence[float]],
+) -> list[Shown]:
+    """Images of a split under the first protocol, at its threshold, or at 0.5 where none is known yet.
+
+    Args:
+        localize: makes the maps.
+        evaluation: names the protocols.
+        results: numbers of a pass, for the threshold.
+        indices: which images.
+        normalization: mean and standard deviation of the images.
+    """
+    if not indices:
+        return []
+    name, metric = next(iter(evaluation.protocols.items()))
+    rules = metric.protocol
+    step = rules.index_of(results.get(f"{name}/threshold", 0.5)) or 0
+    batch = evaluation_batch([dataset[0, index] for index in indices])
+    maps, predictions = localize(batch)
+    inputs = network_input(batch, rules.input)[0]
+    classes = dataset.records.classes
+    truths = metric.truths(batch, range(len(indices)))
+    shown = []
+    for row, index in enumerate(indices):
+        truth, predicted = truths[row], predictions[row]
+        known = truth if len(truth) else np.zeros((1, 4), np.int64)
+        box = matched_boxes(rules.levels(maps[row][None])[0], rules.box_rule, known)[0][step]
+        original = rules.frame == "original"
+        shown.append(
+            Shown(
+                name=dataset.records.name(index),
+                image=dataset.records.image(index) if original else denormalise(inputs[row], *normalization),
+                score_map=maps[row].numpy(),
+                truth=truth,
+                predicted=box[None],
+                label=classes[int(batch["label"][row])],
+                predicted_label=None if predicted is None else classes[predicted],
+                iou=float(box_iou(box[None], truth).max()) if len(truth) else float("nan"),
+            )
+        )
+    return shown
