@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from wsolkit.localization.components import (
     AREA_GAIN,
-    HIGH,
-    LOW,
     PIXEL_GAIN,
+    around_all_pixels,
     compiled,
     components,
     fill_holes,
+    highest,
     highest_rank,
     holes,
     opencv_order,
@@ -36,15 +36,6 @@ Empty = Literal["zero", "one_pixel", "image"]
 Select = Literal["largest", "all"]
 FloatArray = npt.NDArray[np.floating]
 
-_LARGEST_OUTLINE, _ALL_OUTLINES, _MOST_PIXELS, _ALL_PIXELS = range(4)
-_COMPONENTS: dict[str, int] = {
-    "largest_outline": _LARGEST_OUTLINE,
-    "all_outlines": _ALL_OUTLINES,
-    "most_pixels": _MOST_PIXELS,
-    "all_pixels": _ALL_PIXELS,
-}
-_CLIPPED, _HALF_OPEN, _INCLUSIVE = range(3)
-_FAR_CORNERS: dict[str, int] = {"clipped": _CLIPPED, "half_open": _HALF_OPEN, "inclusive": _INCLUSIVE}
 GREY_LEVELS = 256
 _MAX_SIDE = 32767
 
@@ -143,18 +134,17 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: S
     if select not in ("largest", "all"):
         raise ValueError(f"select={select!r}: expected 'largest' or 'all'")
     levels = grey_levels(score_map, thresholds)
-    height, width = levels.level.shape
     if select == "largest":
-        empty = MAXBOXACC.empty_box(height, width)
-        boxes: Boxes = _level_boxes(
-            _whole(levels.level), levels.num_levels, _LARGEST_OUTLINE, _CLIPPED, empty, empty[None]
-        )
-        return boxes[levels.cuts]
-    listed, start = _listed_boxes(_whole(levels.level), levels.num_levels)
-    edges = start.tolist()
-    each = [listed[a:b] for a, b in itertools.pairwise(edges)]
-    nothing = MAXBOXACC_V2.empty_box(height, width)[None]
-    return [each[c] if len(each[c]) else nothing for c in levels.cuts.tolist()]
+        return _one_box(levels, MAXBOXACC)[levels.cuts]
+    padded = pad(_whole(levels.level))
+    filled = fill_holes(padded)
+    outer, inner = components(padded, GREY_LEVELS, PIXEL_GAIN), holes(padded, filled, GREY_LEVELS)
+    rows, start = opencv_order(outer, inner, filled, GREY_LEVELS)
+    nodes = np.concatenate([outer[0], inner[0]])
+    listed = _far_corners(nodes[:, :4], MAXBOXACC_V2, levels)[rows]
+    nothing = MAXBOXACC_V2.empty_box(*levels.level.shape)[None]
+    each = [listed[a:b] if a < b else nothing for a, b in itertools.pairwise(start.tolist())]
+    return [each[c] for c in levels.cuts.tolist()]
 
 
 def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, npt.NDArray[np.float64]]:
@@ -167,12 +157,48 @@ def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, n
     Returns:
         boxes [T, 4] and the highest IoU with any true box [T], see `iou`.
     """
-    empty = rule.empty_box(*levels.level.shape)
-    component, far_corner = _COMPONENTS[rule.component], _FAR_CORNERS[rule.far_corner]
     truth = np.ascontiguousarray(truth, np.int64)
-    boxes = _level_boxes(_whole(levels.level), levels.num_levels, component, far_corner, empty, truth)
-    overlap = best_iou(boxes, truth)
-    return boxes[levels.cuts], overlap[levels.cuts]
+    if rule.component == "all_outlines":
+        padded = pad(_whole(levels.level))
+        inner = holes(padded, fill_holes(padded), levels.num_levels)[0]
+        nodes = np.concatenate([components(padded, levels.num_levels, PIXEL_GAIN)[0], inner])
+        drawn = _far_corners(nodes[:, :4], rule, levels)
+        boxes = _chosen(drawn, highest(nodes, best_iou(drawn, truth), levels.num_levels), rule, levels)
+    else:
+        boxes = _one_box(levels, rule)
+    return boxes[levels.cuts], best_iou(boxes, truth)[levels.cuts]
+
+
+def _one_box(levels: Levels, rule: BoxRule) -> Boxes:
+    """The box of a rule that draws one, at each threshold 0 <= c < num_levels."""
+    level, count = _whole(levels.level), levels.num_levels
+    if rule.component == "all_pixels":
+        around = around_all_pixels(level, count)
+        chosen = np.where(around[:, 0] < level.shape[1], np.arange(count), -1)
+        return _chosen(_far_corners(around, rule, levels), chosen, rule, levels)
+    outline = rule.component == "largest_outline"
+    # The area in an outline is that of the component with its holes filled.
+    padded = fill_holes(pad(level)) if outline else pad(level)
+    nodes = components(padded, count, AREA_GAIN if outline else PIXEL_GAIN)[0]
+    chosen = highest_rank(nodes, count, outline)  # OpenCV lists the outline that it finds last first
+    return _chosen(_far_corners(nodes[:, :4], rule, levels), chosen, rule, levels)
+
+
+def _far_corners(boxes: npt.NDArray[np.int32], rule: BoxRule, levels: Levels) -> Boxes:
+    """Boxes [n, 4] that end with their last pixel, by the convention of a rule."""
+    height, width = levels.level.shape
+    drawn = boxes.astype(np.int64)
+    if rule.far_corner != "inclusive":
+        drawn[:, 2:] += 1
+    if rule.far_corner == "clipped":
+        np.minimum(drawn[:, 2:], [width - 1, height - 1], out=drawn[:, 2:])
+    return drawn
+
+
+def _chosen(boxes: Boxes, rows: npt.NDArray[np.int64], rule: BoxRule, levels: Levels) -> Boxes:
+    """Rows of boxes [n, 4], and the empty box where there is none (-1)."""
+    empty = rule.empty_box(*levels.level.shape)
+    return np.where(rows[:, None] >= 0, boxes[rows], empty) if len(boxes) else np.tile(empty, (len(rows), 1))
 
 
 def _whole(level: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint16]:
@@ -200,93 +226,3 @@ def best_iou(boxes: Any, truth: Any) -> Any:
         for t in range(len(truth)):
             best[b] = max(best[b], iou(boxes[b], truth[t]))
     return best
-
-
-@compiled
-def _level_boxes(level: Any, count: int, component: int, far_corner: int, empty: Any, truth: Any) -> Any:
-    """One box for each threshold 0 <= c < count: [count, 4]; `truth` [n, 4] decides among all outlines."""
-    boxes = np.empty((count, 4), np.int64)
-    boxes[:] = empty
-    if component == _ALL_PIXELS:
-        nodes = _all_pixels(level, count)
-        chosen = np.where(nodes[:, 0] < level.shape[1], np.arange(count), -1)
-    else:
-        padded = pad(level)
-        if component == _ALL_OUTLINES:
-            nodes = _outlines(padded, fill_holes(padded), count)
-        elif component == _LARGEST_OUTLINE:  # the area in an outline is that of the component with its holes filled
-            nodes = components(fill_holes(padded), count, AREA_GAIN)[0]
-            chosen = highest_rank(nodes, count, True)  # OpenCV lists the one that it finds last first
-        else:
-            nodes = components(padded, count, PIXEL_GAIN)[0]
-            chosen = highest_rank(nodes, count, False)
-    _set_far_corner(nodes, far_corner, level.shape[0], level.shape[1])
-    if component == _ALL_OUTLINES:
-        chosen = _highest_overlap(nodes, count, truth)
-    for c in range(count):
-        if chosen[c] >= 0:
-            boxes[c] = nodes[chosen[c], :4]
-    return boxes
-
-
-@compiled
-def _all_pixels(level: Any, count: int) -> Any:
-    """A box [count, 4] around {level > c} for each c; where it is empty, x0 is the width."""
-    height, width = level.shape
-    boxes = np.empty((count, 4), np.int32)
-    boxes[:] = np.array([width, height, -1, -1], np.int32)
-    for y in range(height):
-        for x in range(width):
-            if level[y, x] > 0:
-                box = boxes[level[y, x] - 1]
-                box[0] = min(box[0], x)
-                box[1] = min(box[1], y)
-                box[2] = max(box[2], x)
-                box[3] = max(box[3], y)
-    for c in range(count - 2, -1, -1):
-        boxes[c, :2] = np.minimum(boxes[c, :2], boxes[c + 1, :2])
-        boxes[c, 2:] = np.maximum(boxes[c, 2:], boxes[c + 1, 2:])
-    return boxes
-
-
-@compiled
-def _outlines(padded: Any, filled: Any, count: int) -> Any:
-    return np.concatenate((components(padded, count, PIXEL_GAIN)[0], holes(padded, filled, count)[0]))
-
-
-@compiled
-def _highest_overlap(nodes: Any, count: int, truth: Any) -> Any:
-    """At each threshold 0 <= c < count, the node that overlaps some true box most; -1 where there is none."""
-    best = np.full(count, -1.0)
-    chosen = np.full(count, -1, np.int64)
-    overlap = best_iou(nodes, truth)
-    for n in range(len(nodes)):
-        for c in range(nodes[n, LOW], nodes[n, HIGH]):
-            if overlap[n] > best[c]:
-                best[c] = overlap[n]
-                chosen[c] = n
-    return chosen
-
-
-@compiled
-def _listed_boxes(level: Any, count: int) -> Any:
-    """The boxes of all outlines at each threshold 0 <= c < count, in OpenCV's order; and where each one's start."""
-    padded = pad(level)
-    filled = fill_holes(padded)
-    outer, inner = components(padded, count, PIXEL_GAIN), holes(padded, filled, count)
-    nodes = np.concatenate((outer[0], inner[0]))
-    _set_far_corner(nodes, _CLIPPED, level.shape[0], level.shape[1])
-    rows, start = opencv_order(outer, inner, filled, count)
-    return nodes[rows, :4].astype(np.int64), start
-
-
-@compiled
-def _set_far_corner(boxes: Any, far_corner: int, height: int, width: int) -> None:
-    """Turn the last pixel inside into the far corner."""
-    if far_corner != _INCLUSIVE:
-        for box in boxes:
-            box[2] += 1
-            box[3] += 1
-            if far_corner == _CLIPPED:
-                box[2] = min(box[2], width - 1)
-                box[3] = min(box[3], height - 1)

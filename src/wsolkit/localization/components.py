@@ -35,31 +35,33 @@ def compiled(function: _Function) -> _Function:
         return cast(_Function, numba.njit(nogil=True)(function))
 
 
-def _arcs(diagonals: bool) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
-    """Which neighbours of a pixel to join, for each set of neighbours that are in, a byte (bit 0: north, clockwise).
+def _joins(diagonals: bool) -> npt.NDArray[np.int32]:
+    """What a pixel does to the components around it, for each set of neighbours that are there before it.
 
-    Neighbours that touch one another around the pixel are in one component already, so one of them stands for all.
-    Returns their number [256] and their positions around the pixel [256, 4].
+    The set is a byte (bit 0: north, then clockwise); the answer [256] is packed:
+    bits 0 to 2: how many neighbours to join: those that touch one another around the pixel are in one component
+    already, so one of them stands for all; bits 3 to 14: their positions around the pixel, three bits each;
+    bit 15: whether the pixel may be beyond that component's box, or before its first pixel.
     """
-    count, chosen = np.zeros(256, np.int8), np.zeros((256, 4), np.int8)
-    step = 1 if diagonals else 2
+    packed = np.zeros(256, np.int32)
     for present in range(256):
-        inside = [k for k in range(0, 8, step) if present >> k & 1]
+        inside = [k for k in range(8) if present >> k & 1 and (diagonals or k % 2 == 0)]
         groups: list[set[int]] = []
         for k in inside:
-            group = {k}
             # Next to each other around the pixel; the straight neighbours also across a corner.
             near = {(k + d) % 8 for d in ((1, -1) if diagonals else ())}
             if k % 2 == 0:
                 corners = ((k + 1) % 8, (k + 2) % 8), ((k - 1) % 8, (k - 2) % 8)
                 near |= {end for corner, end in corners if diagonals or present >> corner & 1}
-            for other in [g for g in groups if g & near]:
-                group |= other
-                groups.remove(other)
-            groups.append(group)
-        count[present] = len(groups)
-        chosen[present, : len(groups)] = [min(group) for group in groups]
-    return count, chosen
+            joined = [group for group in groups if group & near]
+            groups = [group for group in groups if not group & near] + [{k}.union(*joined)]
+        # It cannot if some neighbour is not west of it, some not east, not south, not north, and some comes before it.
+        within = [{0, 1, 2, 3, 4}, {0, 4, 5, 6, 7}, {0, 1, 2, 6, 7}, {2, 3, 4, 5, 6}, {0, 1, 6, 7}]
+        outermost = not all(side & set(inside) for side in within)
+        packed[present] = len(groups) | outermost << 15
+        for number, group in enumerate(groups):
+            packed[present] |= min(group) << (3 + 3 * number)
+    return packed
 
 
 def _area_gain() -> npt.NDArray[np.int8]:
@@ -76,8 +78,7 @@ def _area_gain() -> npt.NDArray[np.int8]:
     return gain
 
 
-_ARCS_8, _CHOSEN_8 = _arcs(diagonals=True)
-_ARCS_4, _CHOSEN_4 = _arcs(diagonals=False)
+_JOINS_8, _JOINS_4 = _joins(diagonals=True), _joins(diagonals=False)
 AREA_GAIN = _area_gain()
 """Makes the rank of a component without holes twice `cv2.contourArea` of its outline."""
 PIXEL_GAIN = np.ones(256, np.int8)
@@ -103,34 +104,32 @@ def fill_holes(padded: Any) -> Any:
     reconstruction by erosion, by sweeps until nothing changes.)
     """
     height, width = padded.shape
-    filled = np.full((height, width), np.uint16(65535), np.uint16)
-    filled[0, :] = 0
-    filled[height - 1, :] = 0
-    filled[:, 0] = 0
-    filled[:, width - 1] = 0
+    level = padded.ravel()
+    fill = np.zeros(level.size, np.uint16)
     for y in range(1, height - 1):
-        left = np.uint16(0)
-        for x in range(1, width - 1):
-            left = max(min(left, filled[y - 1, x]), padded[y, x])
-            filled[y, x] = left
+        lower = np.uint16(0)
+        for p in range(y * width + 1, (y + 1) * width - 1):
+            lower = max(min(lower, fill[p - width]), level[p])
+            fill[p] = lower
     # From below and from the right; where a pixel could still lower a neighbour that has had its turn, remember it.
-    level, fill = padded.ravel(), filled.ravel()
     waiting = np.zeros(level.size, np.bool_)
     queue = np.empty(level.size, np.int32)  # a ring; each pixel is in it once at most
-    head = tail = 0
+    pending = 0
     for y in range(height - 2, 0, -1):
-        right = np.uint16(0)
-        for x in range(width - 2, 0, -1):
-            right = max(min(filled[y, x], right, filled[y + 1, x]), padded[y, x])
-            filled[y, x] = right
-            p = y * width + x
-            if (fill[p + 1] > right and fill[p + 1] > level[p + 1]) or (
-                fill[p + width] > right and fill[p + width] > level[p + width]
+        lower = np.uint16(0)
+        for p in range((y + 1) * width - 2, y * width, -1):
+            if fill[p] > level[p]:
+                lower = max(min(fill[p], lower, fill[p + width]), level[p])
+                fill[p] = lower
+            else:
+                lower = fill[p]
+            if (fill[p + 1] > lower and fill[p + 1] > level[p + 1]) or (
+                fill[p + width] > lower and fill[p + width] > level[p + width]
             ):
                 waiting[p] = True
-                queue[tail] = p
-                tail += 1
-    pending = tail
+                queue[pending] = p
+                pending += 1
+    head, tail = 0, pending
     while pending > 0:
         p = queue[head]
         head = head + 1 if head + 1 < level.size else 0
@@ -145,7 +144,7 @@ def fill_holes(padded: Any) -> Any:
                     queue[tail] = q
                     tail = tail + 1 if tail + 1 < level.size else 0
                     pending += 1
-    return filled
+    return fill.reshape(height, width)
 
 
 @compiled
@@ -172,27 +171,23 @@ def _higher_neighbours(padded: Any) -> Any:
 @compiled
 def _sort(levels: Any, base: Any, num_levels: int) -> Any:
     """Pixels with levels > base, highest first, in raster order among equals; and where each level ends."""
-    height, width = levels.shape
     end = np.zeros(num_levels + 2, np.int64)
-    for y in range(1, height - 1):
-        for x in range(1, width - 1):
-            if levels[y, x] > base[y, x]:
-                end[levels[y, x]] += 1
+    for p in range(levels.size):
+        if levels[p] > base[p]:
+            end[levels[p]] += 1
     for level in range(num_levels - 1, -1, -1):
         end[level] += end[level + 1]
     place = end.copy()
     order = np.empty(end[0], np.int32)
-    for y in range(height - 2, 0, -1):
-        for x in range(width - 2, 0, -1):
-            v = levels[y, x]
-            if v > base[y, x]:
-                place[v] -= 1
-                order[place[v]] = y << 16 | x
+    for p in range(levels.size - 1, -1, -1):
+        if levels[p] > base[p]:
+            place[levels[p]] -= 1
+            order[place[levels[p]]] = p
     return order, end
 
 
 @compiled
-def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain: Any) -> Any:
+def _tree(levels: Any, base: Any, num_levels: int, joins: Any, gain: Any) -> Any:
     """Every component of {levels > c}, base <= c < num_levels.
 
     levels, base: [H + 2, W + 2] with a frame of zeros; base is the same all over a component, and ends it.
@@ -202,16 +197,16 @@ def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain:
         branch it went, or -1, and the level there: at thresholds below it they are one.
     """
     width = levels.shape[1]
-    around = np.array([-width, 1 - width, 1, 1 + width, width, width - 1, -1, -1 - width], np.int32)
+    around = np.array([-width, 1 - width, 1, 1 + width, width, width - 1, -1, -1 - width], np.int64)
     present = _higher_neighbours(levels).ravel()
-    order, end = _sort(levels, base, num_levels)
     base = base.ravel()
+    order, end = _sort(levels.ravel(), base, num_levels)
     size = len(order)
     label = np.empty(levels.size, np.int32)
     # A component that no longer changes is written down as a node; each pixel makes one change at most.
     nodes = np.empty((2 * size, 9), np.int32)
     num_nodes = 0
-    # Per branch: box (0–3), the level it changed at (4), rank (5), first pixel (6), number of pixels (7).
+    # Per branch: box (0 to 3), the level it changed at (4), rank (5), first pixel (6).
     state = np.empty((size, 8), np.int32)
     root = np.empty(size, np.int32)
     joined = np.empty(size, np.int32)
@@ -220,20 +215,21 @@ def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain:
     position = 0
     for level in range(num_levels, 0, -1):
         while position < end[level]:
-            x, y = order[position] & 0xFFFF, order[position] >> 16
-            p = y * width + x
+            p = order[position]
             position += 1
-            neighbours = present[p]
-            if arcs[neighbours] == 0:
+            join = joins[present[p]]
+            if join & 7 == 0:
                 r = branches
                 branches += 1
                 root[r] = r
                 joined[r] = -1
-                state[r, 0], state[r, 1], state[r, 2], state[r, 3] = x, y, x, y
-                state[r, 4], state[r, 5], state[r, 6], state[r, 7] = level, gain[neighbours], p, 1
+                y = p // width
+                state[r, 0] = state[r, 2] = p - y * width
+                state[r, 1] = state[r, 3] = y
+                state[r, 4], state[r, 5], state[r, 6] = level, gain[present[p]], p
                 label[p] = r
                 continue
-            r = label[p + around[chosen[neighbours, 0]]]
+            r = label[p + around[join >> 3 & 7]]
             while root[r] != r:
                 root[r] = root[root[r]]
                 r = root[r]
@@ -241,8 +237,8 @@ def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain:
                 _write(nodes, num_nodes, state, level, r)
                 num_nodes += 1
                 state[r, 4] = level
-            for k in range(1, arcs[neighbours]):
-                s = label[p + around[chosen[neighbours, k]]]
+            for k in range(1, join & 7):
+                s = label[p + around[join >> (3 + 3 * k) & 7]]
                 while root[s] != s:
                     root[s] = root[root[s]]
                     s = root[s]
@@ -251,7 +247,7 @@ def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain:
                 if state[s, 4] != level:
                     _write(nodes, num_nodes, state, level, s)
                     num_nodes += 1
-                if state[s, 7] > state[r, 7]:
+                if state[s, 5] > state[r, 5]:
                     r, s = s, r
                     state[r, 4] = level
                 root[s] = r
@@ -263,15 +259,16 @@ def _tree(levels: Any, base: Any, num_levels: int, arcs: Any, chosen: Any, gain:
                 state[r, 3] = max(state[r, 3], state[s, 3])
                 state[r, 5] += state[s, 5]
                 state[r, 6] = min(state[r, 6], state[s, 6])
-                state[r, 7] += state[s, 7]
             label[p] = r
-            state[r, 0] = min(state[r, 0], x)
-            state[r, 1] = min(state[r, 1], y)
-            state[r, 2] = max(state[r, 2], x)
-            state[r, 3] = max(state[r, 3], y)
-            state[r, 5] += gain[neighbours]
-            state[r, 6] = min(state[r, 6], p)
-            state[r, 7] += 1
+            state[r, 5] += gain[present[p]]
+            if join >> 15:
+                y = p // width
+                x = p - y * width
+                state[r, 0] = min(state[r, 0], x)
+                state[r, 1] = min(state[r, 1], y)
+                state[r, 2] = max(state[r, 2], x)
+                state[r, 3] = max(state[r, 3], y)
+                state[r, 6] = min(state[r, 6], p)
     for r in range(branches):
         if root[r] == r:
             _write(nodes, num_nodes, state, base[state[r, 6]], r)
@@ -296,7 +293,7 @@ def components(padded: Any, num_levels: int, gain: Any) -> Any:
 
     gain: what their rank counts: `PIXEL_GAIN`, or, of a map without holes, `AREA_GAIN`.
     """
-    return _tree(padded, np.zeros(padded.shape, np.uint16), num_levels, _ARCS_8, _CHOSEN_8, gain)
+    return _tree(padded, np.zeros(padded.shape, np.uint16), num_levels, _JOINS_8, gain)
 
 
 @compiled
@@ -311,7 +308,7 @@ def holes(padded: Any, filled: Any, num_levels: int) -> Any:
         for x in range(1, padded.shape[1] - 1):
             depth[y, x] = num_levels - padded[y, x]
             base[y, x] = num_levels - filled[y, x]
-    nodes, label, joined, joined_at = _tree(depth, base, num_levels, _ARCS_4, _CHOSEN_4, PIXEL_GAIN)
+    nodes, label, joined, joined_at = _tree(depth, base, num_levels, _JOINS_4, PIXEL_GAIN)
     for node in nodes:
         node[0] -= 1
         node[1] -= 1
@@ -339,6 +336,41 @@ def highest_rank(nodes: Any, num_levels: int, last: bool) -> Any:
             ):
                 best[c] = n
     return best
+
+
+@compiled
+def highest(nodes: Any, values: Any, num_levels: int) -> Any:
+    """At each threshold, the node with the highest of `values` [n], the first of equals.
+
+    Returns:
+        row of the table for 0 <= c < num_levels, -1 where there is none.
+    """
+    best = np.full(num_levels, -1, np.int64)
+    for n in range(len(nodes)):
+        for c in range(nodes[n, LOW], nodes[n, HIGH]):
+            if best[c] < 0 or values[n] > values[best[c]]:
+                best[c] = n
+    return best
+
+
+@compiled
+def around_all_pixels(level: Any, num_levels: int) -> Any:
+    """A box [num_levels, 4] around {level > c} for each c, first and last pixel; x0 is the width where it is empty."""
+    height, width = level.shape
+    boxes = np.empty((num_levels, 4), np.int32)
+    boxes[:] = np.array([width, height, -1, -1], np.int32)
+    for y in range(height):
+        for x in range(width):
+            if level[y, x] > 0:
+                box = boxes[level[y, x] - 1]
+                box[0] = min(box[0], x)
+                box[1] = min(box[1], y)
+                box[2] = max(box[2], x)
+                box[3] = max(box[3], y)
+    for c in range(num_levels - 2, -1, -1):
+        boxes[c, :2] = np.minimum(boxes[c, :2], boxes[c + 1, :2])
+        boxes[c, 2:] = np.maximum(boxes[c, 2:], boxes[c + 1, 2:])
+    return boxes
 
 
 @compiled

@@ -180,15 +180,16 @@ class BoxEvaluation(Metric):
             ]
             error = np.where(verdicts.top1[:, None], error, np.uint8(CLS))
             self.classified += len(label)
-            self.class_top1 += _sum_by(label, verdicts.top1[:, None], len(self.class_top1))[:, 0]
-            self.class_correct[1] += _sum_by(label, top1_loc[half], len(self.class_top1))
+            self.class_top1.index_add_(0, label, torch.from_numpy(verdicts.top1).to(label))
+            self.class_correct[1].index_add_(0, label, torch.from_numpy(top1_loc[half]).to(label))
         for row, outcome in enumerate(rows):
-            self.correct[row] += torch.from_numpy(outcome.sum(axis=1)).to(device)
+            self.correct[row] += torch.from_numpy(np.count_nonzero(outcome, axis=1)).to(device)
         for row, iou in enumerate(verdicts.baseline_iou, start=len(CONDITIONS)):
-            self.correct[row] += torch.from_numpy(right(iou, rules.gt_known_comparison).sum(axis=1)).to(device)
+            counts = np.count_nonzero(right(iou, rules.gt_known_comparison), axis=1)
+            self.correct[row] += torch.from_numpy(counts).to(device)
         self.images += len(label)
-        self.class_images += torch.bincount(label, minlength=len(self.class_images))
-        self.class_correct[0] += _sum_by(label, gt_known[half], len(self.class_images))
+        self.class_images.index_add_(0, label, torch.ones_like(label))
+        self.class_correct[0].index_add_(0, label, torch.from_numpy(gt_known[half]).to(label))
         _count_in_rows(self.errors, error)
         _count_in_rows(self.ious, np.minimum(verdicts.iou * IOU_BINS, IOU_BINS - 1))
         packed = torch.from_numpy(_pack(verdicts.iou, verdicts.image)).to(device)
@@ -261,12 +262,6 @@ class BoxEvaluation(Metric):
         for name, packed in (("worst", lowest), ("best", highest)):
             values[f"{name}_images"] = (packed[packed < _NO_IMAGE] & 0xFFFFFFFF).double()
         return values
-
-
-def _sum_by(label: Tensor, outcome: npt.NDArray[np.bool_], num_classes: int) -> Tensor:
-    """Sum outcomes [B, T] of images by their labels [B]: int64 [C, T]."""
-    counts = torch.from_numpy(outcome).to(label.device).long()
-    return counts.new_zeros(num_classes, counts.shape[1]).index_add_(0, label, counts)
 
 
 def _count_in_rows(table: Tensor, columns: npt.NDArray[np.generic]) -> None:
