@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 
 from tests.conftest import write_imagenet
 from wsolkit import load_config
-from wsolkit.checkpoint import read_checkpoint, restore
-from wsolkit.errors import CheckpointError
+from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
+from wsolkit.config import check_config, plain
+from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.train import train
 
 TINY = (
@@ -136,6 +137,18 @@ def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
     assert restored.dataset.records._target_ == "wsolkit.data.shapes.ShapesRecords"
     assert restored.dataset.records.seed == 7
     assert restore(load_config("method=ts_cam"), checkpoint, ["dataset.records.seed=3"]).dataset.records.seed == 3
+
+
+def test_place_of_the_data_set_is_the_checkpoint_s_unless_another_is_given() -> None:
+    saved = plain(load_config("dataset=listed", "dataset.root=there"))
+    checkpoint = Checkpoint(Path("x.ckpt"), {}, saved, ["a", "b"], "")
+    with pytest.raises(ConfigError, match=r"dataset\.root"):
+        check_config(load_config("dataset=listed"))
+    restored = restore(load_config("dataset=listed"), checkpoint, [])
+    check_config(restored)
+    assert restored.dataset.root == "there"
+    assert restored.dataset.records.root == "there"
+    assert restore(load_config("dataset=listed"), checkpoint, ["dataset.root=here"]).dataset.records.root == "here"
 
 
 def test_resume_takes_no_other_run(trained: Path, tmp_path: Path) -> None:

@@ -111,9 +111,10 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -
     """
     cfg = cfg.copy()
     saved = checkpoint.config
-    for group in GROUPS:
-        if cfg[group].name == saved[group]["name"]:
-            _merge(cfg[group], saved[group])
+    groups = [group for group in GROUPS if cfg[group].name == saved[group]["name"]]
+    for derived in (False, True):
+        for group in groups:
+            _merge(cfg[group], saved[group], derived)
     cfg.dataset.image_size = saved["dataset"]["image_size"]
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
     for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
@@ -123,13 +124,19 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -
     return cfg
 
 
-def _merge(node: DictConfig, saved: Mapping[str, Any]) -> None:
+def _merge(node: DictConfig, saved: Mapping[str, Any], derived: bool) -> None:
+    """Put saved values into a node: those that stand for themselves, or those that it derives from others.
+
+    A derived value stays so where it comes to the saved one anyway: it then follows what the user overrides.
+    """
     for key, value in saved.items():
-        if key not in node or str(key).startswith("_"):
+        if key not in list(node) or str(key).startswith("_"):  # `in node` says no of a value that is required: ???
+            continue
+        if OmegaConf.is_interpolation(node, key) != derived and not isinstance(value, Mapping):
             continue
         if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
-            _merge(node[key], value)
-        elif not _mentions_target(value):
+            _merge(node[key], value, derived)
+        elif not _mentions_target(value) and not (derived and node[key] == value):
             node[key] = value
 
 
