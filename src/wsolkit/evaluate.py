@@ -31,6 +31,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate a checkpoint or a folder of score maps and report into a run directory; returns the metrics."""
     if cfg.score_maps is not None:
         return evaluate_score_maps(cfg, folder)
+    if cfg.checkpoint is None:
+        raise ConfigError("required and not given: checkpoint. Add checkpoint=…, or score_maps=DIR")
     return evaluate_checkpoint(cfg, folder)
 
 
@@ -46,8 +48,6 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report
 
-    if cfg.checkpoint is None:
-        raise ConfigError("required and not given: checkpoint. Add checkpoint=…, or score_maps=DIR")
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
     check_config(cfg)
