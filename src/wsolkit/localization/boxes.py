@@ -9,7 +9,9 @@ of them in one pass. The results are those of OpenCV 5.0.0, threshold by thresho
 
 from __future__ import annotations
 
+import functools
 import itertools
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -67,7 +69,8 @@ MAXBOXACC = BoxRule("largest_outline", "clipped", "zero")
 MAXBOXACC_V2 = BoxRule("all_outlines", "clipped", "zero")
 
 
-class Levels(NamedTuple):
+@dataclass(frozen=True)
+class Levels:
     """A map in whole numbers: above threshold number i is where level > cuts[i].
 
     level [H, W] uint8 or uint16, at most `num_levels`; cuts [T], below `num_levels`.
@@ -76,6 +79,18 @@ class Levels(NamedTuple):
     level: npt.NDArray[np.unsignedinteger]
     cuts: npt.NDArray[np.int64]
     num_levels: int
+
+    @functools.cached_property
+    def padded(self) -> npt.NDArray[np.uint16]:
+        """The levels [H + 2, W + 2], of one type and layout, since functions are compiled for each."""
+        padded: npt.NDArray[np.uint16] = pad(np.ascontiguousarray(self.level, np.uint16))
+        return padded
+
+    @functools.cached_property
+    def filled(self) -> npt.NDArray[np.uint16]:
+        """The same with holes filled, see `fill_holes`; several rules need it."""
+        filled: npt.NDArray[np.uint16] = fill_holes(self.padded)
+        return filled
 
 
 def threshold_grid(num_thresholds: int) -> npt.NDArray[np.float64]:
@@ -136,10 +151,9 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: S
     levels = grey_levels(score_map, thresholds)
     if select == "largest":
         return _one_box(levels, MAXBOXACC)[levels.cuts]
-    padded = pad(_whole(levels.level))
-    filled = fill_holes(padded)
-    outer, inner = components(padded, GREY_LEVELS, PIXEL_GAIN), holes(padded, filled, GREY_LEVELS)
-    rows, start = opencv_order(outer, inner, filled, GREY_LEVELS)
+    outer = components(levels.padded, GREY_LEVELS, PIXEL_GAIN)
+    inner = holes(levels.padded, levels.filled, GREY_LEVELS)
+    rows, start = opencv_order(outer, inner, levels.filled, GREY_LEVELS)
     nodes = np.concatenate([outer[0], inner[0]])
     listed = _far_corners(nodes[:, :4], MAXBOXACC_V2, levels)[rows]
     nothing = MAXBOXACC_V2.empty_box(*levels.level.shape)[None]
@@ -159,9 +173,8 @@ def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, n
     """
     truth = np.ascontiguousarray(truth, np.int64)
     if rule.component == "all_outlines":
-        padded = pad(_whole(levels.level))
-        inner = holes(padded, fill_holes(padded), levels.num_levels)[0]
-        nodes = np.concatenate([components(padded, levels.num_levels, PIXEL_GAIN)[0], inner])
+        inner = holes(levels.padded, levels.filled, levels.num_levels)[0]
+        nodes = np.concatenate([components(levels.padded, levels.num_levels, PIXEL_GAIN)[0], inner])
         drawn = _far_corners(nodes[:, :4], rule, levels)
         boxes = _chosen(drawn, highest(nodes, best_iou(drawn, truth), levels.num_levels), rule, levels)
     else:
@@ -171,15 +184,14 @@ def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, n
 
 def _one_box(levels: Levels, rule: BoxRule) -> Boxes:
     """The box of a rule that draws one, at each threshold 0 <= c < num_levels."""
-    level, count = _whole(levels.level), levels.num_levels
+    count = levels.num_levels
     if rule.component == "all_pixels":
-        around = around_all_pixels(level, count)
-        chosen = np.where(around[:, 0] < level.shape[1], np.arange(count), -1)
+        around = around_all_pixels(levels.padded, count)
+        chosen = np.where(around[:, 2] >= 0, np.arange(count), -1)
         return _chosen(_far_corners(around, rule, levels), chosen, rule, levels)
     outline = rule.component == "largest_outline"
     # The area in an outline is that of the component with its holes filled.
-    padded = fill_holes(pad(level)) if outline else pad(level)
-    nodes = components(padded, count, AREA_GAIN if outline else PIXEL_GAIN)[0]
+    nodes = components(levels.filled if outline else levels.padded, count, AREA_GAIN if outline else PIXEL_GAIN)[0]
     chosen = highest_rank(nodes, count, outline)  # OpenCV lists the outline that it finds last first
     return _chosen(_far_corners(nodes[:, :4], rule, levels), chosen, rule, levels)
 
@@ -199,11 +211,6 @@ def _chosen(boxes: Boxes, rows: npt.NDArray[np.int64], rule: BoxRule, levels: Le
     """Rows of boxes [n, 4], and the empty box where there is none (-1)."""
     empty = rule.empty_box(*levels.level.shape)
     return np.where(rows[:, None] >= 0, boxes[rows], empty) if len(boxes) else np.tile(empty, (len(rows), 1))
-
-
-def _whole(level: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint16]:
-    """Levels of one type and layout, since functions are compiled for each."""
-    return np.ascontiguousarray(level, np.uint16)
 
 
 @compiled

@@ -354,19 +354,19 @@ def highest(nodes: Any, values: Any, num_levels: int) -> Any:
 
 
 @compiled
-def around_all_pixels(level: Any, num_levels: int) -> Any:
-    """A box [num_levels, 4] around {level > c} for each c, first and last pixel; x0 is the width where it is empty."""
-    height, width = level.shape
+def around_all_pixels(padded: Any, num_levels: int) -> Any:
+    """A box [num_levels, 4] around {padded > c} for each c, first and last pixel; x1 is -1 where it is empty."""
+    height, width = padded.shape
     boxes = np.empty((num_levels, 4), np.int32)
     boxes[:] = np.array([width, height, -1, -1], np.int32)
     for y in range(height):
         for x in range(width):
-            if level[y, x] > 0:
-                box = boxes[level[y, x] - 1]
-                box[0] = min(box[0], x)
-                box[1] = min(box[1], y)
-                box[2] = max(box[2], x)
-                box[3] = max(box[3], y)
+            if padded[y, x] > 0:
+                box = boxes[padded[y, x] - 1]
+                box[0] = min(box[0], x - 1)
+                box[1] = min(box[1], y - 1)
+                box[2] = max(box[2], x - 1)
+                box[3] = max(box[3], y - 1)
     for c in range(num_levels - 2, -1, -1):
         boxes[c, :2] = np.minimum(boxes[c, :2], boxes[c + 1, :2])
         boxes[c, 2:] = np.maximum(boxes[c, 2:], boxes[c + 1, 2:])

@@ -134,6 +134,11 @@ class Protocol:
         """Protocols that agree in this have the same `localization_maps`."""
         return self.input, self.resolution, self.resize, self.interpolation, self.min_max, self.epsilon
 
+    @property
+    def level_rule(self) -> tuple[object, ...]:
+        """Protocols that agree in this have the same `levels`."""
+        return *self.map_rule, self.frame, self.threshold_rule, self.num_thresholds
+
     def localization_maps(self, maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Raw score maps [B, h, w] → localization maps in [0, 1], float32.
 

@@ -59,6 +59,18 @@ def _counter() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="counts")
 
 
+class _Shared:
+    """What protocols that feed the network alike share of a batch: made once for all that agree on how."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, object], Any] = {}
+
+    def get(self, what: str, rule: object, make: Callable[[], Any]) -> Any:
+        if (what, rule) not in self._made:
+            self._made[what, rule] = make()
+        return self._made[what, rule]
+
+
 class Outcome(NamedTuple):
     """Metrics of a pass by name: numbers, and curves and tables."""
 
@@ -230,8 +242,7 @@ class Evaluation(nn.Module):
         for way in self._inputs:
             image, mask = network_input(batch, way)
             localization = localize(image, classes)
-            maps: dict[object, Tensor] = {}  # protocols that agree in the rule share the maps, and their histograms
-            histograms: dict[object, Tensor] = {}
+            shared = _Shared()
             for metric in self.protocols.values():
                 rules = metric.protocol
                 if rules.input != way:
@@ -240,18 +251,16 @@ class Evaluation(nn.Module):
                 logits = pooled if by_crops and pooled is not None else localization.logits
                 metric.top1_cls.update(logits, label)
                 metric.top5_cls.update(logits, label)
-                if rules.map_rule not in maps:
-                    maps[rules.map_rule] = rules.localization_maps(localization.maps[:, 0])
+                raw = localization.maps[:, 0], localization.maps[:, 2 if by_crops else 1]
+                maps = shared.get("maps", rules.map_rule, functools.partial(rules.localization_maps, raw[0]))
                 if self.on_maps is not None and metric is next(iter(self.protocols.values())):
-                    self.on_maps(batch, metric.localization_maps(localization.maps[:, 0], batch))
+                    self.on_maps(batch, metric.localization_maps(raw[0], batch))
                 if mask is not None:
-                    if rules.map_rule not in histograms:
-                        histograms[rules.map_rule] = metric.histograms(maps[rules.map_rule], mask)
-                    metric.masks.update(histograms[rules.map_rule])
+                    histograms = functools.partial(metric.histograms, maps, mask)
+                    metric.masks.update(shared.get("histograms", rules.map_rule, histograms))
                 rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
                 if rows:
-                    raw = localization.maps[:, 0], localization.maps[:, 2 if by_crops else 1]
-                    submitted.append(_submit(metric, batch, rows, maps[rules.map_rule], raw, logits))
+                    submitted.append(_submit(metric, batch, rows, maps, raw, logits, shared))
         self._finish(submitted)
 
     def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
@@ -387,6 +396,7 @@ def _submit(
     maps: Tensor,
     raw: tuple[Tensor, Tensor],
     logits: Tensor,
+    shared: _Shared,
 ) -> _Pending:
     """Have the boxes of some images of a batch drawn.
 
@@ -394,19 +404,25 @@ def _submit(
         maps: localization maps [B, R, R] of the labels.
         raw: score maps [B, h, w] of the labels and of the predicted classes.
         logits: [B, C].
+        shared: with other protocols.
     """
-    sizes = metric.sizes(batch)
+    rules, sizes = metric.protocol, metric.sizes(batch)
     # A class-agnostic map is the same for every class, and a right prediction has the label's own map.
     differs = (raw[0] != raw[1]).flatten(1).any(dim=1) & (logits.argmax(dim=1) != batch["label"])
     others = [place for place, other in enumerate(differs[rows].tolist()) if other]
-    other_levels: list[Levels] = []
-    if others:
+
+    def other_levels() -> list[Levels]:
         theirs = raw[1][[rows[place] for place in others]]
-        their_sizes = [sizes[rows[place]] for place in others]
-        other_maps = metric.protocol.localization_maps(theirs)
-        other_levels = metric.levels(other_maps, theirs, range(len(others)), their_sizes)
-    levels = metric.levels(maps, raw[0], rows, sizes)
-    return _submit_levels(metric, batch, rows, levels, dict(zip(others, other_levels, strict=True)), logits)
+        return metric.levels(
+            rules.localization_maps(theirs), theirs, range(len(others)), [sizes[rows[place]] for place in others]
+        )
+
+    levels = shared.get("levels", rules.level_rule, lambda: metric.levels(maps, raw[0], rows, sizes))
+    predicted: dict[int, Levels] = {}
+    if others:
+        made = shared.get("predicted", (*rules.level_rule, rules.classification), other_levels)
+        predicted = dict(zip(others, made, strict=True))
+    return _submit_levels(metric, batch, rows, levels, predicted, logits)
 
 
 def _submit_levels(
