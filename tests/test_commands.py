@@ -14,7 +14,7 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from tests.conftest import write_imagenet
+from tests.conftest import write_imagenet, write_listed
 from wsolkit import load_config
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import check_config, plain
@@ -235,6 +235,25 @@ def test_seeds_decide(tmp_path: Path) -> None:
     first, again, other = (weights(tmp_path / folder) for folder in "abc")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_checkpoint_is_evaluated_on_fewer_classes_than_it_knows(trained: Path, tmp_path: Path) -> None:
+    write_listed(tmp_path / "data", {"train": 2, "val": 5}, (64, 64))
+    run(
+        *("evaluate", f"checkpoint={trained}/checkpoints/best.ckpt", "dataset=listed", "dataset.root=data"),
+        *("dataset.image_size=64", "dataset.resize=72", "trainer.accelerator=cpu", "hydra.run.dir=out"),
+        cwd=tmp_path,
+    )
+    values: Any = metrics(tmp_path / "out")
+    assert len(values["class_names"]) == len(values["maxboxacc/per_class/images"]) == 8
+    assert "red spots" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_best_checkpoint_is_by_the_first_protocol(tmp_path: Path) -> None:
+    cfg = load_config(*TINY, "protocol=[sat]", "trainer.max_epochs=1")
+    values = train(cfg, tmp_path)
+    assert "sat/max_box_acc" in values
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_test_split_may_select(tmp_path: Path) -> None:

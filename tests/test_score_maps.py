@@ -131,3 +131,10 @@ def test_maps_of_a_listed_data_set_and_a_protocol_of_one_s_own(tmp_path: Path) -
         cwd=tmp_path,
     )
     assert metrics(tmp_path / "out")["mine/max_box_acc_70"] == 100
+    # The same maps, judged at the images' own size; the gallery says so too.
+    evaluate(
+        *("protocol=[spa]", "dataset=listed", "dataset.root=data", "score_maps=maps", "hydra.run.dir=spa"),
+        cwd=tmp_path,
+    )
+    assert metrics(tmp_path / "spa")["spa/max_box_acc"] == 100
+    assert "IoU 0.00" not in (tmp_path / "spa" / "report.html").read_text()

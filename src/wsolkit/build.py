@@ -55,10 +55,19 @@ def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
     """
     protocols: dict[str, Protocol] = {}
     for name, rules in (cfg.get("protocol") or {}).items():
+        if not isinstance(rules, DictConfig):
+            raise ConfigError(f"protocol.{name}={rules}: expected the rules of a protocol, as in conf/protocol")
         try:
-            protocols[str(name)] = locate(rules._target_, f"protocol.{name}.")(**arguments(rules))
+            protocol: Protocol = locate(rules._target_, f"protocol.{name}.")(**arguments(rules))
         except ConfigError as error:
             raise ConfigError(f"protocol.{name}: {error}") from error
+        seen, meant = (cfg.dataset.image_size, cfg.dataset.resize), (protocol.resolution, protocol.resize)
+        if protocol.input == "center_crop" and seen != meant:
+            raise ConfigError(
+                f"protocol.{name}: resolution and resize are {meant[0]} and {meant[1]}, but the images are cut by "
+                f"dataset.image_size={seen[0]} and dataset.resize={seen[1]}: change those instead"
+            )
+        protocols[str(name)] = protocol
     if not protocols:
         raise ConfigError("protocol=[]: name one or more, such as protocol=[maxboxacc]")
     return protocols

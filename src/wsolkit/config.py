@@ -148,7 +148,7 @@ class RunSettings(typing.TypedDict, total=False):
 
     seed: int
     selection: typing.Literal["val", "test"]
-    monitor: str
+    monitor: str | None
     resume: str | None
     checkpoint: str | None
     score_maps: str | None

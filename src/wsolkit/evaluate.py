@@ -87,7 +87,8 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         finish(loggers)
     if trainer.is_global_zero:
         outcome = Outcome(module.results, module.curves)
-        report(folder, heading, cfg.method.name, datamodule, module.evaluation, outcome)
+        chosen_on = module.evaluation.chosen_on(datamodule.held_out)
+        report(folder, heading, cfg.method.name, checkpoint.class_names, chosen_on, outcome)
     return module.results
 
 
@@ -132,7 +133,8 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule = build_datamodule(cfg)
     datamodule.setup("validate")
     datamodule.setup("test")
-    evaluation = Evaluation(protocols, len(datamodule.dataset("test").records.classes))
+    class_names = list(datamodule.dataset("test").records.classes)
+    evaluation = Evaluation(protocols, len(class_names))
     maps = ScoreMaps(cfg.score_maps)
 
     def read(batch: EvaluationBatch, dataset: WSOLDataset) -> list[Tensor]:
@@ -156,19 +158,20 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     result = outcome(evaluation.compute())
     folder.mkdir(parents=True, exist_ok=True)
     heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
-    test = datamodule.dataset("test")
+    test, first = datamodule.dataset("test"), next(iter(evaluation.protocols.values()))
     write_report(
         folder,
         heading,
         "score maps",
+        class_names,
         plain(cfg),
         datamodule,
         evaluation,
         result,
-        lambda batch: (read(batch, test), [None] * len(batch["label"])),
+        lambda batch: (first.at_size(read(batch, test), batch), [None] * len(batch["label"])),
         cfg.num_examples,
     )
-    report(folder, heading, "score maps", datamodule, evaluation, result)
+    report(folder, heading, "score maps", class_names, evaluation.chosen_on(datamodule.held_out), result)
     return result.results
 
 

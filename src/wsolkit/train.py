@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
 
-    from wsolkit.data.datamodule import WSOLDataModule
-    from wsolkit.metrics.evaluation import Evaluation, Outcome
+    from wsolkit.metrics.evaluation import Outcome
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -40,13 +39,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
     datamodule.setup("test")
     module = build_module(cfg, datamodule.class_names)
-    if cfg.monitor not in module.evaluation.names:
-        raise ConfigError(f"monitor={cfg.monitor}: expected one of {', '.join(module.evaluation.names)}")
+    monitor = cfg.monitor or f"{next(iter(module.evaluation.protocols))}/max_box_acc"
+    if monitor not in module.evaluation.names:
+        raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
 
     best = BestCheckpoint(
         folder / "checkpoints",
         filename="best",
-        monitor=f"val/{cfg.monitor}",
+        monitor=f"val/{monitor}",
         mode="max",
         enable_version_counter=False,
     )
@@ -76,7 +76,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         finish(loggers)
     if trainer.is_global_zero:
         outcome = Outcome(module.results, module.curves)
-        report(folder, title(cfg, cfg), cfg.method.name, datamodule, module.evaluation, outcome)
+        chosen_on = module.evaluation.chosen_on(datamodule.held_out)
+        report(folder, title(cfg, cfg), cfg.method.name, datamodule.class_names, chosen_on, outcome)
     return module.results
 
 
@@ -102,15 +103,15 @@ def save_config(cfg: DictConfig, folder: Path, trainer: Trainer) -> None:
 
 
 def report(
-    folder: Path, title: str, row: str, datamodule: WSOLDataModule, evaluation: Evaluation, outcome: Outcome
+    folder: Path, title: str, row: str, class_names: Sequence[str], chosen_on: Mapping[str, str], outcome: Outcome
 ) -> None:
     """Write metrics.json and print the table."""
     from rich.console import Console
 
     from wsolkit.reporting.table import results_table, write_metrics
 
-    write_metrics(outcome, list(datamodule.dataset("test").records.classes), folder / "metrics.json")
-    table = results_table(outcome.results, evaluation.chosen_on(datamodule.held_out), row, title)
+    write_metrics(outcome, class_names, folder / "metrics.json")
+    table = results_table(outcome.results, chosen_on, row, title)
     console = Console()
     # Numbers that are cut off would be worse than long lines.
     console.width = max(console.width, Console(width=400).measure(table).maximum)

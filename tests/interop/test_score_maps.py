@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from wsolkit.errors import DataError
 from wsolkit.interop.score_maps import ScoreMaps
@@ -22,11 +23,13 @@ def test_maps_are_named_after_image_ids(tmp_path: Path) -> None:
     assert np.array_equal(maps.read("val/n01440764/a b.JPEG", SIZES), score)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 def test_constant_maps_of_any_precision_are_legal(dtype: Any, value: float, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((4, 6), value, dtype))
-    assert ScoreMaps(tmp_path).read("x", SIZES).dtype == dtype
+    score = torch.from_numpy(ScoreMaps(tmp_path).read("x", SIZES))
+    assert score.numpy().itemsize == np.dtype(dtype).itemsize
+    assert score.eq(np.dtype(dtype).type(value)).all()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,9 @@ def test_constant_maps_of_any_precision_are_legal(dtype: Any, value: float, tmp_
         (np.zeros(()), "is a single number: expected 4×6"),
         (np.zeros((4, 6), np.uint8), "is of type uint8: expected floating point in [0, 1]"),
         (np.zeros((4, 6), complex), "is of type complex128"),
+        (np.zeros((4, 6), np.longdouble), "is of type float128"),
+        (b"PK no archive", "cannot be read as a .npy array"),
+        (b"\x93NUMPY\x01\x00\x06\x00{'a(\n", "cannot be read as a .npy array"),
         (np.array([[None]]), "cannot be read as a .npy array (Object arrays cannot be loaded"),
         (b"", "cannot be read as a .npy array"),
         (b"no array at all", "cannot be read as a .npy array"),

@@ -9,6 +9,7 @@ import torch
 from tests.conftest import protocol
 from wsolkit import load_config
 from wsolkit.build import build_protocols
+from wsolkit.config import check_config
 from wsolkit.errors import ConfigError
 
 BOXES = np.array([[10, 20, 499, 374], [0, 0, 500, 375]])
@@ -81,6 +82,22 @@ def test_published_thresholds_depend_on_the_data_set() -> None:
     assert cub["spa"].truth(BOXES[1:], 500, 375).tolist() == [[0, 0, 499, 374]]  # CUB's boxes end at x + w - 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("protocol.sat.resize=300", "resolution and resize are 224 and 300, but the images are cut by"),
+        ("protocol.sat=null", "protocol.sat=None: expected the rules of a protocol"),
+        ("protocol.sat.threshold=abc", "protocol.sat.threshold='abc'"),
+        ("protocol.sat.component=foo", "protocol.sat.component='foo'"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str) -> None:
+    cfg = load_config("protocol=[sat]", "dataset=listed", "dataset.root=none", override)
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg)
+        build_protocols(cfg)
+
+
 @pytest.mark.parametrize("rule", ["relative_8_bit", "above", "from"])
 def test_levels_are_the_rule_at_every_threshold(rule: str) -> None:
     p = protocol("sat", threshold_rule=rule)
@@ -113,8 +130,13 @@ def test_order_of_min_max_and_upsampling() -> None:
         ({"threshold": 1.0}, r"threshold=1.0: expected"),
         ({"threshold_range": [0.5]}, r"threshold_range=\[0.5\]: expected first and last"),
         ({"threshold_range": [0.6, 0.5]}, r"threshold_range=\[0.6, 0.5\]: expected first and last"),
-        ({"iou_thresholds": [0.3]}, "iou_thresholds must contain 0.5"),
-        ({"num_thresholds": 0}, "must be 1 or more"),
+        ({"iou_thresholds": [0.3]}, r"iou_thresholds=\[0.3\]: expected numbers above 0 and up to 1, 0.5 among them"),
+        ({"iou_thresholds": [0.5, 7]}, r"iou_thresholds=\[0.5, 7\]"),
+        ({"iou_thresholds": [0.5, 0.504]}, "differ as whole percentages"),
+        ({"num_thresholds": 0}, "num_thresholds 1 to 10000"),
+        ({"num_thresholds": 70000}, "num_thresholds 1 to 10000"),
+        ({"epsilon": -1.0}, "epsilon=-1.0: expected a small number"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
         ({"resize": 200}, "resize=200 is smaller than its resolution=224"),
     ],
 )

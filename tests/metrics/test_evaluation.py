@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import cv2
@@ -165,8 +167,7 @@ def test_every_protocol_is_what_plain_opencv_gives(name: str) -> None:
     main = int(expected[own].argmax())
     assert results[f"{name}/threshold"] == p.thresholds[main]
     for condition in CONDITIONS:
-        alone = name == "scm" and condition != "gt_known_loc"
-        at = int(expected[condition].argmax()) if alone else main
+        at = int(expected[condition].argmax()) if name == "scm" else main
         assert results[f"{name}/{condition}"] == pytest.approx(expected[condition][at])
         key = "gt_known_loc_50" if condition == "gt_known_loc" else condition
         assert curves[f"{name}/curves/{key}"] == pytest.approx(expected[condition])
@@ -203,6 +204,29 @@ def test_several_protocols_in_one_pass_are_what_each_gives_alone() -> None:
         )
         for key, values in alone_curves.items():
             np.testing.assert_array_equal(curves[key], values, err_msg=key)
+
+
+def test_whole_evaluation_can_be_pickled_and_copied() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    expected = run(evaluation)[0]
+    evaluation.reset()
+    for other in (pickle.loads(pickle.dumps(evaluation)), copy.deepcopy(evaluation)):
+        assert run(other)[0] == pytest.approx(expected)
+
+
+def test_error_while_counting_is_raised_once_and_forgotten() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc")}, 2)  # the data has 8 classes
+    network = Network()
+    evaluation.update(batch_of(0, IMAGES), network.localize, network.classify)
+    with pytest.raises(IndexError):
+        evaluation.compute()
+    evaluation.reset()
+
+
+def test_threshold_is_not_said_to_be_from_a_split_that_had_no_boxes() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    evaluation.select(run(evaluation, with_boxes=False)[0])
+    assert evaluation.chosen_on(held_out=True) == {"p": "test"}
 
 
 def test_the_network_sees_each_input_once() -> None:

@@ -56,9 +56,10 @@ class ScoreMaps:
             score_map = np.load(path, allow_pickle=False)
         except FileNotFoundError as error:
             raise DataError(f"score map '{path}' is missing: expected one .npy file for each image id") from error
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy raises anything, from ValueError to BadZipFile, on a damaged file
             raise DataError(f"score map '{path}' cannot be read as a .npy array ({error})") from error
-        if not isinstance(score_map, np.ndarray) or score_map.dtype.kind != "f":
+        known = isinstance(score_map, np.ndarray) and score_map.dtype.kind == "f" and score_map.dtype.itemsize <= 8
+        if not known:
             kind = getattr(score_map, "dtype", type(score_map).__name__)
             raise DataError(f"score map '{path}' is of type {kind}: expected floating point in [0, 1]")
         if score_map.shape not in sizes:
@@ -72,4 +73,5 @@ class ScoreMaps:
             raise DataError(
                 f"score map '{path}' has values from {low:g} to {high:g}: expected [0, 1], min-max it first"
             )
-        return np.asarray(score_map)
+        native: npt.NDArray[np.floating] = score_map.astype(score_map.dtype.newbyteorder("="), copy=False)
+        return native

@@ -29,6 +29,7 @@ Comparison = Literal["at_least", "above"]
 WhoseMap = Literal["label", "predicted"]
 
 _GRID_TOLERANCE = 1e-9
+_MAX_THRESHOLDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,26 @@ class Protocol:
     classification: Literal["single", "ten_crop"]
 
     def __post_init__(self) -> None:
-        if self.resolution < 1 or self.num_thresholds < 1:
-            raise ConfigError("a protocol's resolution and num_thresholds must be 1 or more")
+        if self.resolution < 1 or not 1 <= self.num_thresholds <= _MAX_THRESHOLDS:
+            raise ConfigError(f"a protocol's resolution must be 1 or more, its num_thresholds 1 to {_MAX_THRESHOLDS}")
+        if not 0 <= self.epsilon < 1:
+            raise ConfigError(f"a protocol's epsilon={self.epsilon}: expected a small number, 0 or more")
         if self.input == "center_crop" and self.resize < self.resolution:
             raise ConfigError(
                 f"a protocol's resize={self.resize} is smaller than its resolution={self.resolution}: nothing can be "
                 "cut out of it"
             )
-        if 0.5 not in self.iou_thresholds:
-            raise ConfigError(f"a protocol's iou_thresholds must contain 0.5, got {list(self.iou_thresholds)}")
-        low, high = self.threshold_range if len(self.threshold_range) == 2 else (1, 0)
+        percents = {round(100 * delta) for delta in self.iou_thresholds}
+        within = all(0 < delta <= 1 for delta in self.iou_thresholds)
+        if 0.5 not in self.iou_thresholds or not within or len(percents) < len(self.iou_thresholds):
+            raise ConfigError(
+                f"a protocol's iou_thresholds={list(self.iou_thresholds)}: expected numbers above 0 and up to 1, 0.5 "
+                "among them, that differ as whole percentages"
+            )
         if not self.admissible.any():
             raise ConfigError(
                 f"a protocol's threshold_range={list(self.threshold_range)}: expected first and last of a range that "
-                f"holds a multiple of 1/num_thresholds = {1 / self.num_thresholds:g} below 1, got {low} to {high}"
+                f"holds a multiple of 1/num_thresholds = {1 / self.num_thresholds:g} below 1"
             )
         if self.threshold is not None and self.index_of(self.threshold) is None:
             raise ConfigError(

@@ -195,12 +195,14 @@ class BoxEvaluation(Metric):
         packed = torch.from_numpy(_pack(verdicts.iou, verdicts.image)).to(device)
         self.extremes = _merge_extremes(torch.stack([self.extremes, _padded(packed)]))
 
-    def chosen(self, condition: str) -> int:
-        """The place in the grid of the threshold at which a condition of `CONDITIONS` is reported."""
+    def chosen(self, condition: str | None = None) -> int:
+        """The place in the grid of the threshold at which a condition of `CONDITIONS` is reported.
+
+        None, and whatever has no threshold of its own, is reported at that of what the protocol calls GT-known.
+        """
         rules = self.protocol
-        own = "gt_known_loc_predicted_class" if rules.gt_known_map == "predicted" else "gt_known_loc"
-        if rules.threshold_per == "protocol" or condition == "gt_known_loc":
-            condition = own
+        if condition is None or rules.threshold_per == "protocol":
+            condition = "gt_known_loc_predicted_class" if rules.gt_known_map == "predicted" else "gt_known_loc"
         if not int(self.classified):
             condition = "gt_known_loc"
         threshold = rules.threshold
@@ -225,7 +227,7 @@ class BoxEvaluation(Metric):
         accuracy = 100 * self.correct.cpu().double() / self.images.cpu()
         values = max_box_accuracy(self.correct[0], self.images, deltas, grid, rules.admissible)
         known = CONDITIONS if int(self.classified) else CONDITIONS[:1]
-        main = self.chosen("gt_known_loc")
+        main = self.chosen()
         values["threshold"] = torch.tensor(grid[main], dtype=torch.float64)
         for condition in known:
             row, at = CONDITIONS.index(condition), self.chosen(condition)

@@ -25,6 +25,8 @@ from wsolkit.metrics.functional import in_top_k, pixel_histogram
 from wsolkit.metrics.masks import PIXEL_BINS, MaskEvaluation
 from wsolkit.types import Boxes, Classes, EvaluationBatch, Localization
 
+_MAX_SIZES = 64
+
 Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
 """Of an image's boxes at T thresholds: IoU [T], what is wrong with them [T], and the baselines' IoU [baselines, T]."""
 
@@ -116,7 +118,7 @@ class ProtocolEvaluation(nn.Module):
         self.boxes = BoxEvaluation(protocol, num_classes)
         self.masks = MaskEvaluation(1 + len(BASELINES))
         self._baselines = [baseline_map(name, protocol.resolution) for name in BASELINES]
-        self._baseline_boxes = functools.lru_cache(maxsize=64)(self._draw_baselines)
+        self._drawn: dict[tuple[int, int], list[Boxes]] = {}
 
     def levels(self, maps: Tensor, raw: Tensor, rows: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Levels]:
         """Cut the maps of some images of a batch into levels.
@@ -143,6 +145,10 @@ class ProtocolEvaluation(nn.Module):
         rules = self.protocol
         return [rules.localization_maps(raw[row : row + 1], size)[0] for row, size in enumerate(self.sizes(batch))]
 
+    def at_size(self, maps: Sequence[Tensor], batch: EvaluationBatch) -> list[Tensor]:
+        """Localization maps that are ready, each at the size at which it is judged."""
+        return [_at_size(score, size)[0] for score, size in zip(maps, self.sizes(batch), strict=True)]
+
     def truths(self, batch: EvaluationBatch, rows: Sequence[int]) -> list[Boxes]:
         """Ground-truth boxes of some images of a batch, in pixels of the maps."""
         sizes = batch["size"].tolist()
@@ -154,6 +160,16 @@ class ProtocolEvaluation(nn.Module):
         height, width = levels.level.shape
         baselines = np.stack([best_iou(drawn, truth) for drawn in self._baseline_boxes((height, width))])
         return overlap, localization_errors(boxes, truth), baselines
+
+    def _baseline_boxes(self, size: tuple[int, int]) -> list[Boxes]:
+        """The baselines' boxes at each threshold, on maps of a height and width; kept for a few sizes."""
+        drawn = self._drawn.get(size)
+        if drawn is None:
+            drawn = self._draw_baselines(size)
+            if len(self._drawn) >= _MAX_SIZES:
+                self._drawn.clear()
+            self._drawn[size] = drawn
+        return drawn
 
     def _draw_baselines(self, size: tuple[int, int]) -> list[Boxes]:
         rules = self.protocol
@@ -172,10 +188,10 @@ class ProtocolEvaluation(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Metrics by name, and those of the baselines as `<baseline>/<metric>`; only what there was truth for."""
-        values = {}
-        if int(self.top1_cls.total):
-            values = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
-        return values | self.boxes.compute() | self.masks.compute()
+        # Each part synchronises the processes, so all of them compute all parts, whatever they have seen themselves.
+        classification = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
+        known = {name: value for name, value in classification.items() if not value.isnan()}
+        return known | self.boxes.compute() | self.masks.compute()
 
 
 class Evaluation(nn.Module):
@@ -279,8 +295,8 @@ class Evaluation(nn.Module):
                 metric.masks.update(metric.histograms(resized, mask))
             rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
             if rows:
-                sizes = metric.sizes(batch)
-                levels = [rules.levels(_at_size(maps[row], sizes[row]))[0] for row in rows]
+                sized = metric.at_size(maps, batch)
+                levels = [rules.levels(sized[row][None])[0] for row in rows]
                 submitted.append(_submit_levels(metric, batch, rows, levels, {}, None))
         self._finish(submitted)
 
@@ -293,9 +309,9 @@ class Evaluation(nn.Module):
 
     def _finish(self, submitted: list[_Pending]) -> None:
         """Wait for the previous batch, whose boxes were drawn meanwhile, so that no more than two are in memory."""
-        for counted in self._pending:
+        previous, self._pending = self._pending, [_counter().submit(pending.finish) for pending in submitted]
+        for counted in previous:
             counted.result()
-        self._pending = [_counter().submit(pending.finish) for pending in submitted]
 
     def compute(self) -> dict[str, Tensor]:
         """Sum over processes: `top1_cls`, `top5_cls`, `<protocol>/<metric>`, `<protocol>/<baseline>/<metric>`.
@@ -347,11 +363,11 @@ class Evaluation(nn.Module):
 
     def chosen_on(self, held_out: bool) -> dict[str, str]:
         """Where each protocol's threshold is chosen: "fixed", "val", or "test", the reported split itself."""
-        rules = {name: metric.protocol for name, metric in self.protocols.items()}
-        return {
-            name: "fixed" if r.threshold is not None else "val" if held_out and r.selection == "val" else "test"
-            for name, r in rules.items()
-        }
+        chosen = {}
+        for name, metric in self.protocols.items():
+            taken_over = held_out and metric.protocol.selection == "val" and metric.boxes.selected
+            chosen[name] = "fixed" if metric.protocol.threshold is not None else "val" if taken_over else "test"
+        return chosen
 
 
 def outcome(values: Mapping[str, Tensor]) -> Outcome:

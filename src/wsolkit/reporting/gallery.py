@@ -46,6 +46,7 @@ def show(
     results: Mapping[str, float],
     dataset: WSOLDataset,
     indices: Sequence[int],
+    class_names: Sequence[str],
     normalization: tuple[Sequence[float], Sequence[float]],
 ) -> list[Shown]:
     """Images of a split under the first protocol, at its threshold, or at 0.5 where none is known yet.
@@ -55,17 +56,17 @@ def show(
         evaluation: names the protocols.
         results: numbers of a pass, for the threshold.
         indices: which images.
+        class_names: by label.
         normalization: mean and standard deviation of the images.
     """
     if not indices:
         return []
     name, metric = next(iter(evaluation.protocols.items()))
     rules = metric.protocol
-    step = rules.index_of(results.get(f"{name}/threshold", 0.5)) or 0
+    step = int(np.abs(rules.thresholds - results.get(f"{name}/threshold", 0.5)).argmin())
     batch = evaluation_batch([dataset[0, index] for index in indices])
     maps, predictions = localize(batch)
     inputs = network_input(batch, rules.input)[0]
-    classes = dataset.records.classes
     truths = metric.truths(batch, range(len(indices)))
     shown = []
     for row, index in enumerate(indices):
@@ -80,8 +81,8 @@ def show(
                 score_map=maps[row].numpy(),
                 truth=truth,
                 predicted=box[None],
-                label=classes[int(batch["label"][row])],
-                predicted_label=None if predicted is None else classes[predicted],
+                label=class_names[int(batch["label"][row])],
+                predicted_label=None if predicted is None else class_names[predicted],
                 iou=float(box_iou(box[None], truth).max()) if len(truth) else float("nan"),
             )
         )

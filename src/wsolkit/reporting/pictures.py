@@ -28,6 +28,7 @@ def write_report(
     folder: Path,
     title: str,
     method: str,
+    class_names: Sequence[str],
     settings: PlainConfig,
     datamodule: WSOLDataModule,
     evaluation: Evaluation,
@@ -41,6 +42,7 @@ def write_report(
         folder: of the run.
         title: what was run.
         method: name of the row of numbers.
+        class_names: of the classes that were told apart, by label.
         settings: of the run, shown in the report.
         datamodule: whose test split was evaluated.
         evaluation: its protocols; the first one's maps and boxes are shown.
@@ -52,7 +54,7 @@ def write_report(
 
     def shown(indices: Sequence[int]) -> list[Shown]:
         normalization = datamodule.mean, datamodule.std
-        return show(localize, evaluation, outcome.results, dataset, indices, normalization)
+        return show(localize, evaluation, outcome.results, dataset, indices, class_names, normalization)
 
     if num_examples > 0:
         draw_examples(shown(spread(dataset, num_examples)), title).savefig(folder / "examples.png", dpi=100)
@@ -64,7 +66,7 @@ def write_report(
         method=method,
         results=outcome.results,
         curves=outcome.curves,
-        class_names=list(dataset.records.classes),
+        class_names=class_names,
         worst=shown(extremes["worst"]),
         best=shown(extremes["best"]),
         protocols={name: vars(metric.protocol) for name, metric in evaluation.protocols.items()},
@@ -125,6 +127,7 @@ class Report(Callback):
             module.results,
             dataset,
             spread(dataset, self.count),
+            module.training_settings.class_names,
             normalization,
         )
         captions = [f"{example.label}, IoU {example.iou:.2f}" for example in examples]
@@ -142,6 +145,7 @@ class Report(Callback):
             self.folder,
             self.title,
             self.method,
+            module.training_settings.class_names,
             module.training_settings.config,
             datamodule,
             module.evaluation,

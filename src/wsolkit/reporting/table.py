@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,16 @@ def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], me
 
 
 def _cell(key: str, value: float | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if key == "threshold" else f"{value:.1f}"
 
 
-def write_metrics(outcome: Outcome, class_names: list[str], path: Path) -> None:
+def write_metrics(outcome: Outcome, class_names: Sequence[str], path: Path) -> None:
     """Write numbers, curves and tables as a JSON object with flat keys; what is not a number (0/0) is null."""
     content: dict[str, Any] = {name: _plain(value) for name, value in outcome.results.items()}
     content |= {name: _plain(values) for name, values in outcome.curves.items()}
-    content["class_names"] = class_names
+    content["class_names"] = list(class_names)
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
