@@ -69,6 +69,7 @@ def test_saved_maps_give_the_numbers_of_their_model(run: Path) -> None:
             assert value == own[name], name
     assert again["maxboxacc_v2/error_cls"] == 0
     assert not [name for name in again if "top1" in name or "predicted" in name]
+    assert "score_maps: maps" in (run / "again" / "config.yaml").read_text()
     assert (run / "again" / "report.html").is_file()
     assert (run / "again" / "examples.png").is_file()
 

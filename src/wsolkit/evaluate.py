@@ -75,7 +75,8 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
-    save_config(cfg, folder, trainer)
+    if trainer.is_global_zero:
+        save_config(cfg, folder)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     try:
         if datamodule.held_out:
@@ -156,7 +157,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
         evaluation.reset()
     evaluate_split("test")
     result = outcome(evaluation.compute())
-    folder.mkdir(parents=True, exist_ok=True)
+    save_config(cfg, folder)
     heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
     test, first = datamodule.dataset("test"), next(iter(evaluation.protocols.values()))
     write_report(

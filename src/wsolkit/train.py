@@ -13,7 +13,7 @@ from wsolkit.config import check_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from lightning import Callback, Trainer
+    from lightning import Callback
     from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
 
@@ -61,7 +61,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
-    save_config(cfg, folder, trainer)
+    if trainer.is_global_zero:
+        save_config(cfg, folder)
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
@@ -93,13 +94,12 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
     return f"{cfg.method.name}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
 
 
-def save_config(cfg: DictConfig, folder: Path, trainer: Trainer) -> None:
+def save_config(cfg: DictConfig, folder: Path) -> None:
     """Write the settings, resolved, to config.yaml."""
     from omegaconf import OmegaConf
 
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
 def report(
