@@ -19,13 +19,14 @@ import numpy.typing as npt
 
 from wsolkit.localization.components import (
     AREA_GAIN,
+    FIRST,
     PIXEL_GAIN,
+    RANK,
     around_all_pixels,
     compiled,
     components,
     fill_holes,
     highest,
-    highest_rank,
     holes,
     opencv_order,
     pad,
@@ -40,6 +41,7 @@ FloatArray = npt.NDArray[np.floating]
 
 GREY_LEVELS = 256
 _MAX_SIDE = 32767
+_LAST_PIXEL = 2**31 - 1
 
 
 class BoxRule(NamedTuple):
@@ -192,7 +194,9 @@ def _one_box(levels: Levels, rule: BoxRule) -> Boxes:
     outline = rule.component == "largest_outline"
     # The area in an outline is that of the component with its holes filled.
     nodes = components(levels.filled if outline else levels.padded, count, AREA_GAIN if outline else PIXEL_GAIN)[0]
-    chosen = highest_rank(nodes, count, outline)  # OpenCV lists the outline that it finds last first
+    # Of equals, OpenCV lists the outline that it finds last first; of components, the first is meant.
+    order = nodes[:, FIRST] if outline else _LAST_PIXEL - nodes[:, FIRST]
+    chosen = highest(nodes, nodes[:, RANK].astype(np.int64) << 32 | order, count)
     return _chosen(_far_corners(nodes[:, :4], rule, levels), chosen, rule, levels)
 
 

@@ -319,26 +319,6 @@ def holes(padded: Any, filled: Any, num_levels: int) -> Any:
 
 
 @compiled
-def highest_rank(nodes: Any, num_levels: int, last: bool) -> Any:
-    """At each threshold, the node of highest rank; of equals, the one whose first pixel comes last, or first.
-
-    Returns:
-        row of the table for 0 <= c < num_levels, -1 where there is none.
-    """
-    best = np.full(num_levels, -1, np.int64)
-    for n in range(len(nodes)):
-        for c in range(nodes[n, LOW], nodes[n, HIGH]):
-            b = best[c]
-            if (
-                b < 0
-                or nodes[n, RANK] > nodes[b, RANK]
-                or (nodes[n, RANK] == nodes[b, RANK] and (nodes[n, FIRST] > nodes[b, FIRST]) == last)
-            ):
-                best[c] = n
-    return best
-
-
-@compiled
 def highest(nodes: Any, values: Any, num_levels: int) -> Any:
     """At each threshold, the node with the highest of `values` [n], the first of equals.
 
