@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from wsolkit.errors import ConfigError, WsolkitError
+from wsolkit.jobs import run_job
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -66,8 +67,12 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         if not traceback:
             del os.environ["HYDRA_FULL_ERROR"]  # not for the processes that the task starts
         try:
-            _prepare_children()
-            task(cfg, Path(HydraConfig.get().runtime.output_dir))
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                run_job(f"wsolkit.{config_name}", *_command_line(), plain(cfg), folder)
+            else:
+                _prepare_children()
+                task(cfg, folder)
         except (WsolkitError, OmegaConfBaseException) as error:
             # Hydra would add lines of its own; in a multirun they say which job it was.
             if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -99,19 +104,25 @@ def _quote_path(argument: str) -> str:
     return f"{setting}='{escaped}'"
 
 
+def _command_line() -> tuple[list[str], list[str]]:
+    """Overrides of this one job, and the flags that its command was started with."""
+    settings = HydraConfig.get()
+    sources = settings.runtime.config_sources
+    flags = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    return list(settings.overrides.task), flags
+
+
 def _prepare_children() -> None:
     """Make the command line and the run directory those of this one job.
 
-    DDP starts the command again for each device, with this process's command line and `hydra.run.dir`: in a multirun
-    that would be the whole sweep, each time in a new directory.
+    DDP starts the command again for each device, with this process's command line and `hydra.run.dir`.
     """
-    settings = HydraConfig.get()
-    flags = [arg for arg in sys.argv[1:] if arg.startswith(("--config-dir=", "-cd="))]
-    sys.argv[1:] = [*flags, *settings.overrides.task]
+    overrides, flags = _command_line()
+    sys.argv[1:] = [*flags, *overrides, "hydra.mode=RUN"]
     instance = HydraConfig.instance().cfg
     assert instance is not None
     with read_write(instance.hydra):
-        instance.hydra.run.dir = settings.runtime.output_dir
+        instance.hydra.run.dir = HydraConfig.get().runtime.output_dir
 
 
 def explain(error: Exception) -> str:

@@ -15,3 +15,7 @@ class DataError(WsolkitError, ValueError):
 
 class CheckpointError(WsolkitError, ValueError):
     """A checkpoint or weight file cannot be read or does not fit the model."""
+
+
+class JobError(WsolkitError, RuntimeError):
+    """A job of a sweep failed, or its record cannot be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,17 +16,19 @@ from wsolkit.methods.base import WSOLModule
 
 # Entries of released state dicts under names of their own, and what they are here; the rest is timm's DeiT.
 _NAMES = {
-    "head.weight": "head.weight",
-    "head.bias": "head.bias",
-    "loc_token": "spatial_token",
-    "loc_embed": "spatial_embed",
+    r"head\.(weight|bias)": r"network.head.\1",
+    r"loc_token": r"network.spatial_token",
+    r"loc_embed": r"network.spatial_embed",
+    r"layers\.(\d+)\.thred": r"calibration.blocks.\1.threshold",
+    r"layers\.(\d+)\.fuse\._loss_rate": r"calibration.blocks.\1.semantic_weight",
+    r"(.*)": r"network.backbone.network.\1",
 }
 # SAT's fixed filter is a setting here.
 _IGNORED = {"weight"}
 
 
 def from_official(
-    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "sat"], num_heads: int | None = None
+    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat"], num_heads: int | None = None
 ) -> WSOLModule:
     """Build a module from the state dict of a paper's released model; sizes are read off the tensors.
 
@@ -53,8 +56,15 @@ def from_official(
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
         raise CheckpointError(f"{num_heads} attention heads do not divide a width of {embed_dim}: give num_heads=…")
+    if method == "scm":
+        num_blocks = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        # As released: 16 iterations in the first block, 4 in the others.
+        settings = [f"method.num_blocks={num_blocks}", f"method.iterations={([16] + [4] * num_blocks)[:num_blocks]}"]
+    else:
+        settings = []
     cfg = load_config(
         f"method={method}",
+        *settings,
         "~recipe",
         "backbone=deit_small",
         "backbone.pretrained=false",
@@ -66,12 +76,14 @@ def from_official(
         f"num_heads:{num_heads},mlp_ratio:{state['blocks.0.mlp.fc1.bias'].numel() / embed_dim}}}",
     )
     module = build_module(cfg)
-    renamed = {
-        _NAMES.get(name, f"backbone.network.{name}"): value for name, value in state.items() if name not in _IGNORED
-    }
-    missing, unexpected = module.network.load_state_dict(renamed, strict=False)
+    renamed = {_own_name(name): value for name, value in state.items() if name not in _IGNORED}
+    missing, unexpected = module.load_state_dict(renamed, strict=False)
     if missing or unexpected:
         raise CheckpointError(
             f"not a released {method} model: entries missing {missing[:4]}, entries unknown {unexpected[:4]}"
         )
     return module.eval()
+
+
+def _own_name(name: str) -> str:
+    return next(match.expand(own) for pattern, own in _NAMES.items() if (match := re.fullmatch(pattern, name)))

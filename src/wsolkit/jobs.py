@@ -1,0 +1,172 @@
+"""The jobs of a sweep: each runs in a process of its own and keeps a record of how it went.
+
+A sweep directory holds a directory for each job, named after its settings, so that the same job has the same directory
+whenever the sweep is run again. In it, `job.json` says what the job is and how it stands, `output.log` what it printed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from wsolkit.errors import JobError
+
+RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
+_HEARTBEAT = 20.0
+_SILENCE = 120.0  # seconds after which a running job that says nothing is taken for interrupted
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+@dataclass
+class Job:
+    """What `job.json` says.
+
+    overrides: the job's settings as on the command line; settings: all of them, as plain containers;
+    started: seconds since the epoch; seconds: how long it took, or takes; error: the last line of its output, if it
+    failed.
+    """
+
+    overrides: list[str]
+    settings: dict[str, Any]
+    state: State = "running"
+    started: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    error: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write the record, so that a reader finds the old one or the new one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{RECORD}.{os.getpid()}"
+        draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        draft.replace(folder / RECORD)
+
+
+def read_job(folder: Path) -> Job | None:
+    """Read the record of a job, or None if the directory has none.
+
+    A job that was running, but has not said so for two minutes, is interrupted: its machine stopped, or it was killed.
+    """
+    path = folder / RECORD
+    try:
+        job = Job(**json.loads(path.read_text(encoding="utf-8")))
+        silent = time.time() - path.stat().st_mtime > _SILENCE
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise JobError(f"'{path}' is damaged ({error}); delete it, and the job counts as not run") from error
+    if job.state == "running" and silent:
+        job.state = "interrupted"
+    if job.state == "finished" and not (folder / RESULT).is_file():
+        job.state = "interrupted"  # its result was deleted: to be run again
+    return job
+
+
+def job_name(overrides: Sequence[str]) -> str:
+    """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
+    own = sorted(override for override in overrides if not override.startswith("hydra"))
+    readable = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if override in own and "/" not in value:  # no paths
+            readable.append(f"{key.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}")
+    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()[:8]
+    return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
+
+
+# hydra.sweep.subdir: ${job_name:${hydra.overrides.task}}
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+
+
+def run_job(
+    module: str, overrides: Sequence[str], flags: Sequence[str], settings: dict[str, Any], folder: Path
+) -> None:
+    """Run one job of a sweep, unless it has been run: `python -m <module> <overrides>` in a process of its own.
+
+    So a job that runs out of memory, or crashes, takes no other with it.
+
+    Args:
+        module: the command, such as "wsolkit.train".
+        overrides: settings of this job.
+        flags: options of Hydra that the sweep was started with.
+        settings: all settings, plain.
+        folder: of the job.
+
+    Raises:
+        JobError: it failed, or was run with other settings of the same name, or another process runs it.
+    """
+    name, settings = folder.name, json.loads(json.dumps(settings))
+    earlier = read_job(folder)
+    if earlier is not None and earlier.state == "running":
+        print(f"  {name}: another process is running it", flush=True)
+        return
+    if earlier is not None and earlier.state == "finished":
+        changed = sorted(differences(earlier.settings, settings))
+        if changed:
+            raise JobError(
+                f"{folder} is finished, but its settings have changed since: {', '.join(changed)}. "
+                "Delete it, or give the sweep another directory with hydra.sweep.dir=DIR"
+            )
+        print(f"  {name}: finished before", flush=True)
+        return
+
+    job = Job(list(overrides), settings)
+    job.write(folder)
+    command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
+    with (folder / OUTPUT).open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(_HEARTBEAT)
+                except subprocess.TimeoutExpired:
+                    job.seconds = time.time() - job.started
+                    job.write(folder)
+        except BaseException:  # Ctrl-C, or the end of a cluster's patience
+            process.terminate()
+            process.wait()
+            job.state, job.error = "interrupted", "stopped from outside"
+            job.write(folder)
+            raise
+    job.seconds = time.time() - job.started
+    job.state = "failed" if process.returncode else "finished"
+    if process.returncode:
+        lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        killed = f"ended by {signal.Signals(-process.returncode).name}; " if process.returncode < 0 else ""
+        job.error = killed + (lines[-1] if lines else f"exit status {process.returncode}")
+    job.write(folder)
+    if process.returncode:
+        print(f"  {name}: failed after {job.seconds:.0f} s", flush=True)
+        raise JobError(f"{folder / OUTPUT}: {job.error.removeprefix('error: ')}")
+    print(f"  {name}: finished in {job.seconds:.0f} s", flush=True)
+
+
+def _die_with_parent() -> None:
+    """Where the system can: end with the sweep, even if that is killed, rather than train on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> set[str]:
+    """Names of the settings in which two sets of plain settings differ."""
+    found = set()
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= differences(old, new, f"{path}{key}.")
+        elif old != new:
+            found.add(f"{path}{key}")
+    return found

@@ -1,0 +1,481 @@
+"""SCM: spatial calibration module (Bai et al., ECCV 2022), with its diffusion solved without matrices.
+
+A network of TS-CAM's form gives semantic maps S⁰ [B, C, H, W] and, min-max normalised, the class token's attention map
+F⁰ [B, H, W]. In training a stack of L activation diffusion blocks (ADB) calibrates both, and the logits are the spatial
+mean of S^L; so the network learns maps that need no calibration. At inference the stack is dropped: logits are the mean
+of S⁰, and the score map of class c is F⁰ · S⁰_c.
+
+One ADB, on the 4-neighbour grid of N = H·W patches:
+
+    E_ij = cosine similarity of patches i and j over the channels of S^l                              (Eqn. 3)
+    M    = (D − A) ⊙ (λE − 1), with adjacency A, degrees D, and a learnable λ                         (Eqn. 4)
+    X₀   = α Mᵀ;  p times X ← X (2I − M X), which approaches the inverse of M                         (Eqn. 5)
+    F'   = Xᵀ F^l                                                                                     (Eqn. 6)
+    F'   = min-max(z − tanh z), z = F' / (β max F^l), which drops the background; β is learnable      (Eqn. 7)
+    S^{l+1} = S^l + S^l ⊙ F',  F^{l+1} = F^l + F'
+
+Why no N×N matrix is needed. The iteration has a closed form: X_p = X₀ Σ_{k < 2^p} (I − M X₀)^k, as each step doubles
+the number of terms. M and X₀ are symmetric, so with C = X₀
+
+    Xᵀ v = Σ_{k < 2^p} (I − C M)^k C v,    by Horner's rule  u ← C v + u − C M u,  2^p − 1 times.
+
+M joins only neighbours: M u is a five-point stencil, whose cost and memory are linear in N.
+
+Why the stack needs the channels only once. 1 + F' lies in [1, 2], so S^{l+1} is S^l with each patch scaled by a
+positive number, and the cosine similarity does not see it: E is the same in every block, S^L = S⁰ ⊙ Π_l (1 + F'^l).
+
+Where the released code differs from the paper, it is the default or a recipe's value here:
+- p is 16 in the first block and 4 in the others; the paper says 4 everywhere.
+- X₀ is a constant for the gradient (`detach_initial`), which makes the gradients of λ and S about ten times smaller
+  at p = 4.
+- the supplement writes 1 − λE; M's sign goes through to F', and the released one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsolkit.backbones.vit import ViT
+from wsolkit.errors import ConfigError
+from wsolkit.localization.maps import min_max
+from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps
+from wsolkit.methods.ts_cam import TSCAMNetwork, couple
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+Solver = Literal["auto", "stencil", "dense"]
+
+
+class Stencil(NamedTuple):
+    """A symmetric matrix [N, N] for each of B images, in which only neighbours on a grid of width W meet.
+
+    The grid is laid out row by row as one line of N patches, and images come last, so that a neighbour is always the
+    same step away and every operation runs over contiguous memory.
+
+    Attributes:
+        diagonal: [N, B].
+        right: [N − 1, B], between patches i and i + 1; 0 where i ends a row.
+        down: [N − W, B], between patches i and i + W.
+    """
+
+    diagonal: Tensor
+    right: Tensor
+    down: Tensor
+
+    @property
+    def width(self) -> int:
+        """W of the grid."""
+        return self.diagonal.shape[-2] - self.down.shape[-2]
+
+    def times(self, vector: Tensor) -> Tensor:
+        """matrix · vector, [..., N, B]."""
+        return self._add_neighbours(self.diagonal * vector, vector, 1)
+
+    def subtract_product(self, out: Tensor, vector: Tensor) -> Tensor:
+        """out −= matrix · vector, in place; both [..., N, B]."""
+        return self._add_neighbours(out.addcmul_(self.diagonal, vector, value=-1), vector, -1)
+
+    def _add_neighbours(self, out: Tensor, vector: Tensor, sign: int) -> Tensor:
+        width = self.width
+        out[..., :-1, :].addcmul_(self.right, vector[..., 1:, :], value=sign)
+        out[..., 1:, :].addcmul_(self.right, vector[..., :-1, :], value=sign)
+        out[..., :-width, :].addcmul_(self.down, vector[..., width:, :], value=sign)
+        out[..., width:, :].addcmul_(self.down, vector[..., :-width, :], value=sign)
+        return out
+
+    def scaled(self, factor: float) -> Stencil:
+        """factor · matrix."""
+        return Stencil(*(factor * entries for entries in self))
+
+    def gradient(self, left: Tensor, right: Tensor) -> Stencil:
+        """The gradient for the matrix of Σ_k left_kᵀ · matrix · right_k; both [K, N, B]."""
+
+        def both_ways(step: int) -> Tensor:  # one number stands for (i, j) and for (j, i)
+            return (left[:, :-step] * right[:, step:] + left[:, step:] * right[:, :-step]).sum(dim=0)
+
+        return Stencil((left * right).sum(dim=0), both_ways(1), both_ways(self.width))
+
+    def dense(self) -> Tensor:
+        """The matrices [B, N, N], differentiable."""
+        matrix = torch.diag_embed(self.diagonal.T)
+        for entries, offset in ((self.right.T, 1), (self.down.T, self.width)):
+            if entries.shape[-1]:
+                upper = torch.diag_embed(entries, offset=offset)
+                matrix = matrix + upper + upper.mT
+        return matrix
+
+
+def neighbour_similarity(semantic: Tensor) -> Stencil:
+    """Cosine similarity E of each patch with itself and its neighbours (Eqn. 3).
+
+    Args:
+        semantic: S [B, C, H, W]. A patch of zeros is similar to nothing.
+
+    Returns:
+        the entries of E [N, N] that the grid needs, float32, or float64 if S is: a power series needs the digits.
+    """
+    semantic = semantic if semantic.dtype == torch.float64 else semantic.float()
+    norm = torch.linalg.vector_norm(semantic, dim=1)  # [B, C, H, W] → [B, H, W]
+    nonzero = norm > 0
+    norm = norm.masked_fill(~nonzero, 1)
+    # Normalised after the product, so that no normalised copy of S is made.
+    right = (semantic[..., :-1] * semantic[..., 1:]).sum(dim=1) / (norm[..., :-1] * norm[..., 1:])
+    down = (semantic[..., :-1, :] * semantic[..., 1:, :]).sum(dim=1) / (norm[:, :-1] * norm[:, 1:])
+    right = F.pad(right, (0, 1))  # no neighbour at the end of a row: [B, H, W − 1] → [B, H, W]
+
+    def line(values: Tensor) -> Tensor:
+        return values.flatten(1).T.contiguous()  # [B, h, w] → [h·w, B]
+
+    return Stencil(line(nonzero.to(semantic)), line(right)[:-1], line(down))
+
+
+def diffusion_matrix(similarity: Stencil, semantic_weight: Tensor | float) -> Stencil:
+    """M = (D − A) ⊙ (λE − 1) (Eqn. 4).
+
+    Args:
+        similarity: E, see `neighbour_similarity`.
+        semantic_weight: λ.
+    """
+    diagonal, width = similarity.diagonal, similarity.width
+    patches = torch.arange(len(diagonal), device=diagonal.device)
+    column = patches % width
+    sides = [column > 0, column < width - 1, patches >= width, patches < len(patches) - width]
+    degree = torch.stack(sides).sum(dim=0).to(diagonal)[:, None]  # [N, 1]
+    has_right = sides[1].to(diagonal)[:-1, None]  # [N − 1, 1]
+    return Stencil(
+        degree * (semantic_weight * diagonal - 1),
+        has_right * (1 - semantic_weight * similarity.right),
+        1 - semantic_weight * similarity.down,
+    )
+
+
+class _Series(torch.autograd.Function):
+    """Xᵀ v by Horner's rule, for v [N, B] and M given by its entries; see the head of this file.
+
+    Backward runs the adjoint of the loop, from the last step to the first, ū being the gradient of u:
+
+        a = C ū,    M̄ −= a ⊗ u,    ū ← ū − M a;    v̄ = C w̄, where w̄ is the sum of all ū.
+
+    Where X₀ is differentiated too, C = αM has the gradient C̄ = w̄ ⊗ v − Σ ū ⊗ M u.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vector: Tensor,
+        diagonal: Tensor,
+        right: Tensor,
+        down: Tensor,
+        iterations: int,
+        alpha: float,
+        detach_initial: bool,
+    ) -> Tensor:
+        matrix, steps = Stencil(diagonal, right, down), 2**iterations - 1
+        initial = matrix.scaled(alpha)  # C
+        start = u = initial.times(vector)
+        history = vector.new_empty(steps if any(ctx.needs_input_grad[1:4]) else 0, *vector.shape)
+        for step in range(steps):
+            if len(history):
+                history[step] = u
+            u = initial.subtract_product(start + u, matrix.times(u))
+        ctx.save_for_backward(vector, diagonal, right, down, history)
+        ctx.steps, ctx.alpha, ctx.detach_initial = steps, alpha, detach_initial
+        return u
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        vector, diagonal, right, down, history = ctx.saved_tensors
+        matrix = Stencil(diagonal, right, down)
+        initial = matrix.scaled(ctx.alpha)
+        u_bars, pulled = torch.empty_like(history), torch.empty_like(history)  # ū and a of each step
+        u_bar = gradient.contiguous()
+        start_bar = u_bar.clone()
+        for step in reversed(range(ctx.steps)):
+            a = initial.times(u_bar)
+            if len(history):
+                u_bars[step], pulled[step] = u_bar, a
+            u_bar = matrix.subtract_product(u_bar.clone(), a)
+            start_bar += u_bar
+        entries: Sequence[Tensor | None] = (None, None, None)
+        if any(ctx.needs_input_grad[1:4]):
+            entries = parts = matrix.gradient(-pulled, history)
+            if not ctx.detach_initial:
+                later = matrix.gradient(-ctx.alpha * u_bars, matrix.times(history))
+                first = matrix.gradient(ctx.alpha * start_bar[None], vector[None])
+                entries = [sum(terms) for terms in zip(parts, later, first, strict=True)]  # type: ignore[misc]
+        return initial.times(start_bar), *entries, None, None, None
+
+
+def newton_schulz(matrix: Stencil, vector: Tensor, iterations: int, alpha: float, detach_initial: bool) -> Tensor:
+    """Xᵀ v by the matrix iteration itself: X₀ = α Mᵀ, p times X ← X (2I − M X); vector and result [N, B]."""
+    dense = matrix.dense()
+    x = alpha * (dense.detach() if detach_initial else dense)
+    for _ in range(iterations):
+        x = torch.baddbmm(x, x, dense @ x, beta=2, alpha=-1)
+    return (x.mT @ vector.T[..., None])[..., 0].T  # [B, N, N]·[B, N, 1] → [N, B]
+
+
+class Costs(NamedTuple):
+    """Milliseconds, forward and backward: stencil 2^p · (step + element · N·B), dense p · (product + term · N³·B)."""
+
+    step: float
+    element: float
+    product: float
+    term: float
+
+
+# The CPU's were measured by benchmarks/scm_diffusion.py. Those of GPUs are not measured: they follow from the number of
+# kernels (27 for each step of the series, 8 for each of the iteration, 4 to 5 µs each), 2 TB/s and 40 TFLOP/s.
+COSTS = {"cpu": Costs(0.3, 2e-5, 1.2, 1.1e-7), "cuda": Costs(0.11, 2e-7, 0.04, 3e-10)}
+
+
+def choose_solver(device: str, batch: int, patches: int, iterations: int) -> Literal["stencil", "dense"]:
+    """The quicker solver for a batch of images with N patches and p iterations on a "cpu" or "cuda" device."""
+    costs = COSTS.get(device, COSTS["cuda"])
+    stencil = 2**iterations * (costs.step + costs.element * patches * batch)
+    dense = iterations * (costs.product + costs.term * patches**3 * batch)
+    return "stencil" if stencil <= dense or iterations == 0 else "dense"
+
+
+def diffuse(
+    semantic: Tensor,
+    attention: Tensor,
+    semantic_weight: Tensor | float,
+    iterations: int,
+    alpha: float = 0.002,
+    solver: Solver = "auto",
+    detach_initial: bool = True,
+) -> Tensor:
+    """Diffuse an attention map along similar neighbours: F' = Xᵀ F^l (Eqn. 3 to 6).
+
+    Args:
+        semantic: S^l [B, C, H, W].
+        attention: F^l [B, H, W].
+        semantic_weight: λ.
+        iterations: p of the Newton–Schulz iteration.
+        alpha: of X₀ = α Mᵀ.
+        solver: "stencil": matrix-free, linear in N, doubling with each p; "dense": with N×N matrices, linear in p; both
+            are exact. "auto": the quicker one.
+        detach_initial: X₀ is a constant for the gradient (released code).
+
+    Returns:
+        F' [B, H, W] in the type of `attention`; computed in float32, or in float64 if that is given.
+    """
+    similarity = neighbour_similarity(semantic)
+    return _diffuse(similarity, attention, semantic_weight, iterations, alpha, solver, detach_initial)
+
+
+def _diffuse(
+    similarity: Stencil,
+    attention: Tensor,
+    semantic_weight: Tensor | float,
+    iterations: int,
+    alpha: float,
+    solver: Solver,
+    detach_initial: bool,
+) -> Tensor:
+    batch, height, width = attention.shape
+    if solver == "auto":
+        solver = choose_solver(attention.device.type, batch, height * width, iterations)
+    with torch.autocast(attention.device.type, enabled=False):
+        matrix = diffusion_matrix(similarity, semantic_weight)
+        vector = attention.to(similarity.diagonal).reshape(batch, -1).T.contiguous()  # [B, H, W] → [N, B]
+        if solver == "stencil":
+            diffused: Tensor = _Series.apply(vector, *matrix, iterations, alpha, detach_initial)
+        else:
+            diffused = newton_schulz(matrix, vector, iterations, alpha, detach_initial)
+    return diffused.T.reshape(batch, height, width).to(attention.dtype)
+
+
+def suppress_background(diffused: Tensor, attention: Tensor, threshold: Tensor | float) -> Tensor:
+    """Shrink what is small beside the map before diffusion, and scale to [0, 1] (Eqn. 7).
+
+    Args:
+        diffused: F' [B, H, W].
+        attention: F^l [B, H, W], the map before diffusion.
+        threshold: β: what is below β max F^l shrinks with its third power.
+
+    Returns:
+        [B, H, W] in [0, 1]; 0 where a map is constant.
+    """
+    scale = threshold * attention.amax(dim=(1, 2), keepdim=True)
+    return min_max(F.tanhshrink(diffused / scale.masked_fill(scale == 0, 1)))
+
+
+class ActivationDiffusionBlock(nn.Module):
+    """One ADB, residuals included.
+
+    Args:
+        iterations: p.
+        alpha: of X₀.
+        semantic_weight: where λ starts; learnable.
+        threshold: where β starts; learnable.
+        solver, detach_initial: see `diffuse`.
+    """
+
+    def __init__(
+        self,
+        iterations: int = 4,
+        alpha: float = 0.002,
+        semantic_weight: float = 1.0,
+        threshold: float = 0.5,
+        solver: Solver = "auto",
+        detach_initial: bool = True,
+    ) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.alpha = alpha
+        self.solver: Solver = solver
+        self.detach_initial = detach_initial
+        self.semantic_weight = nn.Parameter(torch.tensor([float(semantic_weight)]))
+        self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
+
+    def forward(self, semantic: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """S^l [B, C, H, W] and F^l [B, H, W] → S^{l+1} and F^{l+1}."""
+        update = self.update(neighbour_similarity(semantic), attention)
+        return semantic * (1 + update[:, None]), attention + update
+
+    def update(self, similarity: Stencil, attention: Tensor) -> Tensor:
+        """F' [B, H, W] in [0, 1] of the map F^l [B, H, W], once E is known."""
+        diffused = _diffuse(
+            similarity,
+            attention,
+            self.semantic_weight,
+            self.iterations,
+            self.alpha,
+            self.solver,
+            self.detach_initial,
+        )
+        return suppress_background(diffused, attention, self.threshold)
+
+
+class SpatialCalibration(nn.Module):
+    """The stack of ADBs, for any grid H×W.
+
+    Args:
+        blocks: L of them; with none, the maps stay as they are.
+    """
+
+    blocks: Sequence[ActivationDiffusionBlock]
+
+    def __init__(self, blocks: Sequence[ActivationDiffusionBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+
+    def forward(self, semantic: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """S⁰ [B, C, H, W] and F⁰ [B, H, W] → S^L and F^L."""
+        *_, (gain, attention) = self.states(semantic, attention)
+        return semantic * gain[:, None], attention
+
+    def states(self, semantic: Tensor, attention: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """G^l and F^l [B, H, W] for l = 0 … L, where S^l = S⁰ ⊙ G^l; see the head of this file."""
+        gain = torch.ones_like(attention)
+        yield gain, attention
+        similarity = neighbour_similarity(semantic)
+        for block in self.blocks:
+            update = block.update(similarity, attention)
+            gain, attention = gain * (1 + update), attention + update
+            yield gain, attention
+
+
+class SCM(WSOLModule):
+    """SCM in training and evaluation; network as in TS-CAM, see `TSCAMNetwork`.
+
+    Args:
+        num_blocks: L, number of ADBs; 0 trains the network without calibration.
+        iterations: p, of all blocks or of each.
+        alpha, semantic_weight, threshold, solver, detach_initial: see `ActivationDiffusionBlock`.
+        semantic_level, attention_level: the evaluated map is S^i · F^j with these i and j, from 0 to L (supplement,
+            Fig. 2); 0 and 0 need no ADB.
+    """
+
+    network: TSCAMNetwork
+
+    def __init__(
+        self,
+        backbone: ViT,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        num_blocks: int,
+        iterations: int | Sequence[int],
+        alpha: float,
+        semantic_weight: float,
+        threshold: float,
+        solver: Solver,
+        detach_initial: bool,
+        semantic_level: int,
+        attention_level: int,
+        head_init: Literal["default", "he"],
+        keep_head_bias: bool,
+        no_weight_decay: Sequence[str],
+    ) -> None:
+        iterations = [iterations] * num_blocks if isinstance(iterations, int) else list(iterations)
+        check_settings(num_blocks, iterations, alpha, semantic_level, attention_level)
+        network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
+        super().__init__(network, training, evaluation, no_weight_decay)
+        self.calibration = SpatialCalibration(
+            [
+                ActivationDiffusionBlock(each, alpha, semantic_weight, threshold, solver, detach_initial)
+                for each in iterations
+            ]
+        )
+        self.semantic_level = semantic_level
+        self.attention_level = attention_level
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C], without calibration."""
+        semantic: Tensor = self.network(image)
+        return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy of the calibrated maps; beside it λ and β of each block, to watch."""
+        semantic, attention = self.network.with_attention(batch["image"])
+        semantic, _ = self.calibration(semantic, min_max(attention))
+        losses = {"loss": F.cross_entropy(semantic.mean(dim=(2, 3)), batch["label"])}
+        for level, block in enumerate(self.calibration.blocks, start=1):
+            losses[f"semantic_weight_{level}"] = block.semantic_weight[0]
+            losses[f"threshold_{level}"] = block.threshold[0]
+        return losses
+
+    @torch.no_grad()
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        semantic, attention = self.network.with_attention(image)
+        attention = min_max(attention)
+        logits = semantic.mean(dim=(2, 3))
+        if self.semantic_level or self.attention_level:
+            states = list(self.calibration.states(semantic, attention))
+            semantic = semantic * states[self.semantic_level][0][:, None]
+            attention = states[self.attention_level][1]
+        return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))
+
+
+def check_settings(
+    num_blocks: int, iterations: Sequence[int], alpha: float, semantic_level: int, attention_level: int
+) -> None:
+    """Check what types do not say.
+
+    Raises:
+        ConfigError: a setting is out of its range or does not fit another.
+    """
+    if num_blocks < 0:
+        raise ConfigError(f"method.num_blocks={num_blocks}: expected the number of diffusion blocks, 0 or more")
+    if len(iterations) != num_blocks:
+        raise ConfigError(
+            f"method.iterations={list(iterations)}: expected one number, or one for each of "
+            f"method.num_blocks={num_blocks} blocks"
+        )
+    if not all(0 <= each <= 30 for each in iterations):
+        raise ConfigError(f"method.iterations={list(iterations)}: expected 0 to 30 (the papers' are 4 and 16)")
+    if not alpha > 0:
+        raise ConfigError(f"method.alpha={alpha}: expected a small positive number, such as 0.002")
+    for name, level in (("semantic_level", semantic_level), ("attention_level", attention_level)):
+        if not 0 <= level <= num_blocks:
+            raise ConfigError(f"method.{name}={level}: expected 0 to {num_blocks}, the number of diffusion blocks")

@@ -1,0 +1,367 @@
+"""A sweep in numbers: a row for each combination of swept settings, its metrics averaged over seeds."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from wsolkit.errors import ConfigError
+
+Value = int | float | str | None
+"""What a setting is in a table: a number or text; None where a job does not have the setting."""
+
+STATES = ("finished", "failed", "running", "interrupted", "unfinished", "damaged")
+"""How a job stands. Unfinished: it has no metrics, and no record says why; damaged: its files cannot be read."""
+
+SEED = "seed"
+_GROUPS = ("method", "backbone", "dataset")  # said of every sweep, given or not
+_FEW = 20  # names in a message
+_USUAL_METRICS = ("max_box_acc", "pxap", "top1_loc")  # of a protocol
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job of a sweep, as far as it has come.
+
+    name: its directory, seen from the sweep's; state: one of `STATES`; overrides: the settings given to it, by name;
+    settings: all of them, nested, empty if unknown; metrics: the numbers it ended with; seconds: how long it took, or
+    takes; note: what there is to say of a job that is not finished.
+    """
+
+    name: str
+    state: str
+    overrides: Mapping[str, Value] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    note: str = ""
+
+    def value(self, key: str) -> Value:
+        """The value of a setting such as "optimizer.lr", or the choice of a group such as "method"."""
+        if key in self.overrides:
+            return self.overrides[key]
+        node: Any = self.settings
+        for part in key.replace("/", ".").split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return None
+            node = node[part]
+        if not isinstance(node, Mapping):
+            return as_value(node)
+        if "name" in node:
+            return as_value(node["name"])
+        if "_target_" in node:
+            return None  # a group's choice that does not say its name
+        nested = any(isinstance(part, Mapping) for part in node.values())
+        return as_value(list(node) if nested else node)  # several choices of one group: a list of their names
+
+
+def as_value(setting: object) -> Value:
+    """A setting as a number or as text, written as on the command line: true, null, [16,4,4,4], {a:1}."""
+    if setting is None:
+        return "null"
+    if isinstance(setting, bool):
+        return str(setting).lower()
+    if isinstance(setting, int | float | str):
+        return setting
+    if isinstance(setting, Mapping):
+        return "{" + ",".join(f"{key}:{as_value(part)}" for key, part in setting.items()) + "}"
+    if isinstance(setting, Iterable):
+        return "[" + ",".join(str(as_value(part)) for part in setting) + "]"
+    return str(setting)
+
+
+def shown(value: Value) -> str:
+    """A value as tables and plots show it."""
+    return "–" if value is None else str(value)
+
+
+def order(value: Value) -> tuple[int, float, str]:
+    """What to sort values by: numbers, then text, then what is absent."""
+    if value is None:
+        return 2, 0, ""
+    return (1, 0, value) if isinstance(value, str) else (0, value, "")
+
+
+class Average(NamedTuple):
+    """Over the runs that have the metric: mean, sample standard deviation (None for one run) and each run's value."""
+
+    mean: float
+    std: float | None
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The jobs with one combination of values, one value for each key."""
+
+    values: tuple[Value, ...]
+    runs: list[Run]
+
+    @property
+    def finished(self) -> list[Run]:
+        """Those that have metrics."""
+        return [run for run in self.runs if run.state == "finished"]
+
+    def average(self, metric: str) -> Average | None:
+        """A metric over the finished runs; None if no run has it."""
+        values = [run.metrics[metric] for run in self.finished if metric in run.metrics]
+        if not values:
+            return None
+        return Average(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The jobs of a sweep, and what of them is reported.
+
+    keys: settings that distinguish the rows; pooled: settings in which jobs of one row may differ, besides the seed;
+    constant: settings that are the same in all jobs; metrics: names of numbers in metrics.json; rows: sorted.
+    """
+
+    runs: Sequence[Run]
+    keys: Sequence[str]
+    pooled: Sequence[str]
+    constant: Mapping[str, Value]
+    metrics: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that have metrics."""
+        return [run for run in self.runs if run.state == "finished"]
+
+    @property
+    def unit(self) -> str:
+        """What a row's mean is taken over: "seeds", or "runs" where a row has a seed twice or one that is unknown."""
+        for row in self.rows:
+            seeds = [run.value(SEED) for run in row.finished]
+            if None in seeds or len(set(seeds)) < len(seeds):
+                return "runs"
+        return "seeds"
+
+
+def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> Sweep:
+    """Group runs by the values of their settings.
+
+    Args:
+        runs: all jobs, in any state.
+        keys: settings that distinguish the rows; None: all in which the jobs differ. The seed is never one of them.
+        metrics: names of numbers in metrics.json; None: the usual ones.
+
+    Raises:
+        ConfigError: there is no such key or metric.
+    """
+    known = [run for run in runs if run.settings]
+    given = dict.fromkeys(key for run in known for key in run.overrides if key != SEED)
+    swept = [key for key in given if len({run.value(key) for run in known}) > 1]
+    if keys is None:
+        keys = swept
+    if known:
+        _check_keys(keys, known)
+    constant = {
+        key: known[0].value(key)
+        for key in dict.fromkeys((*_GROUPS, *given))
+        if key not in keys and len({run.value(key) for run in known}) == 1 and known[0].value(key) is not None
+    }
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    if metrics is None:
+        metrics = usual_metrics(names)
+    for metric in metrics if names else ():
+        if metric not in names:
+            raise ConfigError(f"metrics: no job has a number '{metric}'{_close(metric, names)}")
+    groups: dict[tuple[Value, ...], list[Run]] = {}
+    for run in known:
+        groups.setdefault(tuple(run.value(key) for key in keys), []).append(run)
+    rows = [Row(values, groups[values]) for values in sorted(groups, key=lambda values: [*map(order, values)])]
+    pooled = [key for key in swept if key not in keys]
+    return Sweep(runs, keys, pooled, constant, metrics, rows)
+
+
+def usual_metrics(names: Sequence[str]) -> list[str]:
+    """What to report of the numbers there are.
+
+    Raises:
+        ConfigError: there are numbers, but none of the usual ones.
+    """
+    protocols = dict.fromkeys(name.split("/")[0] for name in names if name.endswith(f"/{_USUAL_METRICS[0]}"))
+    usual = [f"{protocol}/{metric}" for protocol in [*protocols][:1] for metric in _USUAL_METRICS]
+    found = [name for name in (*usual, "top1_cls") if name in names]
+    if names and not found:
+        raise ConfigError(f"none of the usual metrics is there; choose with metrics=[…] from: {', '.join(names)}")
+    return found
+
+
+def _check_keys(keys: Sequence[str], runs: Sequence[Run]) -> None:
+    if SEED in keys:
+        raise ConfigError(f"keys: '{SEED}' is what the metrics are averaged over, and cannot distinguish rows")
+    for key in keys:
+        if all(run.value(key) is None for run in runs):
+            options = {option for run in runs for option in (*run.overrides, *_paths(run.settings))}
+            raise ConfigError(f"keys: no job has a setting '{key}'{_close(key, sorted(options))}")
+
+
+def check_axis(key: str, keys: Sequence[str]) -> None:
+    """Check the setting that plots have on their horizontal axis.
+
+    Raises:
+        ConfigError: it does not distinguish the rows.
+    """
+    if key not in keys:
+        choices = f"choose from: {', '.join(keys)}" if keys else "there are none"
+        raise ConfigError(f"x: '{key}' is not one of the keys in which the rows differ; {choices}")
+
+
+def _paths(settings: Mapping[str, Any], path: str = "") -> Iterable[str]:
+    for key, value in settings.items():
+        yield f"{path}{key}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{path}{key}.")
+
+
+def _close(wrong: str, options: Sequence[str]) -> str:
+    """A hint at what was meant: the whole name spelled differently, or the end of a name."""
+    ends = [option for option in options if option.replace(".", "/").endswith(f"/{wrong}")]
+    close = ends[:3] or difflib.get_close_matches(wrong, options, n=3)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are: {', '.join(options[:_FEW])}" + ", …" * (len(options) > _FEW)
+
+
+def counts(runs: Sequence[Run]) -> str:
+    """How many jobs there are in each state, in words."""
+    found = Counter(run.state for run in runs)
+    states = ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
+    return f"{len(runs)} job{'s' * (len(runs) != 1)}: {states}"
+
+
+def remarks(sweep: Sweep) -> list[str]:
+    """What goes for all rows, a line each."""
+    lines = []
+    if sweep.constant:
+        lines.append("Same in all jobs: " + ", ".join(f"{key}={value}" for key, value in sweep.constant.items()))
+    if sweep.pooled:
+        lines.append(f"Averaged over: {', '.join(sweep.pooled)}")
+    if not sweep.finished:
+        lines.append("No job is finished yet, so there are no metrics and no plots.")
+    elif not sweep.keys:
+        lines.append("No setting distinguishes the jobs, so there are no plots.")
+    return lines
+
+
+def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of the table, as text.
+
+    A metric is "mean ± sample standard deviation", with the number of its values where not all finished runs have it;
+    the number of seeds is "2 of 3" where some jobs are not finished.
+    """
+    rows = []
+    for row in sweep.rows:
+        finished, total = len(row.finished), len(row.runs)
+        seeds = str(total) if finished == total else f"{finished} of {total}"
+        averages = [_cell(metric, row.average(metric), finished) for metric in sweep.metrics]
+        rows.append([*map(shown, row.values), seeds, *averages])
+    return [*sweep.keys, sweep.unit, *sweep.metrics], rows
+
+
+def _cell(metric: str, average: Average | None, runs: int) -> str:
+    if average is None:
+        return "–"
+    text = number(metric, average.mean)
+    if average.std is not None:
+        text += f" ± {number(metric, average.std)}"
+    return text if len(average.values) == runs else f"{text} ({len(average.values)})"
+
+
+def is_percentage(metric: str) -> bool:
+    """Whether a metric is in percent, as all but thresholds are."""
+    return "threshold" not in metric
+
+
+def number(metric: str, value: float) -> str:
+    """A metric's value, with as many digits as are worth reading."""
+    return f"{value:.1f}" if is_percentage(metric) else f"{value:.3f}"
+
+
+def console_table(sweep: Sweep) -> Table:
+    """The table for the terminal."""
+    heading, rows = cells(sweep)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column, name in enumerate(heading):
+        justify = "left" if column < len(sweep.keys) else "right"
+        table.add_column(name.replace("/", "/\n"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def unfinished(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Name, state and note of each job that has no metrics, by state."""
+    rest = [(run.name, run.state, run.note) for run in runs if run.state != "finished"]
+    return sorted(rest, key=lambda job: STATES.index(job[1]))
+
+
+def markdown(sweep: Sweep, pictures: Iterable[str] = ()) -> str:
+    """The report as Markdown.
+
+    Args:
+        sweep: what to report.
+        pictures: names of image files beside the report, which it shows.
+    """
+    parts = ["# Sweep", counts(sweep.runs), *remarks(sweep)]
+    if sweep.finished:
+        parts.append(_markdown_table(*cells(sweep), left=len(sweep.keys)))
+        parts.append(f"Mean ± sample standard deviation over {sweep.unit}. Metrics are in percent, but for thresholds.")
+    rest = unfinished(sweep.runs)
+    if rest:
+        parts += ["## Jobs that are not finished", _markdown_table(["job", "state", ""], rest, left=3)]
+    parts += [f"![{name}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are text, and the others numbers."""
+    rule = ["---" if column < left else "---:" for column in range(len(heading))]
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heading, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def runs_csv(sweep: Sweep) -> str:
+    """A line for each job: job, state, keys, seed, seconds, and every number of its metrics.json."""
+    names = list(dict.fromkeys(name for run in sweep.runs for name in run.metrics))
+    keys = [*sweep.keys, *sweep.pooled, SEED]
+    heading = ["job", "state", *keys, "seconds", *names]
+    rows = [
+        [run.name, run.state, *map(run.value, keys), run.seconds, *map(run.metrics.get, names)] for run in sweep.runs
+    ]
+    return _csv(heading, rows)
+
+
+def means_csv(sweep: Sweep) -> str:
+    """A line for each combination: keys, jobs, finished runs, and mean, std and number of values of each metric."""
+    heading = [*sweep.keys, "jobs", "runs"]
+    heading += [f"{metric}_{part}" for metric in sweep.metrics for part in ("mean", "std", "count")]
+    rows: list[list[object]] = []
+    for row in sweep.rows:
+        rows.append([*row.values, len(row.runs), len(row.finished)])
+        for metric in sweep.metrics:
+            average = row.average(metric)
+            rows[-1] += [None, None, 0] if average is None else [average.mean, average.std, len(average.values)]
+    return _csv(heading, rows)
+
+
+def _csv(heading: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Absent values are empty, which pandas reads as NaN."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(heading)
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,247 @@
+"""python -m wsolkit.sweep_report DIR: the jobs of a sweep in tables and plots.
+
+Writes sweep.md (table, jobs that are not finished, plots), sweep.csv (a line for each job), sweep_mean.csv (a line for
+each combination of settings) and `<metric>_by_<setting>.png`. Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.measure import Measurement
+from yaml import YAMLError
+
+from wsolkit.config import plain, run_command
+from wsolkit.errors import ConfigError, JobError
+from wsolkit.jobs import RECORD, RESULT, Job, read_job
+from wsolkit.reporting.sweep import (
+    STATES,
+    Run,
+    Sweep,
+    Value,
+    as_value,
+    check_axis,
+    console_table,
+    counts,
+    group_runs,
+    markdown,
+    means_csv,
+    remarks,
+    runs_csv,
+    unfinished,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OVERRIDES, _CONFIG = Path(".hydra", "overrides.yaml"), Path(".hydra", "config.yaml")
+
+
+def sweep_report(cfg: DictConfig, _: Path) -> None:
+    """Gather the jobs in `cfg.directory`, write the report and print its table."""
+    directory = Path(str(cfg.directory))
+    sweep = group_runs(gather(directory), names(cfg, "keys"), names(cfg, "metrics"))
+    figures: dict[str, Figure] = {}
+    if sweep.finished:
+        if cfg.x is not None:
+            check_axis(cfg.x, sweep.keys)
+        from wsolkit.reporting.sweep_charts import charts  # with Matplotlib
+
+        figures = charts(sweep, cfg.x)
+    folder = directory if cfg.output is None else Path(str(cfg.output))
+    try:
+        files = write(sweep, figures, folder)
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to '{folder}' ({error}); give another output=DIR") from error
+    show(sweep)
+    print(f"Written to {folder}: {', '.join(files)}; plots: {len(figures)}")
+
+
+def names(cfg: DictConfig, setting: str) -> list[str] | None:
+    """A setting that is a list of names, one name, or null.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = plain(cfg)[setting]
+    listed = [value] if isinstance(value, str) else value
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"{setting}={value}: expected names, such as {setting}=[a,b]")
+    return list(dict.fromkeys(listed))
+
+
+def gather(directory: Path) -> list[Run]:
+    """Read all jobs in a directory and below it: those with a `job.json`, and those with Hydra's files alone.
+
+    Raises:
+        ConfigError: there is no such directory, or no job in it.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"there is no directory '{directory}'; expected that of a sweep, such as outputs/multirun/…")
+    folders = []
+    for place, below, files in os.walk(directory):
+        folder = Path(place)
+        if RECORD in files or (folder / _OVERRIDES).is_file():
+            folders.append(folder)
+            if folder != directory:
+                below.clear()  # checkpoints and logs
+    if not folders:
+        raise ConfigError(f"there is no job in '{directory}': no directory there has a {RECORD}, or a {_OVERRIDES}")
+    return [read_run(folder, folder.relative_to(directory).as_posix()) for folder in sorted(folders)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a job: its record or Hydra's files, and its metrics. Where they are damaged, the run's note says so."""
+    try:
+        job = read_job(folder)
+        run = _without_record(folder, name) if job is None else _with_record(job, folder, name)
+    except (JobError, OSError) as error:
+        return Run(name, "damaged", note=str(error))
+    if run.state != "finished":
+        return run
+    try:
+        return replace(run, metrics=read_metrics(folder / RESULT))
+    except (JobError, OSError) as error:
+        return replace(run, state="damaged", note=str(error))
+
+
+def _with_record(job: Job, folder: Path, name: str) -> Run:
+    record: Any = job  # as it was read, its fields may be anything
+    if not (
+        isinstance(record.overrides, list)
+        and isinstance(record.settings, dict)
+        and record.settings
+        and record.state in STATES
+        and all(isinstance(number, int | float) for number in (record.started, record.seconds))
+        and isinstance(record.error, str)
+    ):
+        raise JobError(f"'{folder / RECORD}' is damaged: a field is missing or of a wrong type")
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+    note = {
+        "running": f"since {since}, for {duration(time.time() - job.started)}",
+        "failed": f"after {duration(job.seconds)}: {job.error.removeprefix('error: ')}",
+        "interrupted": f"started {since}" + (f", {job.error}" if job.error else ""),
+    }.get(job.state, "")
+    return Run(name, job.state, parse(job.overrides, folder / RECORD), job.settings, seconds=job.seconds, note=note)
+
+
+def _without_record(folder: Path, name: str) -> Run:
+    """A job of an older version: it is finished if it has metrics; otherwise nobody knows."""
+    try:
+        overrides, cfg = OmegaConf.load(folder / _OVERRIDES), OmegaConf.load(folder / _CONFIG)
+        if not isinstance(cfg, DictConfig) or not cfg:
+            raise JobError(f"'{folder / _CONFIG}' is damaged: it has no settings")
+        settings = plain(cfg)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise JobError(f"'{folder / '.hydra'}' is damaged ({error})") from error
+    state, note = "unfinished", f"no {RECORD} says how it ended"
+    if (folder / RESULT).is_file():
+        state, note = "finished", ""
+    return Run(name, state, parse(list(overrides), folder / _OVERRIDES), settings, note=note)
+
+
+def parse(overrides: Sequence[str], path: Path) -> dict[str, Value]:
+    """Names and values of a job's overrides such as "optimizer.lr=1e-3"; what is Hydra's own is left out.
+
+    Args:
+        overrides: as on the command line.
+        path: the file they are from.
+
+    Raises:
+        JobError: one of them cannot be read.
+    """
+    try:
+        pairs = [_parse(override) for override in overrides]
+    except (HydraException, TypeError, AttributeError) as error:
+        raise JobError(f"'{path}' is damaged: its overrides cannot be read ({error})") from error
+    return {key: value for key, value in pairs if not key.startswith("hydra")}
+
+
+@cache  # the jobs of a sweep share most of their overrides
+def _parse(override: str) -> tuple[str, Value]:
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group, None if parsed.is_delete() else as_value(parsed.value())
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The numbers in a metrics.json, without its lists and texts, and without what is not finite.
+
+    Raises:
+        JobError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JobError(f"'{path}' is damaged ({error})") from error
+    if not isinstance(content, Mapping):
+        raise JobError(f"'{path}' is damaged: expected an object of metrics")
+    numbers = {name: value for name, value in content.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min", "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def write(sweep: Sweep, figures: Mapping[str, Figure], folder: Path) -> list[str]:
+    """Write the report and its plots into a folder; returns the names of the files, without the plots'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=160)
+    files = {"sweep.md": markdown(sweep, [f"{name}.png" for name in figures]), "sweep.csv": runs_csv(sweep)}
+    if sweep.finished:
+        files["sweep_mean.csv"] = means_csv(sweep)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def show(sweep: Sweep) -> None:
+    """Print the table, and below it the jobs that are not finished."""
+    console = Console(markup=False, highlight=False, emoji=False)  # settings such as [maxboxacc] are no markup
+    for line in (counts(sweep.runs), *remarks(sweep)):
+        console.print(line, soft_wrap=True)
+    if sweep.finished:
+        table = console_table(sweep)
+        # Numbers that are cut off would be worse than long lines.
+        console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+        console.print(table)
+    for name, state, note in unfinished(sweep.runs):
+        console.print(f"{state}: {name}, {note}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the command: its first argument that is no setting is the directory."""
+    if {"-m", "--multirun"} & set(sys.argv):
+        sys.exit("error: a report is made in one run: leave out -m")
+    for index, argument in enumerate(sys.argv[1:], start=1):
+        of_option = sys.argv[index - 1].startswith("-")
+        if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
+            escaped = argument.replace("'", "\\'")
+            sys.argv[index] = f"directory='{escaped}'"
+            break
+    run_command("sweep_report", sweep_report)
+
+
+if __name__ == "__main__":
+    main()
