@@ -115,7 +115,7 @@ def steps(overrides: Sequence[str]) -> None:
     }
     forwards, runs = zip(*map(training_step, configs.values()), strict=True)
     memory = [kept_for_backward(forward) / 2**20 for forward in forwards]
-    times = milliseconds(*runs, seconds=10, rounds=5)
+    times = milliseconds(*runs, seconds=10, rounds=10)
     cfg = configs["TS-CAM"]
     print(
         f"| {cfg.backbone.name}, batch {cfg.dataset.batch_size}, {cfg.dataset.num_classes} classes "

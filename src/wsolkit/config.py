@@ -65,7 +65,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
 
     def job(cfg: DictConfig) -> None:
         if not traceback:
-            del os.environ["HYDRA_FULL_ERROR"]  # not for the processes that the task starts
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # not for the processes that the task starts
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -165,6 +165,7 @@ class RunSettings(typing.TypedDict, total=False):
     score_maps: str | None
     save_maps: str | None
     num_examples: int
+    examples: list[str]
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -46,7 +46,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
-    from wsolkit.reporting.pictures import Report
+    from wsolkit.reporting.pictures import Report, choose_examples
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
@@ -56,6 +56,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule = build_datamodule(cfg)
     datamodule.setup("validate")
     datamodule.setup("test")
+    choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     known = len(checkpoint.class_names)
     labels = datamodule.dataset("test").records.labels
     if int(labels.max()) >= known:
@@ -71,7 +72,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     heading = title(cfg, checkpoint.config)
     loggers = build_loggers(cfg, folder)
-    callbacks: list[Callback] = [Report(folder, cfg.num_examples, heading, cfg.method.name)]
+    callbacks: list[Callback] = [Report(folder, cfg.num_examples, cfg.examples, heading, cfg.method.name)]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
@@ -113,7 +114,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.config import plain
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Evaluation, outcome
-    from wsolkit.reporting.pictures import write_report
+    from wsolkit.reporting.pictures import choose_examples, write_report
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
         raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
@@ -170,7 +171,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
         evaluation,
         result,
         lambda batch: (first.at_size(read(batch, test), batch), [None] * len(batch["label"])),
-        cfg.num_examples,
+        choose_examples(test, cfg.num_examples, cfg.examples),
     )
     report(folder, heading, "score maps", class_names, evaluation.chosen_on(datamodule.held_out), result)
     return result.results
@@ -183,15 +184,18 @@ def main() -> None:
     if paths:
         from wsolkit.checkpoint import read_checkpoint
 
+        several = not Path(paths[-1]).exists() and "," in paths[-1]  # a sweep over checkpoints, of one method
         try:
-            names = read_checkpoint(paths[-1].strip("'")).names()
+            names = read_checkpoint((paths[-1].split(",")[0] if several else paths[-1]).strip("'")).names()
         except WsolkitError as error:
             sys.exit(f"error: {error}")
-        for argument in given:
-            group, _, name = argument.partition("=")
-            if group in ("method", "backbone") and name != names[group]:
-                sys.exit(f"error: {argument}: the checkpoint's {group} is {names[group]}; leave the setting out")
-        sys.argv[1:] = [f"{group}={name}" for group, name in names.items()] + given
+        chosen = dict(argument.split("=", 1) for argument in given if "=" in argument)
+        for group in ("method", "backbone"):
+            if chosen.get(group, names[group]) != names[group]:
+                sys.exit(
+                    f"error: {group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
+                )
+        sys.argv[1:] = [f"{group}={name}" for group, name in names.items() if group not in chosen] + given
     run_command("evaluate", evaluate)
 
 

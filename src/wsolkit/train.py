@@ -28,7 +28,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, check_resumable
     from wsolkit.metrics.evaluation import Outcome
-    from wsolkit.reporting.pictures import Report
+    from wsolkit.reporting.pictures import Report, choose_examples
 
     check_config(cfg)
     if cfg.resume is not None:
@@ -38,6 +38,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule = build_datamodule(cfg)
     datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
     datamodule.setup("test")
+    choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     module = build_module(cfg, datamodule.class_names)
     monitor = cfg.monitor or f"{next(iter(module.evaluation.protocols))}/max_box_acc"
     if monitor not in module.evaluation.names:
@@ -54,7 +55,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     last = ModelCheckpoint(
         folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    callbacks: list[Callback] = [best, last, Report(folder, cfg.num_examples, title(cfg, cfg), cfg.method.name)]
+    pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), cfg.method.name)
+    callbacks: list[Callback] = [best, last, pictures]
     loggers = build_loggers(cfg, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))

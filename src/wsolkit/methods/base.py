@@ -74,6 +74,15 @@ class WSOLModule(LightningModule, ABC):
             classes: whose maps: [B, K]; a function of the logits that returns them; None: each image's top class.
         """
 
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """Maps from within the method to look at, by name: a series [B, n, h, w] each; none unless a method has some.
+
+        Args:
+            image: normalised, [B, 3, H, W].
+            classes: whose maps, where they differ by class: [B].
+        """
+        return {}
+
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
         torch.manual_seed(

@@ -110,6 +110,33 @@ class Stencil(NamedTuple):
         return matrix
 
 
+class _Products(torch.autograd.Function):
+    """Scalar products over the channels of S [B, C, N]: of each patch with itself, the next, and the one W further.
+
+    Plain autograd would make a copy of S for every term of the gradient; S is the largest tensor here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, semantic: Tensor, width: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(semantic)
+        ctx.width = width
+        length = semantic.shape[-1]
+        return tuple(
+            (semantic[..., : length - step] * semantic[..., step:]).sum(dim=1) for step in (0, 1, width)
+        )  # [B, N], [B, N − 1], [B, N − W]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (semantic,) = ctx.saved_tensors
+        own, right, down = (gradient[:, None] for gradient in gradients)  # [B, n] → [B, 1, n]
+        result = 2 * own * semantic
+        for gradient, step in ((right, 1), (down, ctx.width)):
+            result[..., :-step].addcmul_(gradient, semantic[..., step:])
+            result[..., step:].addcmul_(gradient, semantic[..., :-step])
+        return result, None
+
+
 def neighbour_similarity(semantic: Tensor) -> Stencil:
     """Cosine similarity E of each patch with itself and its neighbours (Eqn. 3).
 
@@ -117,21 +144,19 @@ def neighbour_similarity(semantic: Tensor) -> Stencil:
         semantic: S [B, C, H, W]. A patch of zeros is similar to nothing.
 
     Returns:
-        the entries of E [N, N] that the grid needs, float32, or float64 if S is: a power series needs the digits.
+        the entries of E [N, N] that the grid needs, float32, or float64 if S is: a power series needs the digits. What
+        `right` holds between the end of a row and the beginning of the next has no meaning.
     """
     semantic = semantic if semantic.dtype == torch.float64 else semantic.float()
-    norm = torch.linalg.vector_norm(semantic, dim=1)  # [B, C, H, W] → [B, H, W]
-    nonzero = norm > 0
-    norm = norm.masked_fill(~nonzero, 1)
-    # Normalised after the product, so that no normalised copy of S is made.
-    right = (semantic[..., :-1] * semantic[..., 1:]).sum(dim=1) / (norm[..., :-1] * norm[..., 1:])
-    down = (semantic[..., :-1, :] * semantic[..., 1:, :]).sum(dim=1) / (norm[:, :-1] * norm[:, 1:])
-    right = F.pad(right, (0, 1))  # no neighbour at the end of a row: [B, H, W − 1] → [B, H, W]
-
-    def line(values: Tensor) -> Tensor:
-        return values.flatten(1).T.contiguous()  # [B, h, w] → [h·w, B]
-
-    return Stencil(line(nonzero.to(semantic)), line(right)[:-1], line(down))
+    width = semantic.shape[-1]
+    squares, right, down = (products.T for products in _Products.apply(semantic.flatten(2), width))
+    nonzero = squares > 0
+    norm = squares.masked_fill(~nonzero, 1).sqrt()  # [N, B]
+    return Stencil(
+        nonzero.to(semantic),
+        (right / (norm[:-1] * norm[1:])).contiguous(),
+        (down / (norm[:-width] * norm[width:])).contiguous(),
+    )
 
 
 def diffusion_matrix(similarity: Stencil, semantic_weight: Tensor | float) -> Stencil:
@@ -455,6 +480,14 @@ class SCM(WSOLModule):
             semantic = semantic * states[self.semantic_level][0][:, None]
             attention = states[self.attention_level][1]
         return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))
+
+    @torch.no_grad()
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """S^l of a class and F^l, for l = 0 … L (Fig. 6): two of [B, 1 + L, h, w]."""
+        semantic, attention = self.network.with_attention(image)
+        own = select_maps(semantic, classes[:, None])  # [B, C, h, w] → [B, 1, h, w]
+        gains, attentions = zip(*self.calibration.states(semantic, min_max(attention)), strict=True)
+        return {"S": own * torch.stack(gains, dim=1), "F": torch.stack(attentions, dim=1)}
 
 
 def check_settings(

@@ -67,7 +67,8 @@ def charts(results: Results, curves: Curves) -> dict[str, Figure]:
 
 def protocol_names(results: Results, curves: Curves) -> list[str]:
     """Protocols that have a number or a curve, in order of appearance."""
-    return list(dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key))
+    names = dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key)
+    return [name for name in names if name != "epochs"]
 
 
 def baseline_names(results: Results, protocol: str) -> list[str]:
@@ -185,12 +186,33 @@ def pixel_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
     return figure
 
 
+EPOCH_METRICS = ("top1_cls", "max_box_acc", "max_box_acc_v2", "top1_loc", "pxap")
+"""What is kept of the validation after each epoch: `epochs/…` in `curves`."""
+
+
+def epoch_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Localization against classification, a point for each epoch's validation."""
+    epochs, classification = series(curves, "epochs/epoch"), series(curves, "epochs/top1_cls")
+    localization = series(curves, f"epochs/{protocol}/max_box_acc")
+    if epochs is None or classification is None or localization is None or len(epochs) < 2:
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "Top-1 Cls (%)", "MaxBoxAcc (%)")
+    axes.plot(classification, localization, color=_SKY, linewidth=1.2)
+    axes.scatter(classification, localization, color=_BLUE, s=22, zorder=3)
+    for index in {0, int(localization.argmax()), int(classification.argmax()), len(epochs) - 1}:
+        point = classification[index], localization[index]
+        axes.annotate(f"{epochs[index]:.0f}", point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    return figure
+
+
 _CHARTS = {
     "threshold": threshold_chart,
     "iou": iou_chart,
     "errors": error_chart,
     "size": size_chart,
     "pixels": pixel_chart,
+    "epochs": epoch_chart,
 }
 
 

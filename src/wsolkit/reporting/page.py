@@ -66,6 +66,11 @@ _CAPTIONS = {
         "Object size",
         "How well the map, at the threshold of peak pixel IoU, covers objects of each size; darker means more images.",
     ),
+    "epochs": (
+        "Epoch by epoch",
+        "Classification and localization in the validation after each epoch; the first, the last and the best epochs "
+        "are numbered.",
+    ),
     "pixels": ("Pixels", "How well the scores tell object from background, pixel by pixel, over all thresholds."),
 }
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from wsolkit.data.datamodule import WSOLDataModule
-from wsolkit.data.dataset import WSOLDataset
+from wsolkit.data.dataset import WSOLDataset, evaluation_batch
+from wsolkit.data.transforms import denormalise
+from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
-from wsolkit.reporting.charts import PREDICTED, TRUTH, Shown, charts, example_image
+from wsolkit.reporting.charts import EPOCH_METRICS, PREDICTED, SCORE_COLOURS, TRUTH, Shown, charts, example_image
 from wsolkit.reporting.gallery import Localize, localize_with, show
 from wsolkit.reporting.page import write_page
 from wsolkit.types import Image, PlainConfig
@@ -34,9 +40,9 @@ def write_report(
     evaluation: Evaluation,
     outcome: Outcome,
     localize: Localize,
-    num_examples: int,
+    examples: Sequence[int],
 ) -> None:
-    """Write report.html and, unless `num_examples` is 0, examples.png into a run directory.
+    """Write report.html and, if there are examples, examples.png into a run directory.
 
     Args:
         folder: of the run.
@@ -48,7 +54,7 @@ def write_report(
         evaluation: its protocols; the first one's maps and boxes are shown.
         outcome: of the pass.
         localize: makes the maps of the images that are shown.
-        num_examples: images in examples.png, spread evenly over the split.
+        examples: indices of the images in examples.png.
     """
     dataset = datamodule.dataset("test")
 
@@ -56,8 +62,8 @@ def write_report(
         normalization = datamodule.mean, datamodule.std
         return show(localize, evaluation, outcome.results, dataset, indices, class_names, normalization)
 
-    if num_examples > 0:
-        draw_examples(shown(spread(dataset, num_examples)), title).savefig(folder / "examples.png", dpi=100)
+    if examples:
+        draw_examples(shown(examples), title).savefig(folder / "examples.png", dpi=100)
     first = next(iter(evaluation.protocols))
     extremes = {name: [int(i) for i in outcome.curves.get(f"{first}/{name}_images", ())] for name in ("worst", "best")}
     write_page(
@@ -75,9 +81,20 @@ def write_report(
     )
 
 
-def spread(dataset: WSOLDataset, count: int) -> list[int]:
-    """Indices of `count` images, spread evenly over a split."""
-    return np.unique(np.linspace(0, len(dataset) - 1, count, dtype=int)).tolist()  # type: ignore[no-any-return]
+def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ()) -> list[int]:
+    """Indices of the images that are named, or else of `count` images spread evenly over a split.
+
+    Raises:
+        ConfigError: the split has no image of that name.
+    """
+    if not names:
+        return np.unique(np.linspace(0, len(dataset) - 1, count, dtype=int)).tolist()  # type: ignore[no-any-return]
+    known = {dataset.records.name(index): index for index in range(len(dataset))}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1) or list(known)[:1]
+            raise ConfigError(f"examples: the test split has no image '{name}'; it has '{close[0]}', for instance")
+    return [known[name] for name in names]
 
 
 def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
@@ -100,21 +117,82 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
     return figure
 
 
+def write_inside(folder: Path, module: WSOLModule, datamodule: WSOLDataModule, examples: Sequence[int]) -> None:
+    """Write maps from within a method, of the class of each image: inside.png, and inside.npz with the numbers.
+
+    The file of numbers has `<name>` [n, steps, h, w] for each series of maps, and `image` [n], the images' ids.
+
+    Args:
+        folder: of the run.
+        module: whose `inside` is asked.
+        datamodule: whose test split has the images.
+        examples: their indices.
+    """
+    if not examples:
+        return
+    dataset = datamodule.dataset("test")
+    batch = evaluation_batch([dataset[0, index] for index in examples])
+    image = batch["image"].to(next(module.parameters()))
+    training = module.training
+    series = module.eval().inside(image, batch["label"].to(module.device))
+    module.train(training)
+    if not series:
+        return
+    arrays = {name: maps.float().cpu().numpy() for name, maps in series.items()}
+    names = [dataset.records.name(index) for index in examples]
+    np.savez_compressed(folder / "inside.npz", **{"image": np.array(names), **arrays})  # type: ignore[arg-type]
+    pictures = [denormalise(one, datamodule.mean, datamodule.std) for one in batch["image"]]
+    draw_inside(pictures, arrays).savefig(folder / "inside.png", dpi=100)
+
+
+def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.float32]]) -> Figure:
+    """A sheet with a row for each image and series, the steps from left to right, each map on its own scale."""
+    steps = max(maps.shape[1] for maps in series.values())
+    rows = len(pictures) * len(series)
+    figure = Figure(figsize=(1.3 * (steps + 1), 1.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, steps + 1, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for row, (which, (name, maps)) in enumerate(itertools.product(range(len(pictures)), series.items())):
+        if row % len(series) == 0:
+            grid[row, 0].imshow(pictures[which])
+        for step, one in enumerate(maps[which]):
+            grid[row, step + 1].imshow(one, cmap=SCORE_COLOURS)
+            grid[row, step + 1].set_title(f"${name}^{step}$", fontsize=9)
+    return figure
+
+
 class Report(Callback):
     """Shows W&B the same images after every validation, and writes the report and its charts after the test.
 
     Args:
         folder: run directory.
-        count: number of examples.
+        count, names: which examples, see `choose_examples`; after validation, images of other splits are not named.
         title: what was run.
         method: its name in tables.
     """
 
-    def __init__(self, folder: Path, count: int, title: str, method: str) -> None:
-        self.folder, self.count, self.title, self.method = folder, count, title, method
+    def __init__(self, folder: Path, count: int, names: Sequence[str], title: str, method: str) -> None:
+        self.folder, self.count, self.names, self.title, self.method = folder, count, names, title, method
+        self.epochs: dict[str, list[float]] = {}
+        """Numbers of the validation after each epoch, by name; "epoch" counts from 1."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's hook: a resumed run continues the lists."""
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        self.epochs = state_dict["epochs"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            results = _parts(trainer, pl_module)[0].results
+            self.epochs.setdefault("epoch", []).append(trainer.current_epoch + 1)
+            for name, value in results.items():
+                if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:  # of the method, not of baselines
+                    self.epochs.setdefault(name, []).append(value)
         loggers = _wandb(trainer)
         if not (loggers and self.count > 0):
             return
@@ -126,7 +204,7 @@ class Report(Callback):
             module.evaluation,
             module.results,
             dataset,
-            spread(dataset, self.count),
+            choose_examples(dataset, self.count),
             module.training_settings.class_names,
             normalization,
         )
@@ -140,7 +218,10 @@ class Report(Callback):
         if not trainer.is_global_zero:
             return
         module, datamodule = _parts(trainer, pl_module)
+        module.curves |= {f"epochs/{name}": values for name, values in self.epochs.items()}
         outcome = Outcome(module.results, module.curves)
+        examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
+        write_inside(self.folder, module, datamodule, examples)
         write_report(
             self.folder,
             self.title,
@@ -151,7 +232,7 @@ class Report(Callback):
             module.evaluation,
             outcome,
             localize_with(module),
-            self.count,
+            examples,
         )
         for logger in _wandb(trainer):
             for name, figure in charts(*outcome).items():

@@ -1,0 +1,206 @@
+"""Sweeps: jobs in processes of their own, what is kept of them, and running a sweep again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wsolkit.config import CONF
+from wsolkit.errors import JobError
+from wsolkit.jobs import Job, differences, job_name, read_job, run_job
+
+SMOKE = (
+    "trainer=smoke",
+    "trainer.accelerator=cpu",
+    "dataset.records.sizes={train: 48, val: 20, test: 21}",
+    "dataset.batch_size=16",
+    "num_examples=0",
+)
+
+
+def write_module(folder: Path, name: str, code: str) -> None:
+    (folder / f"{name}.py").write_text(code)
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for a command, which `python -m` finds."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = "import pathlib, sys\nfolder = pathlib.Path(sys.argv[-1].split('=')[1].strip('\"'))\n"
+    write_module(tmp_path, "works", result + "(folder / 'metrics.json').write_text('{}')\nprint(sys.argv[1:])")
+    write_module(tmp_path, "fails", "import sys\nprint('some output')\nsys.exit('error: method.x=1: expected 2')")
+    write_module(tmp_path, "crashes", "import os\nos.abort()")
+    write_module(tmp_path, "waits", "import time\ntime.sleep(60)")
+    return tmp_path
+
+
+def test_finished_job_is_not_run_again(modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = modules / "job"
+    run_job("works", ["seed=1"], ["--config-dir=x"], {"seed": 1}, folder)
+    job = read_job(folder)
+    assert job is not None
+    assert (job.state, job.overrides, job.settings) == ("finished", ["seed=1"], {"seed": 1})
+    assert "['--config-dir=x', 'seed=1', 'hydra.mode=RUN'" in (folder / "output.log").read_text()
+    written = (folder / "output.log").stat().st_mtime_ns
+    run_job("fails", ["seed=1"], [], {"seed": 1}, folder)  # would fail, but is not run
+    assert (folder / "output.log").stat().st_mtime_ns == written
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_failed_job_says_why_and_is_run_again(modules: Path) -> None:
+    folder = modules / "job"
+    with pytest.raises(JobError, match=r"output\.log: method\.x=1: expected 2"):
+        run_job("fails", [], [], {}, folder)
+    job = read_job(folder)
+    assert job is not None
+    assert (job.state, job.error) == ("failed", "error: method.x=1: expected 2")
+    run_job("works", [], [], {}, folder)
+    again = read_job(folder)
+    assert again is not None
+    assert again.state == "finished"
+
+
+def test_crash_of_a_job_is_a_failure_of_that_job(modules: Path) -> None:
+    with pytest.raises(JobError, match="ended by SIGABRT"):
+        run_job("crashes", [], [], {}, modules / "job")
+
+
+def test_finished_job_with_other_settings_is_kept(modules: Path) -> None:
+    folder = modules / "job"
+    run_job("works", [], [], {"method": {"iterations": 4, "name": "scm"}}, folder)
+    with pytest.raises(JobError, match=r"settings have changed since: method\.iterations\. Delete it, or give"):
+        run_job("works", [], [], {"method": {"iterations": 5, "name": "scm"}}, folder)
+
+
+def test_running_job_is_left_to_the_process_that_runs_it(modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = modules / "job"
+    Job([], {}).write(folder)
+    run_job("fails", [], [], {}, folder)
+    assert "another process is running it" in capsys.readouterr().out
+    os.utime(folder / "job.json", (time.time() - 300, time.time() - 300))  # silent for five minutes
+    job = read_job(folder)
+    assert job is not None
+    assert job.state == "interrupted"
+    run_job("works", [], [], {}, folder)
+
+
+def test_job_whose_result_was_deleted_is_run_again(modules: Path) -> None:
+    folder = modules / "job"
+    run_job("works", [], [], {}, folder)
+    (folder / "metrics.json").unlink()
+    job = read_job(folder)
+    assert job is not None
+    assert job.state == "interrupted"
+
+
+def test_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"overrides"')
+    with pytest.raises(JobError, match=r"job\.json' is damaged .*delete it"):
+        read_job(tmp_path)
+    assert read_job(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_stopped_sweep_takes_its_job_along(modules: Path, number: signal.Signals, ends: bool) -> None:
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux ends a process with its killed parent")
+    code = "import pathlib, wsolkit.jobs as j; j.run_job('waits', [], [], {}, pathlib.Path('job'))"
+    sweep = subprocess.Popen([sys.executable, "-c", code], cwd=modules, stderr=subprocess.DEVNULL)
+    while not (children := subprocess.run(["pgrep", "-P", str(sweep.pid)], capture_output=True, text=True).stdout):
+        time.sleep(0.1)
+    time.sleep(0.3)
+    sweep.send_signal(number)
+    sweep.wait(10)
+    deadline = time.time() + 10
+    while Path(f"/proc/{children.strip()}").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{children.strip()}").exists()
+    state = json.loads((modules / "job" / "job.json").read_text())["state"]
+    assert state == ("interrupted" if ends else "running")
+
+
+def test_names_are_safe_and_differ() -> None:
+    names = [
+        job_name(overrides)
+        for overrides in (
+            ["method.num_blocks=2", "seed=0"],
+            ["method.num_blocks=2", "seed=1"],
+            ["backbone.num_blocks=2", "seed=0"],
+            ["backbone.weights=/some/where/x.pt", "method.iterations=[16,4,4,4]"],
+            ["a=" + "x" * 300],
+            [],
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("num_blocks_2-seed_0-")
+    assert all(len(name) < 120 and not set(name) & set("/=,[] '\"$") for name in names)
+    same = ["seed=0", "method.num_blocks=2", "hydra.sweep.dir=elsewhere"]
+    assert job_name(same).rpartition("-")[2] == names[0].rpartition("-")[2]  # order and Hydra's own do not matter
+
+
+def test_differences() -> None:
+    assert differences({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 2}) == {"a.c", "d", "e"}
+
+
+def sweep(*arguments: str, cwd: Path, command: str = "train") -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", f"wsolkit.{command}", *arguments]
+    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def states(folder: Path) -> dict[str, str]:
+    jobs = {path.parent.name: read_job(path.parent) for path in folder.glob("*/job.json")}
+    return {name: job.state for name, job in jobs.items() if job is not None}
+
+
+@pytest.mark.parametrize("launcher", [None, "parallel", "submitit_local"])
+def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) -> None:
+    """One job of two fails; run again with what it lacked, only that one runs."""
+    if launcher == "parallel":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    if launcher == "submitit_local":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    chosen = [] if launcher is None else [f"hydra/launcher={launcher}"]
+    arguments = ("sweep=sat_blocks", "method.num_blocks=6,7", "seed=0", *SMOKE, *chosen)
+    done = sweep(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "method.num_blocks=7: expected 1 to 6" in done.stdout + done.stderr
+    folder = tmp_path / "outputs" / "sweeps" / "sat_blocks_shapes"
+    good, bad = sorted(states(folder))
+    assert (good[:12], bad[:12]) == ("num_blocks_6", "num_blocks_7")
+    assert states(folder) == {good: "finished", bad: "failed"}
+    result = (folder / good / "metrics.json").stat().st_mtime_ns
+    if launcher is None:
+        assert sweep(*arguments, cwd=tmp_path).returncode == 1
+        assert (folder / good / "metrics.json").stat().st_mtime_ns == result
+
+
+def test_presets_of_launchers_compose(tmp_path: Path) -> None:
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        done = sweep(f"hydra/launcher={path.stem}", "--cfg", "hydra", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "_target_: hydra_plugins" in done.stdout
+
+
+@pytest.mark.parametrize("grid", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
+def test_ready_grids_compose(grid: str, tmp_path: Path) -> None:
+    """Hydra's own listing of a grid: every job is composed, and none is run."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from wsolkit import load_config
+    from wsolkit.config import check_config
+
+    params = OmegaConf.load(CONF / "sweep" / f"{grid}.yaml").hydra.sweeper.params
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    assert len(jobs) >= 15
+    for job in jobs:
+        check_config(load_config(f"method={grid.split('_')[0]}", *job))
