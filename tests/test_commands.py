@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -97,8 +98,17 @@ def test_evaluate_gives_the_metrics_of_the_run(trained: Path) -> None:
         "hydra.run.dir=evaluation",
         cwd=trained.parent,
     )
-    assert metrics(trained.parent / "evaluation") == metrics(trained)
+    of_the_run = {name: value for name, value in metrics(trained).items() if not name.startswith("epochs/")}
+    assert metrics(trained.parent / "evaluation") == of_the_run
     assert (trained.parent / "evaluation" / "examples.png").is_file()
+
+
+def test_run_keeps_the_numbers_of_every_epoch(trained: Path) -> None:
+    values: Any = metrics(trained)
+    assert values["epochs/epoch"] == [1, 2]
+    assert len(values["epochs/maxboxacc/max_box_acc"]) == len(values["epochs/top1_cls"]) == 2
+    assert "epochs/maxboxacc/center_box/max_box_acc" not in values
+    assert "Epoch by epoch" in (trained / "report.html").read_text()
 
 
 def test_evaluate_takes_protocols_and_settings_of_the_data_set(trained: Path) -> None:
@@ -308,12 +318,60 @@ def test_multirun_makes_a_directory_a_job(tmp_path: Path) -> None:
         assert len(list((folder / "wandb").glob("offline-run-*"))) == 1  # a run of its own for each job
 
 
-def test_failed_job_of_a_multirun_leaves_the_others(tmp_path: Path) -> None:
-    call = ["-m", "wsolkit.train", "-m", "method.num_blocks=99,6", *TINY, "trainer=smoke", "hydra.sweep.dir=sweep"]
-    done = subprocess.run([sys.executable, *call], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "method.num_blocks=99: expected 1 to 6" in done.stderr
-    assert len(list((tmp_path / "sweep").rglob("metrics.json"))) == 1
+@pytest.fixture(scope="module")
+def scm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of SCM, with images chosen by name."""
+    folder = tmp_path_factory.mktemp("scm")
+    run(
+        "train",
+        "method=scm",
+        "method.num_blocks=2",
+        "examples=[test/00003,test/00000]",
+        *TINY,
+        "hydra.run.dir=run",
+        cwd=folder,
+    )
+    return folder / "run"
+
+
+def test_scm_shows_what_its_blocks_do(scm: Path) -> None:
+    with np.load(scm / "inside.npz") as maps:
+        assert maps["image"].tolist() == ["test/00003", "test/00000"]
+        assert maps["S"].shape == maps["F"].shape == (2, 3, 8, 8)
+        assert maps["F"][:, 0].min() == 0
+        assert maps["F"][:, 0].max() == 1
+    assert (scm / "inside.png").read_bytes().startswith(b"\x89PNG")
+    header = (scm / "metrics.csv").read_text().splitlines()[0].split(",")
+    for level in (1, 2):
+        assert {f"train/semantic_weight_{level}_epoch", f"train/threshold_{level}_epoch"} <= set(header)
+
+
+def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
+    run(
+        *("evaluate", "sweep=scm_pairs", f"checkpoint={scm}/checkpoints/best.ckpt", "protocol=[maxboxacc]"),
+        *("method.semantic_level=0,2", "method.attention_level=0", "trainer.enable_progress_bar=false"),
+        *("hydra.sweep.dir=pairs",),
+        cwd=scm.parent,
+    )
+    folders = sorted(path.parent for path in (scm.parent / "pairs").glob("*/metrics.json"))
+    assert [folder.name[:16] for folder in folders] == ["semantic_level_0", "semantic_level_2"]
+    first = metrics(folders[0])
+    assert first["maxboxacc/max_box_acc"] == metrics(scm)["maxboxacc/max_box_acc"]  # S^0 · F^0 is the method's own
+    assert first["top1_cls"] == metrics(folders[1])["top1_cls"]
+    assert first["maxboxacc/pxap"] != metrics(folders[1])["maxboxacc/pxap"]
+
+
+def test_sweep_over_checkpoints(trained: Path) -> None:
+    both = ",".join(str(trained / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    run("evaluate", "-m", f"checkpoint={both}", "protocol=[maxboxacc]", "hydra.sweep.dir=both", cwd=trained.parent)
+    assert len(list((trained.parent / "both").glob("*/metrics.json"))) == 2
+
+
+def test_examples_must_exist() -> None:
+    with pytest.raises(
+        ConfigError, match="examples: the test split has no image 'x'; it has 'test/00000', for instance"
+    ):
+        train(config("examples=[x]"), Path("nowhere"))
 
 
 def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

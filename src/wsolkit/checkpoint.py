@@ -119,7 +119,8 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
     for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
         key, value = override.key_or_group, override.value()
-        if not isinstance(OmegaConf.select(cfg, key), DictConfig) or isinstance(value, dict):
+        present = OmegaConf.select(cfg, key, default=cfg)  # a choice from a group that adds nothing, as sweep=…, is not
+        if not isinstance(present, DictConfig) or (isinstance(value, dict) and present is not cfg):
             OmegaConf.update(cfg, key, value)
     return cfg
 

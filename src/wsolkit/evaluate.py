@@ -195,7 +195,9 @@ def main() -> None:
                 sys.exit(
                     f"error: {group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
                 )
-        sys.argv[1:] = [f"{group}={name}" for group, name in names.items() if group not in chosen] + given
+        first = next(index for index, argument in enumerate(given) if argument.startswith("checkpoint="))
+        given[first:first] = [f"{group}={name}" for group, name in names.items() if group not in chosen]
+        sys.argv[1:] = given
     run_command("evaluate", evaluate)
 
 
