@@ -106,7 +106,7 @@ def test_weights_of_the_spatial_losses() -> None:
     assert losses["loss"].item() == pytest.approx((losses["loss_cls"] + 0.5 * losses["loss_norm"]).item())
 
 
-@pytest.mark.parametrize("method", ["sat", "ts_cam"])
+@pytest.mark.parametrize("method", ["sat", "ts_cam", "scm"])
 def test_localize_returns_the_maps_asked_for(method: str) -> None:
     torch.manual_seed(0)
     module: WSOLModule = build_module(load_config(f"method={method}")).eval()
@@ -127,7 +127,7 @@ def test_localize_returns_the_maps_asked_for(method: str) -> None:
         assert not torch.equal(both[:, 0], both[:, 1])
 
 
-@pytest.mark.parametrize("method", ["sat", "ts_cam"])
+@pytest.mark.parametrize("method", ["sat", "ts_cam", "scm"])
 def test_bfloat16_stays_close(method: str) -> None:
     torch.manual_seed(0)
     module = build_module(load_config(f"method={method}")).eval()
@@ -141,7 +141,9 @@ def test_bfloat16_stays_close(method: str) -> None:
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 
-@pytest.mark.parametrize(("method", "exempt"), [("ts_cam", {"pos_embed", "cls_token"}), ("sat", set())])
+@pytest.mark.parametrize(
+    ("method", "exempt"), [("ts_cam", {"pos_embed", "cls_token"}), ("scm", {"pos_embed", "cls_token"}), ("sat", set())]
+)
 def test_weight_decay_groups_are_those_of_the_released_code(method: str, exempt: set[str]) -> None:
     from wsolkit.optim import weight_decay_groups
 

@@ -209,6 +209,21 @@ def test_memory_kept_for_backward_is_linear_in_patches() -> None:
     assert kept(28, "dense") > 12 * kept(14, "dense")
 
 
+@pytest.mark.parametrize("solver", ["stencil", "dense"])
+def test_block_is_one_graph_for_torch_compile(solver: Any) -> None:
+    block = ActivationDiffusionBlock(iterations=2, solver=solver).double()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    semantic, attention = maps(4, 5)
+    results = []
+    for function in (block, compiled):
+        inputs = semantic.clone().requires_grad_(), attention.clone().requires_grad_()
+        outputs = function(*inputs)
+        loss = outputs[0].square().sum() + outputs[1].square().sum()
+        results.append([*outputs, *torch.autograd.grad(loss, [*inputs, *block.parameters()])])
+    for eager, one in zip(*results, strict=True):
+        assert torch.allclose(one, eager, rtol=1e-10)
+
+
 def test_automatic_solver() -> None:
     assert choose_solver("cpu", 64, 14 * 14, 4) == "stencil"
     assert choose_solver("cpu", 64, 28 * 28, 6) == "stencil"

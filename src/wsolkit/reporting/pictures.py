@@ -117,7 +117,9 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
     return figure
 
 
-def write_inside(folder: Path, module: WSOLModule, datamodule: WSOLDataModule, examples: Sequence[int]) -> None:
+def write_inside(
+    folder: Path, module: WSOLModule, datamodule: WSOLDataModule, examples: Sequence[int]
+) -> Figure | None:
     """Write maps from within a method, of the class of each image: inside.png, and inside.npz with the numbers.
 
     The file of numbers has `<name>` [n, steps, h, w] for each series of maps, and `image` [n], the images' ids.
@@ -127,9 +129,12 @@ def write_inside(folder: Path, module: WSOLModule, datamodule: WSOLDataModule, e
         module: whose `inside` is asked.
         datamodule: whose test split has the images.
         examples: their indices.
+
+    Returns:
+        the picture; None if there are no examples, or the method has no such maps.
     """
     if not examples:
-        return
+        return None
     dataset = datamodule.dataset("test")
     batch = evaluation_batch([dataset[0, index] for index in examples])
     image = batch["image"].to(next(module.parameters()))
@@ -137,12 +142,14 @@ def write_inside(folder: Path, module: WSOLModule, datamodule: WSOLDataModule, e
     series = module.eval().inside(image, batch["label"].to(module.device))
     module.train(training)
     if not series:
-        return
+        return None
     arrays = {name: maps.float().cpu().numpy() for name, maps in series.items()}
     names = [dataset.records.name(index) for index in examples]
     np.savez_compressed(folder / "inside.npz", **{"image": np.array(names), **arrays})  # type: ignore[arg-type]
     pictures = [denormalise(one, datamodule.mean, datamodule.std) for one in batch["image"]]
-    draw_inside(pictures, arrays).savefig(folder / "inside.png", dpi=100)
+    figure = draw_inside(pictures, arrays)
+    figure.savefig(folder / "inside.png", dpi=100)
+    return figure
 
 
 def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.float32]]) -> Figure:
@@ -221,7 +228,7 @@ class Report(Callback):
         module.curves |= {f"epochs/{name}": values for name, values in self.epochs.items()}
         outcome = Outcome(module.results, module.curves)
         examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
-        write_inside(self.folder, module, datamodule, examples)
+        inside = write_inside(self.folder, module, datamodule, examples)
         write_report(
             self.folder,
             self.title,
@@ -234,9 +241,12 @@ class Report(Callback):
             localize_with(module),
             examples,
         )
+        figures = {f"charts/{name}": figure for name, figure in charts(*outcome).items()}
+        if inside is not None:
+            figures["inside"] = inside
         for logger in _wandb(trainer):
-            for name, figure in charts(*outcome).items():
-                logger.log_image(f"charts/{name}", [pixels(figure)])
+            for name, figure in figures.items():
+                logger.log_image(name, [pixels(figure)])
 
 
 def _wandb(trainer: Trainer) -> list[WandbLogger]:
