@@ -136,6 +136,14 @@ def test_other_precisions_are_finite_and_close(solver: Any, dtype: torch.dtype) 
     assert torch.equal(inside, diffuse(semantic.float(), attention.float(), 1.0, 4, solver=solver))
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    semantic, attention = maps(4, 5)
+    with pytest.raises(ConfigError, match=r"attention is \[3, 20\]: expected \[3, 4, 5\]"):
+        diffuse(semantic, attention.flatten(1), 1.0, 4)
+    with pytest.raises(ConfigError, match="solver='sparse': expected one of auto, stencil, dense"):
+        diffuse(semantic, attention, 1.0, 4, solver="sparse")  # type: ignore[arg-type]
+
+
 def test_constant_attention_gives_no_nan() -> None:
     semantic, _ = maps(4, 4)
     for value in (0.0, 1.0):
@@ -306,6 +314,7 @@ def test_other_image_sizes() -> None:
             "iterations=\\[4, 4\\]: expected one number, or one for each of method.num_blocks=4",
         ),
         ("method.iterations=31", "expected 0 to 30"),
+        ("method.solver=stencil method.iterations=16", "solver=stencil would take 2\\^16 steps"),
         ("method.alpha=0", "alpha=0: expected a small positive number"),
         ("method.semantic_level=5", "semantic_level=5: expected 0 to 4"),
         ("method.solver=sparse", "method.solver='sparse'"),
@@ -313,4 +322,4 @@ def test_other_image_sizes() -> None:
 )
 def test_wrong_settings(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(setting)
+        build(*setting.split())

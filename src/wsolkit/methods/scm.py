@@ -5,13 +5,13 @@ F⁰ [B, H, W]. In training a stack of L activation diffusion blocks (ADB) calib
 mean of S^L; so the network learns maps that need no calibration. At inference the stack is dropped: logits are the mean
 of S⁰, and the score map of class c is F⁰ · S⁰_c.
 
-One ADB, on the 4-neighbour grid of N = H·W patches:
+One ADB (Eqn. 3 to 7), on the 4-neighbour grid of N = H·W patches:
 
-    E_ij = cosine similarity of patches i and j over the channels of S^l                              (Eqn. 3)
-    M    = (D − A) ⊙ (λE − 1), with adjacency A, degrees D, and a learnable λ                         (Eqn. 4)
-    X₀   = α Mᵀ;  p times X ← X (2I − M X), which approaches the inverse of M                         (Eqn. 5)
-    F'   = Xᵀ F^l                                                                                     (Eqn. 6)
-    F'   = min-max(z − tanh z), z = F' / (β max F^l), which drops the background; β is learnable      (Eqn. 7)
+    E_ij = cosine similarity of patches i and j over the channels of S^l
+    M    = (D − A) ⊙ (λE − 1), with adjacency A, degrees D, and a learnable λ
+    X₀   = α Mᵀ;  p times X ← X (2I − M X), which approaches the inverse of M
+    F'   = Xᵀ F^l
+    F'   = min-max(z − tanh z), z = F' / (β max F^l), which drops the background; β is learnable
     S^{l+1} = S^l + S^l ⊙ F',  F^{l+1} = F^l + F'
 
 Why no N×N matrix is needed. The iteration has a closed form: X_p = X₀ Σ_{k < 2^p} (I − M X₀)^k, as each step doubles
@@ -34,7 +34,7 @@ Where the released code differs from the paper, it is the default or a recipe's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class _Products(torch.autograd.Function):
 
 
 def neighbour_similarity(semantic: Tensor) -> Stencil:
-    """Cosine similarity E of each patch with itself and its neighbours (Eqn. 3).
+    """Cosine similarity E of each patch with itself and its neighbours.
 
     Args:
         semantic: S [B, C, H, W]. A patch of zeros is similar to nothing.
@@ -160,7 +160,7 @@ def neighbour_similarity(semantic: Tensor) -> Stencil:
 
 
 def diffusion_matrix(similarity: Stencil, semantic_weight: Tensor | float) -> Stencil:
-    """M = (D − A) ⊙ (λE − 1) (Eqn. 4).
+    """M = (D − A) ⊙ (λE − 1).
 
     Args:
         similarity: E, see `neighbour_similarity`.
@@ -277,7 +277,7 @@ def diffuse(
     solver: Solver = "auto",
     detach_initial: bool = True,
 ) -> Tensor:
-    """Diffuse an attention map along similar neighbours: F' = Xᵀ F^l (Eqn. 3 to 6).
+    """Diffuse an attention map along similar neighbours: F' = Xᵀ F^l: a block without its filter.
 
     Args:
         semantic: S^l [B, C, H, W].
@@ -290,7 +290,10 @@ def diffuse(
         detach_initial: X₀ is a constant for the gradient (released code).
 
     Returns:
-        F' [B, H, W] in the type of `attention`; computed in float32, or in float64 if that is given.
+        F' [B, H, W] in the type of `attention`; computed in float32, or in float64 if `semantic` is.
+
+    Raises:
+        ConfigError: sizes do not fit, or there is no such solver.
     """
     similarity = neighbour_similarity(semantic)
     return _diffuse(similarity, attention, semantic_weight, iterations, alpha, solver, detach_initial)
@@ -305,9 +308,16 @@ def _diffuse(
     solver: Solver,
     detach_initial: bool,
 ) -> Tensor:
-    batch, height, width = attention.shape
+    patches, width = len(similarity.diagonal), similarity.width
+    batch, height = similarity.diagonal.shape[1], patches // width
+    if attention.shape != (batch, height, width):
+        raise ConfigError(
+            f"attention is {list(attention.shape)}: expected [{batch}, {height}, {width}], as the semantic maps have it"
+        )
+    if solver not in get_args(Solver):
+        raise ConfigError(f"solver={solver!r}: expected one of {', '.join(get_args(Solver))}")
     if solver == "auto":
-        solver = choose_solver(attention.device.type, batch, height * width, iterations)
+        solver = choose_solver(attention.device.type, batch, patches, iterations)
     with torch.autocast(attention.device.type, enabled=False):
         matrix = diffusion_matrix(similarity, semantic_weight)
         vector = attention.to(similarity.diagonal).reshape(batch, -1).T.contiguous()  # [B, H, W] → [N, B]
@@ -319,7 +329,7 @@ def _diffuse(
 
 
 def suppress_background(diffused: Tensor, attention: Tensor, threshold: Tensor | float) -> Tensor:
-    """Shrink what is small beside the map before diffusion, and scale to [0, 1] (Eqn. 7).
+    """Shrink what is small beside the map before diffusion, and scale to [0, 1].
 
     Args:
         diffused: F' [B, H, W].
@@ -442,7 +452,7 @@ class SCM(WSOLModule):
         no_weight_decay: Sequence[str],
     ) -> None:
         iterations = [iterations] * num_blocks if isinstance(iterations, int) else list(iterations)
-        check_settings(num_blocks, iterations, alpha, semantic_level, attention_level)
+        check_settings(num_blocks, iterations, alpha, solver, semantic_level, attention_level)
         network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
         super().__init__(network, training, evaluation, no_weight_decay)
         self.calibration = SpatialCalibration(
@@ -491,7 +501,12 @@ class SCM(WSOLModule):
 
 
 def check_settings(
-    num_blocks: int, iterations: Sequence[int], alpha: float, semantic_level: int, attention_level: int
+    num_blocks: int,
+    iterations: Sequence[int],
+    alpha: float,
+    solver: Solver,
+    semantic_level: int,
+    attention_level: int,
 ) -> None:
     """Check what types do not say.
 
@@ -507,6 +522,11 @@ def check_settings(
         )
     if not all(0 <= each <= 30 for each in iterations):
         raise ConfigError(f"method.iterations={list(iterations)}: expected 0 to 30 (the papers' are 4 and 16)")
+    if solver == "stencil" and max(iterations, default=0) > 12:
+        raise ConfigError(
+            f"method.iterations={list(iterations)}: method.solver=stencil would take 2^{max(iterations)} steps; "
+            "use auto or dense"
+        )
     if not alpha > 0:
         raise ConfigError(f"method.alpha={alpha}: expected a small positive number, such as 0.002")
     for name, level in (("semantic_level", semantic_level), ("attention_level", attention_level)):
