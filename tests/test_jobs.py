@@ -188,6 +188,18 @@ def test_presets_of_launchers_compose(tmp_path: Path) -> None:
         assert "_target_: hydra_plugins" in done.stdout
 
 
+def test_launcher_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import pkgutil, sys; walk = pkgutil.walk_packages\n"
+        "pkgutil.walk_packages = lambda *a, **k: (m for m in walk(*a, **k) if 'joblib' not in m.name)\n"
+        "sys.argv[1:] = ['-m', 'seed=0,1', 'hydra/launcher=parallel']\n"
+        "from wsolkit.train import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: hydra/launcher=joblib needs another package: pip install 'wsolkit[joblib]'\n"
+
+
 @pytest.mark.parametrize("grid", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
 def test_ready_grids_compose(grid: str, tmp_path: Path) -> None:
     """Hydra's own listing of a grid: every job is composed, and none is run."""

@@ -36,6 +36,8 @@ OmegaConf.register_new_resolver("by_dataset", _by_dataset, replace=True)
 
 # Said of a node for people and for interpolation; not an argument of the class that the node describes.
 _LABELS = {"name"}
+# Launchers that come as extras of the package.
+_EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -137,6 +139,8 @@ def explain(error: Exception) -> str:
     option = re.search(r"Could not (?:find|load) '([^']+?)/([^/']*)'", str(error))
     if option:
         group, choice = option.groups()
+        if group == "hydra/launcher" and choice in _EXTRAS:
+            return f"{group}={choice} needs another package: pip install 'wsolkit[{_EXTRAS[choice]}]'"
         listed = re.search(r"Available options in '[^']+':\n((?:\t[^\n]+\n)+)", str(error))
         known = listed[1].split() if listed else [path.stem for path in (CONF / group).glob("*.yaml")]
         return f"there is no {group} '{choice}'{_choices(choice, known)}"
