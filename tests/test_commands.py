@@ -20,6 +20,7 @@ from wsolkit import load_config
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import check_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.reporting.pictures import Report
 from wsolkit.train import train
 
 TINY = (
@@ -109,6 +110,14 @@ def test_run_keeps_the_numbers_of_every_epoch(trained: Path) -> None:
     assert len(values["epochs/maxboxacc/max_box_acc"]) == len(values["epochs/top1_cls"]) == 2
     assert "epochs/maxboxacc/center_box/max_box_acc" not in values
     assert "Epoch by epoch" in (trained / "report.html").read_text()
+
+
+def test_best_checkpoint_takes_no_epoch_away() -> None:
+    shows = Report(Path(), 0, [], "", "")
+    shows.load_state_dict({"epochs": {"epoch": [1, 2], "top1_cls": [10.0, 20.0]}})
+    assert shows.epochs["epoch"] == [1, 2]
+    shows.load_state_dict({"epochs": {"epoch": [1], "top1_cls": [10.0]}})
+    assert shows.state_dict()["epochs"]["top1_cls"] == [10.0, 20.0]
 
 
 def test_evaluate_takes_protocols_and_settings_of_the_data_set(trained: Path) -> None:

@@ -189,8 +189,10 @@ class Report(Callback):
         return {"epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook."""
-        self.epochs = state_dict["epochs"]
+        """Lightning's hook, of a resumed run; and of the test of the best checkpoint, which knows fewer epochs."""
+        earlier = state_dict["epochs"]
+        if len(earlier.get("epoch", ())) > len(self.epochs.get("epoch", ())):
+            self.epochs = earlier
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
