@@ -190,7 +190,7 @@ def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Pat
     call = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=x.ckpt"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "there is no method 'mine'; choose from: sat, ts_cam" in done.stderr
+    assert "there is no method 'mine'; choose from: sat, scm, ts_cam" in done.stderr
 
 
 def config(*overrides: str) -> DictConfig:
