@@ -94,10 +94,14 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def _quote_path(argument: str) -> str:
     """Quote the value of `setting=path` where there is such a path, since = , [ ] mean something to Hydra."""
+    if argument.startswith("-"):
+        return argument
     setting, equals, value = argument.partition("=")
     special = set("=,[]{}()#$' \t") & set(value)
     if not (equals and special and "/" in value and Path(value).exists()):

@@ -10,12 +10,15 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +40,7 @@ class Job:
 
     overrides: the job's settings as on the command line; settings: all of them, as plain containers;
     started: seconds since the epoch; seconds: how long it took, or takes; error: the last line of its output, if it
-    failed.
+    failed; host, process: where the sweep runs, and its number there.
     """
 
     overrides: list[str]
@@ -46,6 +49,21 @@ class Job:
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     error: str = ""
+    host: str = field(default_factory=platform.node)
+    process: int = field(default_factory=os.getpid)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the sweep that runs the job is known to be dead; on another machine, nobody knows."""
+        if self.host != platform.node():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
 
     def write(self, folder: Path) -> None:
         """Write the record, so that a reader finds the old one or the new one."""
@@ -58,7 +76,8 @@ class Job:
 def read_job(folder: Path) -> Job | None:
     """Read the record of a job, or None if the directory has none.
 
-    A job that was running, but has not said so for two minutes, is interrupted: its machine stopped, or it was killed.
+    A job that was running is interrupted if its sweep has ended, or has said nothing for two minutes: its machine
+    stopped, or it was killed.
     """
     path = folder / RECORD
     try:
@@ -68,7 +87,7 @@ def read_job(folder: Path) -> Job | None:
         return None
     except (ValueError, TypeError) as error:
         raise JobError(f"'{path}' is damaged ({error}); delete it, and the job counts as not run") from error
-    if job.state == "running" and silent:
+    if job.state == "running" and (silent or job.abandoned):
         job.state = "interrupted"
     if job.state == "finished" and not (folder / RESULT).is_file():
         job.state = "interrupted"  # its result was deleted: to be run again
@@ -79,9 +98,9 @@ def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
     own = sorted(override for override in overrides if not override.startswith("hydra"))
     readable = []
-    for override in overrides:
+    for override in own:
         key, _, value = override.lstrip("+~").partition("=")
-        if override in own and "/" not in value:  # no paths
+        if "/" not in value:  # no paths
             readable.append(f"{key.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}")
     digest = hashlib.sha256("\n".join(own).encode()).hexdigest()[:8]
     return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
@@ -108,27 +127,17 @@ def run_job(
     Raises:
         JobError: it failed, or was run with other settings of the same name, or another process runs it.
     """
-    name, settings = folder.name, json.loads(json.dumps(settings))
-    earlier = read_job(folder)
-    if earlier is not None and earlier.state == "running":
-        print(f"  {name}: another process is running it", flush=True)
-        return
-    if earlier is not None and earlier.state == "finished":
-        changed = sorted(differences(earlier.settings, settings))
-        if changed:
-            raise JobError(
-                f"{folder} is finished, but its settings have changed since: {', '.join(changed)}. "
-                "Delete it, or give the sweep another directory with hydra.sweep.dir=DIR"
-            )
-        print(f"  {name}: finished before", flush=True)
-        return
-
-    job = Job(list(overrides), settings)
-    job.write(folder)
+    settings = json.loads(json.dumps(settings))
+    with _alone(folder):  # of two sweeps that come upon a job at the same time, one runs it
+        if not _is_due(folder, settings):
+            return
+        job = Job(list(overrides), settings)
+        job.write(folder)
     command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
     with (folder / OUTPUT).open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
         try:
+            _raise_at_termination()
             while process.poll() is None:
                 try:
                     process.wait(_HEARTBEAT)
@@ -136,10 +145,13 @@ def run_job(
                     job.seconds = time.time() - job.started
                     job.write(folder)
         except BaseException:  # Ctrl-C, or the end of a cluster's patience
-            process.terminate()
-            process.wait()
             job.state, job.error = "interrupted", "stopped from outside"
             job.write(folder)
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise
     job.seconds = time.time() - job.started
     job.state = "failed" if process.returncode else "finished"
@@ -149,9 +161,50 @@ def run_job(
         job.error = killed + (lines[-1] if lines else f"exit status {process.returncode}")
     job.write(folder)
     if process.returncode:
-        print(f"  {name}: failed after {job.seconds:.0f} s", flush=True)
+        print(f"  {folder.name}: failed after {job.seconds:.0f} s", flush=True)
         raise JobError(f"{folder / OUTPUT}: {job.error.removeprefix('error: ')}")
-    print(f"  {name}: finished in {job.seconds:.0f} s", flush=True)
+    print(f"  {folder.name}: finished in {job.seconds:.0f} s", flush=True)
+
+
+def _is_due(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a job has to be run; if not, say why.
+
+    Raises:
+        JobError: it was run with other settings.
+    """
+    earlier = read_job(folder)
+    if earlier is None or earlier.state not in ("running", "finished"):
+        return True
+    if earlier.state == "running":
+        print(f"  {folder.name}: another process is running it", flush=True)
+        return False
+    changed = sorted(differences(earlier.settings, settings))
+    if changed:
+        raise JobError(
+            f"{folder} is finished, but its settings have changed since: {', '.join(changed)}. "
+            "Delete it, or give the sweep another directory with hydra.sweep.dir=DIR"
+        )
+    print(f"  {folder.name}: finished before", flush=True)
+    return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a directory, where the system can."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{RECORD}.lock").open("w") as lock:
+        with suppress(ImportError, OSError):  # other systems than POSIX; file systems without locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _raise_at_termination() -> None:
+    """Make SIGTERM an exception, unless somebody else takes care of it."""
+    first = threading.current_thread() is threading.main_thread()
+    if first and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _die_with_parent() -> None:

@@ -20,6 +20,7 @@ from wsolkit.methods.scm import (
     diffuse,
     diffusion_matrix,
     neighbour_similarity,
+    shrink,
     suppress_background,
 )
 
@@ -140,6 +141,8 @@ def test_what_does_not_fit_is_refused() -> None:
     semantic, attention = maps(4, 5)
     with pytest.raises(ConfigError, match=r"attention is \[3, 20\]: expected \[3, 4, 5\]"):
         diffuse(semantic, attention.flatten(1), 1.0, 4)
+    with pytest.raises(ConfigError, match="iterations=-1: expected 0 or more"):
+        diffuse(semantic, attention, 1.0, -1)
     with pytest.raises(ConfigError, match="solver='sparse': expected one of auto, stencil, dense"):
         diffuse(semantic, attention, 1.0, 4, solver="sparse")  # type: ignore[arg-type]
 
@@ -161,6 +164,20 @@ def test_filter_by_hand() -> None:
     # t = 0.5 · 2 = 1: z = 0, 1, 4; z − tanh z = 0, 0.2384, 3.0007
     expected = (1 - math.tanh(1)) / (4 - math.tanh(4))
     assert suppress_background(diffused, attention, 0.5)[0, 0].tolist() == pytest.approx([0, expected, 1])
+
+
+def test_filter_keeps_small_differences() -> None:
+    """Beside float64, also where z³/3 is far below the rounding of z."""
+    z = torch.logspace(-4, 0.5, 200, dtype=torch.float64)
+    single = shrink(z.float()).double()
+    exact = torch.where(z < 0.01, z**3 / 3 - 2 * z**5 / 15 + 17 * z**7 / 315, z - z.tanh())
+    assert ((single - exact).abs() / exact).max() < 0.003
+    assert torch.allclose(shrink(-z), -shrink(z), rtol=0)
+    assert torch.autograd.gradcheck(shrink, z[::10].requires_grad_())
+    large = torch.tensor([1e30, -1e30], requires_grad=True)
+    shrink(large).sum().backward()
+    assert large.grad is not None
+    assert large.grad.tolist() == [1, 1]
 
 
 def test_matrix_by_hand() -> None:

@@ -88,13 +88,13 @@ def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ())
         ConfigError: the split has no image of that name.
     """
     if not names:
-        return np.unique(np.linspace(0, len(dataset) - 1, count, dtype=int)).tolist()  # type: ignore[no-any-return]
+        return np.unique(np.linspace(0, len(dataset) - 1, max(count, 0), dtype=int)).tolist()  # type: ignore[no-any-return]
     known = {dataset.records.name(index): index for index in range(len(dataset))}
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1) or list(known)[:1]
             raise ConfigError(f"examples: the test split has no image '{name}'; it has '{close[0]}', for instance")
-    return [known[name] for name in names]
+    return [known[name] for name in dict.fromkeys(names)]
 
 
 def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
