@@ -194,6 +194,13 @@ def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) ->
         assert (folder / good / "metrics.json").stat().st_mtime_ns == result
 
 
+def test_what_a_job_lacks_is_said_by_the_job(tmp_path: Path) -> None:
+    done = sweep("-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "output.log: required and not given: dataset.root" in done.stderr
+    assert list(states(tmp_path / "sweep").values()) == ["failed"]
+
+
 def test_presets_of_launchers_compose(tmp_path: Path) -> None:
     for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
         done = sweep(f"hydra/launcher={path.stem}", "--cfg", "hydra", cwd=tmp_path)

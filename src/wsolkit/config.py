@@ -71,7 +71,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                run_job(f"wsolkit.{config_name}", *_command_line(), plain(cfg), folder)
+                run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
             else:
                 _prepare_children()
                 task(cfg, folder)
@@ -108,6 +108,17 @@ def _quote_path(argument: str) -> str:
         return argument
     escaped = value.replace("'", "\\'")
     return f"{setting}='{escaped}'"
+
+
+def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
+    """Settings as plain containers; where a required one is missing, with interpolations as they are.
+
+    The job says what is missing; that of `evaluate` may find it in its checkpoint.
+    """
+    try:
+        return plain(cfg)
+    except OmegaConfBaseException:
+        return typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
 
 
 def _command_line() -> tuple[list[str], list[str]]:
