@@ -97,7 +97,8 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
     (run,) = (path.parent for path in (tmp_path / "sweep").rglob("metrics.json"))
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # two processes, one run
     assert len(list(tmp_path.rglob("checkpoints"))) == 1  # two processes, one directory
-    expected = json.loads((run / "metrics.json").read_text())
+    values = json.loads((run / "metrics.json").read_text())
+    expected = {name: value for name, value in values.items() if not name.startswith("epochs/")}
     for processes in (1, 3):
         command(
             *("evaluate", f"checkpoint={run}/checkpoints/best.ckpt", "trainer=cpu", f"trainer.devices={processes}"),
