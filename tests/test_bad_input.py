@@ -35,7 +35,7 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("train", ["method=satt"], "there is no method 'satt' (did you mean 'sat'?); choose from: sat, ts_cam"),
+        ("train", ["method=satt"], "there is no method 'satt' (did you mean 'sat'?); choose from: sat, scm, ts_cam"),
         (
             "train",
             ["metod=sat"],
@@ -44,7 +44,7 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
         ("train", ["dataset=listed"], "required and not given: dataset.root. Add dataset.root=…"),
         ("evaluate", [], "required and not given: checkpoint. Add checkpoint=…"),
         ("evaluate", ["checkpoint=none.ckpt"], "there is no checkpoint 'none.ckpt'"),
-        ("train", ["method="], "there is no method ''; choose from: sat, ts_cam"),
+        ("train", ["method="], "there is no method ''; choose from: sat, scm, ts_cam"),
         ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
     ],
 )
