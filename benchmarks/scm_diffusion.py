@@ -25,7 +25,7 @@ from wsolkit import build_module, load_config
 from wsolkit.methods.scm import ActivationDiffusionBlock, Solver, choose_solver
 from wsolkit.optim import weight_decay_groups
 
-BATCH, CLASSES = 4, 8
+CLASSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -56,10 +56,10 @@ def kept_for_backward(function: Callable[[], object]) -> int:
     return sum(stored.values())
 
 
-def block_forward(side: int, iterations: int, solver: Solver) -> Callable[[], Tensor]:
+def block_forward(batch: int, side: int, iterations: int, solver: Solver) -> Callable[[], Tensor]:
     """Forward pass of one ADB on a random batch."""
-    semantic = torch.randn(BATCH, CLASSES, side, side, device=DEVICE, requires_grad=True)
-    attention = torch.rand(BATCH, side, side, device=DEVICE, requires_grad=True)
+    semantic = torch.randn(batch, CLASSES, side, side, device=DEVICE, requires_grad=True)
+    attention = torch.rand(batch, side, side, device=DEVICE, requires_grad=True)
     block = ActivationDiffusionBlock(iterations, solver=solver).to(DEVICE)
 
     def forward() -> Tensor:
@@ -70,15 +70,15 @@ def block_forward(side: int, iterations: int, solver: Solver) -> Callable[[], Te
     return forward
 
 
-def solvers(sides: Sequence[int], iterations: Sequence[int]) -> None:
+def solvers(batch: int, sides: Sequence[int], iterations: Sequence[int]) -> None:
     """Print rows of one ADB's cost."""
     for side, p in itertools.product(sides, iterations):
-        forwards = [block_forward(side, p, solver) for solver in ("stencil", "dense")]
+        forwards = [block_forward(batch, side, p, solver) for solver in ("stencil", "dense")]
         memory = [kept_for_backward(forward) / 2**20 for forward in forwards]
         stencil, dense = milliseconds(*[lambda forward=forward: forward().backward() for forward in forwards])
-        auto = choose_solver(DEVICE.type, BATCH, side**2, p)
+        auto = choose_solver(DEVICE.type, batch, side**2, p)
         print(
-            f"| {side}×{side} | {p} | {stencil:.1f} | {dense:.1f} | {dense / stencil:.1f} "
+            f"| {side}×{side} | {batch} | {p} | {stencil:.1f} | {dense:.1f} | {dense / stencil:.1f} "
             f"| {memory[0]:.2f} | {memory[1]:.1f} | {auto} |",
             flush=True,
         )
@@ -132,13 +132,11 @@ def main() -> None:
     if sys.argv[1:2] == ["step"]:
         steps(sys.argv[2:])
         return
-    print(
-        f"One ADB, batch {BATCH}, {CLASSES} classes, float32, forward and backward; memory kept for the backward pass\n"
-    )
-    print("| grid | p | stencil, ms | dense, ms | ratio | stencil, MiB | dense, MiB | auto |")
-    print("|---|---|---|---|---|---|---|---|")
-    solvers([14, 28], [1, 2, 3, 4, 6, 8])
-    solvers([56], [4])
+    print(f"One ADB, {CLASSES} classes, float32, forward and backward; memory kept for the backward pass\n")
+    print("| grid | batch | p | stencil, ms | dense, ms | ratio | stencil, MiB | dense, MiB | auto |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    solvers(16, [14, 28], [1, 2, 3, 4, 6, 8])
+    solvers(2, [14, 28, 56], [4])
 
 
 if __name__ == "__main__":
