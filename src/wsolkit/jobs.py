@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from wsolkit.errors import JobError
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
+_FIRST = ("method", "optimizer", "seed")  # what sweeps are mostly over: long names are cut at the end
 _HEARTBEAT = 20.0
 _SILENCE = 120.0  # seconds after which a running job that says nothing is taken for interrupted
 
@@ -97,6 +98,7 @@ def read_job(folder: Path) -> Job | None:
 def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
     own = sorted(override for override in overrides if not override.startswith("hydra"))
+    own.sort(key=lambda override: not override.startswith(_FIRST))
     readable = []
     for override in own:
         key, _, value = override.lstrip("+~").partition("=")

@@ -81,11 +81,10 @@ class Stencil(NamedTuple):
         return self._add_neighbours(out.addcmul_(self.diagonal, vector, value=-1), vector, -1)
 
     def _add_neighbours(self, out: Tensor, vector: Tensor, sign: int) -> Tensor:
-        width = self.width
-        out[..., :-1, :].addcmul_(self.right, vector[..., 1:, :], value=sign)
-        out[..., 1:, :].addcmul_(self.right, vector[..., :-1, :], value=sign)
-        out[..., :-width, :].addcmul_(self.down, vector[..., width:, :], value=sign)
-        out[..., width:, :].addcmul_(self.down, vector[..., :-width, :], value=sign)
+        for entries, step in ((self.right, 1), (self.down, self.width)):
+            pairs = entries.shape[-2]
+            out.narrow(-2, 0, pairs).addcmul_(entries, vector.narrow(-2, step, pairs), value=sign)
+            out.narrow(-2, step, pairs).addcmul_(entries, vector.narrow(-2, 0, pairs), value=sign)
         return out
 
     def scaled(self, factor: float) -> Stencil:
