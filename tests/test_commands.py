@@ -20,6 +20,7 @@ from wsolkit import load_config
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import check_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.reporting.examples import read_examples
 from wsolkit.reporting.pictures import Report
 from wsolkit.train import train
 
@@ -82,6 +83,10 @@ def test_run_directory_holds_what_is_promised(trained: Path) -> None:
     assert (trained / "checkpoints" / "best.ckpt").is_file()
     assert (trained / "checkpoints" / "last.ckpt").is_file()
     assert (trained / "examples.png").read_bytes().startswith(b"\x89PNG")
+    examples = read_examples(trained)
+    assert [example.image for example in examples] == ["test/00000", "test/00010", "test/00020"]
+    assert {example.threshold for example in examples} == {values["maxboxacc/threshold"]}
+    assert {example.label for example in examples} < set(curves["class_names"])
     log = (trained / "metrics.csv").read_text().splitlines()
     assert "train/loss_epoch" in log[0]
     assert "val/maxboxacc/max_box_acc" in log[0]
@@ -102,6 +107,7 @@ def test_evaluate_gives_the_metrics_of_the_run(trained: Path) -> None:
     of_the_run = {name: value for name, value in metrics(trained).items() if not name.startswith("epochs/")}
     assert metrics(trained.parent / "evaluation") == of_the_run
     assert (trained.parent / "evaluation" / "examples.png").is_file()
+    assert len(read_examples(trained.parent / "evaluation")) == 8
 
 
 def test_run_keeps_the_numbers_of_every_epoch(trained: Path) -> None:

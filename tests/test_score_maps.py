@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, write_listed
 from wsolkit.evaluate import main
+from wsolkit.reporting.examples import read_examples
 
 SIZES = "dataset.records.sizes={train: 32, val: 12, test: 15}"
 
@@ -72,6 +74,9 @@ def test_saved_maps_give_the_numbers_of_their_model(run: Path) -> None:
     assert "score_maps: maps" in (run / "again" / "config.yaml").read_text()
     assert (run / "again" / "report.html").is_file()
     assert (run / "again" / "examples.png").is_file()
+    before, after = read_examples(run / "own")[0], read_examples(run / "again")[0]
+    assert before.predicted_label is not None
+    assert after == replace(before, predicted_label=None, iou=after.iou)
 
 
 def test_selection_on_the_reported_split_needs_its_maps_only(

@@ -1,6 +1,7 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
-A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png.
+A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png
+and examples/.
 """
 
 from __future__ import annotations

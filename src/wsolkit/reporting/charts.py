@@ -6,8 +6,9 @@ missing is None.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,8 @@ import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from wsolkit.types import Boxes, Image
+if TYPE_CHECKING:
+    from wsolkit.types import Boxes, Image  # with torch, which the report of a sweep does without
 
 Results = Mapping[str, float]
 Curves = Mapping[str, Sequence[Any]]
@@ -221,27 +223,50 @@ def example_image(shown: Shown, side: int = 320) -> Image:
 
     Ground truth is solid, predicted boxes are dashed.
     """
+    plain = _draw_both(_resized(PIL.Image.fromarray(shown.image), side), shown)
+    gap = np.full((side, 4, 3), 255, np.uint8)
+    return np.concatenate([plain, gap, map_image(shown, side)], axis=1)
+
+
+def map_image(shown: Shown, side: int = 320) -> Image:
+    """The image under the score map, with ground truth and predicted boxes: [side, side, 3]."""
     plain = _resized(PIL.Image.fromarray(shown.image), side)
     scores = _resized(PIL.Image.fromarray(np.asarray(shown.score_map, np.float32)), side).clip(0, 1)
     colours = 255 * matplotlib.colormaps[SCORE_COLOURS](scores)[..., :3]  # [side, side] → [side, side, 3]
-    covered = np.asarray(0.5 * plain + 0.5 * colours, np.uint8)
-    height, width = shown.score_map.shape  # of the original image, under some protocols: it is shown squashed
-    scale = side / np.array([width, height, width, height])
-    for picture in (plain, covered):
-        # White below the dashes sets them off; green, drawn between the two, still shows where both boxes agree.
-        _draw_boxes(picture, shown.predicted, scale, "#ffffff", dashed=False)
-        _draw_boxes(picture, shown.truth, scale, TRUTH, dashed=False)
-        _draw_boxes(picture, shown.predicted, scale, PREDICTED, dashed=True)
-    gap = np.full((side, 4, 3), 255, np.uint8)
-    return np.concatenate([plain, gap, covered], axis=1)
+    return _draw_both(np.asarray(0.5 * plain + 0.5 * colours, np.uint8), shown)
+
+
+def truth_image(shown: Shown, side: int = 320) -> Image:
+    """The image with ground truth alone: [side, side, 3]."""
+    picture = _resized(PIL.Image.fromarray(shown.image), side)
+    _draw_boxes(picture, shown, shown.truth, TRUTH, dashed=False)
+    return picture
+
+
+def jpeg(picture: Image) -> bytes:
+    """A picture as a JPEG file whose thin lines keep their colours."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture).save(file, "JPEG", quality=85, subsampling=0)
+    return file.getvalue()
+
+
+def _draw_both(picture: Image, shown: Shown) -> Image:
+    """Draw ground truth and predicted boxes into a picture [side, side, 3], which is returned."""
+    # White below the dashes sets them off; green, drawn between the two, still shows where both boxes agree.
+    _draw_boxes(picture, shown, shown.predicted, "#ffffff", dashed=False)
+    _draw_boxes(picture, shown, shown.truth, TRUTH, dashed=False)
+    _draw_boxes(picture, shown, shown.predicted, PREDICTED, dashed=True)
+    return picture
 
 
 def _resized(picture: PIL.Image.Image, side: int) -> npt.NDArray[Any]:
     return np.array(picture.resize((side, side), PIL.Image.Resampling.BILINEAR))
 
 
-def _draw_boxes(picture: Image, boxes: Boxes, scale: npt.NDArray[np.float64], colour: str, *, dashed: bool) -> None:
-    """Draw the outlines of boxes [n, 4], four pixels wide, into a picture [side, side, 3]."""
+def _draw_boxes(picture: Image, shown: Shown, boxes: Boxes, colour: str, *, dashed: bool) -> None:
+    """Draw the outlines of an image's boxes [n, 4], four pixels wide, into a picture [side, side, 3] of it."""
+    height, width = shown.score_map.shape  # of the original image, under some protocols: it is shown squashed
+    scale = len(picture) / np.array([width, height, width, height])
     y, x = np.mgrid[: len(picture), : len(picture)]
     for box in boxes:
         x0, y0, x1, y1 = scale * (box + np.array([0, 0, 1, 1]))  # the last corner lies inside the box

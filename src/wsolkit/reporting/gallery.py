@@ -40,6 +40,11 @@ def localize_with(module: WSOLModule) -> Localize:
     return localize
 
 
+def shown_threshold(results: Mapping[str, float], protocol: str) -> float:
+    """Where a protocol's boxes are drawn for people to look at: at its τ, or at 0.5 where none is known yet."""
+    return results.get(f"{protocol}/threshold", 0.5)
+
+
 def show(
     localize: Localize,
     evaluation: Evaluation,
@@ -49,7 +54,7 @@ def show(
     class_names: Sequence[str],
     normalization: tuple[Sequence[float], Sequence[float]],
 ) -> list[Shown]:
-    """Images of a split under the first protocol, at its threshold, or at 0.5 where none is known yet.
+    """Images of a split under the first protocol, at `shown_threshold`.
 
     Args:
         localize: makes the maps.
@@ -63,7 +68,7 @@ def show(
         return []
     name, metric = next(iter(evaluation.protocols.items()))
     rules = metric.protocol
-    step = int(np.abs(rules.thresholds - results.get(f"{name}/threshold", 0.5)).argmin())
+    step = int(np.abs(rules.thresholds - shown_threshold(results, name)).argmin())
     batch = evaluation_batch([dataset[0, index] for index in indices])
     maps, predictions = localize(batch)
     inputs = network_input(batch, rules.input)[0]

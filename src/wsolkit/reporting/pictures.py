@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: examples.png and report.html in its directory, and the same in W&B."""
+"""What a run leaves to look at: examples.png, examples/ and report.html in its directory, and the same in W&B."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
 from wsolkit.reporting.charts import EPOCH_METRICS, PREDICTED, SCORE_COLOURS, TRUTH, Shown, charts, example_image
-from wsolkit.reporting.gallery import Localize, localize_with, show
+from wsolkit.reporting.examples import write_examples
+from wsolkit.reporting.gallery import Localize, localize_with, show, shown_threshold
 from wsolkit.reporting.page import write_page
 from wsolkit.types import Image, PlainConfig
 
@@ -42,7 +43,7 @@ def write_report(
     localize: Localize,
     examples: Sequence[int],
 ) -> None:
-    """Write report.html and, if there are examples, examples.png into a run directory.
+    """Write report.html and, if there are examples, examples.png and examples/ into a run directory.
 
     Args:
         folder: of the run.
@@ -54,7 +55,7 @@ def write_report(
         evaluation: its protocols; the first one's maps and boxes are shown.
         outcome: of the pass.
         localize: makes the maps of the images that are shown.
-        examples: indices of the images in examples.png.
+        examples: indices of the images in examples.png and examples/.
     """
     dataset = datamodule.dataset("test")
 
@@ -62,9 +63,11 @@ def write_report(
         normalization = datamodule.mean, datamodule.std
         return show(localize, evaluation, outcome.results, dataset, indices, class_names, normalization)
 
-    if examples:
-        draw_examples(shown(examples), title).savefig(folder / "examples.png", dpi=100)
     first = next(iter(evaluation.protocols))
+    if examples:
+        pictures = shown(examples)
+        draw_examples(pictures, title).savefig(folder / "examples.png", dpi=100)
+        write_examples(folder, pictures, first, shown_threshold(outcome.results, first))
     extremes = {name: [int(i) for i in outcome.curves.get(f"{first}/{name}_images", ())] for name in ("worst", "best")}
     write_page(
         folder / "report.html",
