@@ -70,6 +70,17 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
+def add_run(folder: Path, *overrides: str, accuracy: float | None = None, **settings: Any) -> Path:
+    """Write what a run leaves that no sweep started: Hydra's files, its settings as used, and perhaps metrics."""
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(list(overrides), folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(SETTINGS, folder / ".hydra" / "config.yaml")
+    OmegaConf.save({**SETTINGS, **settings}, folder / "config.yaml")
+    if accuracy is not None:
+        (folder / "metrics.json").write_text(json.dumps({"maxboxacc/max_box_acc": accuracy}))
+    return folder
+
+
 def grid(*keys: str, shape: tuple[int, ...], seeds: int = 1) -> Sweep:
     """A finished sweep over numbers from 1 for each key."""
     runs = []
@@ -143,6 +154,58 @@ def test_settings_of_the_command(sweep: Path) -> None:
     names = {path.name for path in (sweep.parent / "out" / "report").iterdir()}
     assert names == {"sweep.md", "sweep.csv", "sweep_mean.csv", "top1_cls_by_method.png"}
     assert not list(sweep.glob("*.png"))
+
+
+def test_runs_that_no_sweep_started(tmp_path: Path) -> None:
+    add_run(tmp_path / "sat", "method=sat", "trainer.max_epochs=5", accuracy=60.0)
+    # The settings as Hydra composed them, SETTINGS, do not know what is in the checkpoint: config.yaml does.
+    method = {"name": "ts_cam", "head": 2}
+    given = ("method=ts_cam", "checkpoint=runs/a.ckpt")
+    checkpoint = {"method": method, "checkpoint": "runs/a.ckpt", "score_maps": None, "postprocess": {}}
+    add_run(tmp_path / "evaluated", *given, "save_maps=/maps", accuracy=50.0, **checkpoint)
+    refined = add_run(tmp_path / "refined", *given, "+postprocess=crf", accuracy=55.0, **checkpoint)
+    add_run(tmp_path / "maps", "score_maps=/maps", accuracy=50.0, score_maps="/maps", checkpoint=None)
+    add_run(tmp_path / "stopped", "method=scm")
+    found = group_runs(gather(tmp_path))
+    assert (found.keys, set(found.pooled)) == (
+        ["method", "postprocess", "trainer.max_epochs"],
+        {"checkpoint", "save_maps", "score_maps"},
+    )
+    assert "Averaged over" not in markdown(found)
+    assert cells(found)[1] == [
+        ["sat", "–", "5", "1", "60.0"],
+        ["scm", "–", "5", "0 of 1", "–"],
+        ["score maps", "–", "–", "1", "50.0"],
+        ["ts_cam", "crf", "–", "1", "55.0"],
+        ["ts_cam", "none", "–", "1", "50.0"],
+    ]
+    by_head = group_runs(gather(tmp_path), ["method.head"])
+    assert [(row.values, len(row.runs)) for row in by_head.rows] == [((2,), 2), ((None,), 3)]
+    (averaged,) = [line for line in markdown(by_head).splitlines() if line.startswith("Averaged over: ")]
+    assert {"method", "postprocess"} < set(averaged.removeprefix("Averaged over: ").split(", "))
+
+    (refined / "config.yaml").write_text("a: [")
+    (note,) = [run.note for run in gather(tmp_path) if run.state == "damaged"]
+    assert str(refined / "config.yaml") in note
+
+
+def test_checkpoints_of_one_method_are_rows(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        path = f"runs/{name}.ckpt"
+        add_run(
+            tmp_path / name, f"checkpoint={path}", f"save_maps=maps/{name}", accuracy=60.0 + number, checkpoint=path
+        )
+    found = group_runs(gather(tmp_path))
+    assert found.keys == ["checkpoint"]
+    assert cells(found)[1] == [["runs/a.ckpt", "1", "60.0"], ["runs/b.ckpt", "1", "61.0"]]
+
+
+def test_jobs_that_evaluate_have_the_settings_of_their_checkpoint(tmp_path: Path) -> None:
+    folder = add_job(tmp_path, "a", "checkpoint=a.ckpt", accuracy=60.0)
+    Job(["checkpoint=a.ckpt"], {**SETTINGS, "checkpoint": "a.ckpt"}, "finished").write(folder)
+    OmegaConf.save({"method": {"name": "sat", "num_blocks": 6}, "checkpoint": "a.ckpt"}, folder / "config.yaml")
+    (run,) = gather(tmp_path)
+    assert run.value("method.num_blocks") == 6
 
 
 @pytest.mark.parametrize(
@@ -288,6 +351,7 @@ def test_settings_are_found_by_name() -> None:
     assert run.value("protocol") == "[maxboxacc,maxboxacc_v2]"
     assert run.value("protocol.maxboxacc.threshold") == "null"
     assert [run.value(key) for key in ("trainer", "recipe", "nothing", "seed.nothing")] == [None] * 4
+    assert Run("a", "finished", {}, {"postprocess": {}}).value("postprocess") == "none"
     assert as_value([16, 4, [True, None]]) == "[16,4,[true,null]]"
     assert as_value({"train": 48, "val": 20}) == "{train:48,val:20}"
 

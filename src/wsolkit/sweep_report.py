@@ -1,4 +1,4 @@
-"""python -m wsolkit.sweep_report DIR: the jobs of a sweep in tables and plots.
+"""python -m wsolkit.sweep_report DIR: the jobs of a sweep, or any runs, in tables and plots.
 
 Writes sweep.md (table, jobs that are not finished, plots), sweep.csv (a line for each job), sweep_mean.csv (a line for
 each combination of settings) and `<metric>_by_<setting>.png`. Imports neither torch nor Lightning.
@@ -48,7 +48,8 @@ from wsolkit.reporting.sweep import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_OVERRIDES, _CONFIG = Path(".hydra", "overrides.yaml"), Path(".hydra", "config.yaml")
+_OVERRIDES, _COMPOSED = Path(".hydra", "overrides.yaml"), Path(".hydra", "config.yaml")
+_USED = Path("config.yaml")  # as train and evaluate write it: that of evaluate has the checkpoint's settings
 
 
 def sweep_report(cfg: DictConfig, _: Path) -> None:
@@ -138,22 +139,49 @@ def _with_record(job: Job, folder: Path, name: str) -> Run:
         "failed": f"after {duration(job.seconds)}: {job.error.removeprefix('error: ')}",
         "interrupted": f"started {since}" + (f", {job.error}" if job.error else ""),
     }.get(job.state, "")
-    return Run(name, job.state, parse(job.overrides, folder / RECORD), job.settings, seconds=job.seconds, note=note)
+    settings = job.settings
+    if settings.get("checkpoint") is not None and (folder / _USED).is_file():
+        settings = read_settings(folder / _USED)
+    overrides = parse(job.overrides, folder / RECORD)
+    return Run(name, job.state, overrides, _own(settings), seconds=job.seconds, note=note)
 
 
 def _without_record(folder: Path, name: str) -> Run:
-    """A job of an older version: it is finished if it has metrics; otherwise nobody knows."""
+    """A run that was not started by a sweep: it is finished if it has metrics; otherwise nobody knows."""
     try:
-        overrides, cfg = OmegaConf.load(folder / _OVERRIDES), OmegaConf.load(folder / _CONFIG)
-        if not isinstance(cfg, DictConfig) or not cfg:
-            raise JobError(f"'{folder / _CONFIG}' is damaged: it has no settings")
-        settings = plain(cfg)
+        overrides = list(OmegaConf.load(folder / _OVERRIDES))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise JobError(f"'{folder / '.hydra'}' is damaged ({error})") from error
+        raise JobError(f"'{folder / _OVERRIDES}' is damaged ({error})") from error
+    settings = read_settings(folder / (_USED if (folder / _USED).is_file() else _COMPOSED))
     state, note = "unfinished", f"no {RECORD} says how it ended"
     if (folder / RESULT).is_file():
         state, note = "finished", ""
-    return Run(name, state, parse(list(overrides), folder / _OVERRIDES), settings, note=note)
+    return Run(name, state, parse(overrides, folder / _OVERRIDES), _own(settings), note=note)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, resolved.
+
+    Raises:
+        JobError: it has none, or is damaged.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+        if not isinstance(cfg, DictConfig) or not cfg:
+            raise JobError(f"'{path}' is damaged: it has no settings")
+        return plain(cfg)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise JobError(f"'{path}' is damaged ({error})") from error
+
+
+def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without defaults that mean nothing: an evaluation trains nothing, and maps from files have no model."""
+    from_files = settings.get("score_maps") is not None
+    if not from_files and settings.get("checkpoint") is None:
+        return dict(settings)
+    unused = {"trainer", "optimizer", "schedule"} | ({"backbone"} if from_files else set())
+    own = {key: value for key, value in settings.items() if key not in unused}
+    return own | {"method": {"name": "score maps"}} if from_files else own
 
 
 def parse(overrides: Sequence[str], path: Path) -> dict[str, Value]:

@@ -56,6 +56,8 @@ class Run:
             node = node[part]
         if not isinstance(node, Mapping):
             return as_value(node)
+        if not node:
+            return "none"  # a group's choice that adds nothing, as postprocess=none
         if "name" in node:
             return as_value(node["name"])
         if "_target_" in node:
@@ -118,13 +120,17 @@ class Row:
             return None
         return Average(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
 
+    def differing(self, keys: Iterable[str]) -> list[str]:
+        """Those of some settings in which the row's jobs differ."""
+        return [key for key in keys if len({run.value(key) for run in self.runs}) > 1]
+
 
 @dataclass(frozen=True)
 class Sweep:
     """The jobs of a sweep, and what of them is reported.
 
-    keys: settings that distinguish the rows; pooled: settings in which jobs of one row may differ, besides the seed;
-    constant: settings that are the same in all jobs; metrics: names of numbers in metrics.json; rows: sorted.
+    keys: settings that distinguish the rows; pooled: others in which jobs differ, besides the seed; constant: settings
+    that are the same in all jobs; metrics: names of numbers in metrics.json; rows: sorted.
     """
 
     runs: Sequence[Run]
@@ -154,7 +160,8 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
 
     Args:
         runs: all jobs, in any state.
-        keys: settings that distinguish the rows; None: all in which the jobs differ. The seed is never one of them.
+        keys: settings that distinguish the rows; None: all in which the jobs differ, but for paths without which the
+            rows are the same. The seed is never one of them.
         metrics: names of numbers in metrics.json; None: the usual ones.
 
     Raises:
@@ -164,7 +171,7 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
     given = dict.fromkeys(key for run in known for key in run.overrides if key != SEED)
     swept = [key for key in given if len({run.value(key) for run in known}) > 1]
     if keys is None:
-        keys = swept
+        keys = _without_paths(swept, known)
     if known:
         _check_keys(keys, known)
     constant = {
@@ -184,6 +191,22 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
     rows = [Row(values, groups[values]) for values in sorted(groups, key=lambda values: [*map(order, values)])]
     pooled = [key for key in swept if key not in keys]
     return Sweep(runs, keys, pooled, constant, metrics, rows)
+
+
+def _without_paths(keys: Sequence[str], runs: Sequence[Run]) -> Sequence[str]:
+    """Leave out settings such as checkpoint=… or save_maps=… that are paths, where others distinguish the same rows.
+
+    Of two paths that could both go, the one that was given first stays.
+    """
+
+    def rows(keys: Sequence[str]) -> int:
+        return len({tuple(run.value(key) for key in keys) for run in runs})
+
+    for key in reversed(keys):
+        others = [other for other in keys if other != key]
+        if any("/" in str(run.value(key)) for run in runs) and rows(others) == rows(keys):
+            keys = others
+    return keys
 
 
 def usual_metrics(names: Sequence[str]) -> list[str]:
@@ -248,8 +271,9 @@ def remarks(sweep: Sweep) -> list[str]:
     lines = []
     if sweep.constant:
         lines.append("Same in all jobs: " + ", ".join(f"{key}={value}" for key, value in sweep.constant.items()))
-    if sweep.pooled:
-        lines.append(f"Averaged over: {', '.join(sweep.pooled)}")
+    averaged = [key for key in sweep.pooled if any(row.differing([key]) for row in sweep.rows)]
+    if averaged:
+        lines.append(f"Averaged over: {', '.join(averaged)}")
     if not sweep.finished:
         lines.append("No job is finished yet, so there are no metrics and no plots.")
     elif not sweep.keys:
