@@ -1,9 +1,12 @@
-"""Fixtures: small data sets written to disk, and the folder of reference data that may lie beside the project."""
+"""Fixtures: small data sets, a browser, and the folder of reference data that may lie beside the project."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import subprocess
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +115,31 @@ def protocol(name: str, **changes: object) -> Protocol:
     """The rules of `conf/protocol/<name>.yaml` for 224×224 pixels, some of them changed."""
     cfg = load_config(f"protocol={name}", "dataset=listed", "dataset.root=none")
     return dataclasses.replace(build_protocols(cfg)[name], **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium or Chrome on this machine to open the page with")
+
+
+def browse(chromium: str, folder: Path, page: str, width: int, *options: str) -> str:
+    """Open a page in a frame of some width (a window is never narrower than 500); the DOM afterwards."""
+    frame = (
+        '<!doctype html><meta charset="utf-8"><body style="margin: 0">'
+        f'<iframe srcdoc="{escape(page)}" style="border: 0; width: {width}px; height: 14000px"></iframe>'
+    )
+    (folder / "frame.html").write_text(frame, encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
+    command = [chromium, *flags, f"--window-size={width},14000", *options]
+    run = subprocess.run([*command, (folder / "frame.html").as_uri()], capture_output=True, timeout=120, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout

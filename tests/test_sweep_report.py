@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import Job, State
+from wsolkit.reporting.charts import Shown
+from wsolkit.reporting.examples import write_examples
 from wsolkit.reporting.sweep import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown
 from wsolkit.reporting.sweep_charts import axis, charts, file_name, line_chart, title
 from wsolkit.sweep_report import duration, gather
@@ -79,6 +81,11 @@ def add_run(folder: Path, *overrides: str, accuracy: float | None = None, **sett
     if accuracy is not None:
         (folder / "metrics.json").write_text(json.dumps({"maxboxacc/max_box_acc": accuracy}))
     return folder
+
+
+def add_pictures(folder: Path) -> None:
+    image, score_map, box = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8)), np.array([[0, 0, 3, 7]])
+    write_examples(folder, [Shown("test/1", image, score_map, box, box, "a", "b", 1.0)], "maxboxacc", 0.3)
 
 
 def grid(*keys: str, shape: tuple[int, ...], seeds: int = 1) -> Sweep:
@@ -154,6 +161,26 @@ def test_settings_of_the_command(sweep: Path) -> None:
     names = {path.name for path in (sweep.parent / "out" / "report").iterdir()}
     assert names == {"sweep.md", "sweep.csv", "sweep_mean.csv", "top1_cls_by_method.png"}
     assert not list(sweep.glob("*.png"))
+
+
+def test_runs_with_a_common_image_are_compared(sweep: Path) -> None:
+    for name in "abc":
+        add_pictures(sweep / name)
+    (sweep / "b" / "examples" / "examples.json").write_text("[")
+    done = command(sweep, cwd=sweep.parent)
+    assert done.returncode == 0, done.stderr
+    assert "sweep_mean.csv, comparison.html; plots: 3" in done.stdout
+    assert "[comparison.html](comparison.html)" in (sweep / "sweep.md").read_text()
+    page = (sweep / "comparison.html").read_text()
+    assert f"<title>{sweep.name}: the same images side by side</title>" in page
+    for text in ("62.0 ± 2.8", "1 of 2", "seed=0", "IoU <b>1.00</b>, taken for b", "ts_cam"):
+        assert text in page
+
+    (sweep / "a" / "examples" / "examples.json").write_text("[")
+    done = command(sweep, "output=other", cwd=sweep.parent)  # ts_cam alone has pictures
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pictures left out: ") == 2
+    assert not (sweep.parent / "other" / "comparison.html").exists()
 
 
 def test_runs_that_no_sweep_started(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""python -m wsolkit.sweep_report DIR: the jobs of a sweep, or any runs, in tables and plots.
+"""python -m wsolkit.sweep_report DIR: the jobs of a sweep, or any runs, in tables, plots and pictures.
 
 Writes sweep.md (table, jobs that are not finished, plots), sweep.csv (a line for each job), sweep_mean.csv (a line for
-each combination of settings) and `<metric>_by_<setting>.png`. Imports neither torch nor Lightning.
+each combination of settings), `<metric>_by_<setting>.png` and comparison.html (what each combination makes of the same
+images). Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _OVERRIDES, _COMPOSED = Path(".hydra", "overrides.yaml"), Path(".hydra", "config.yaml")
 _USED = Path("config.yaml")  # as train and evaluate write it: that of evaluate has the checkpoint's settings
+_PAGE = "comparison.html"
 
 
 def sweep_report(cfg: DictConfig, _: Path) -> None:
@@ -57,18 +59,24 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
     directory = Path(str(cfg.directory))
     sweep = group_runs(gather(directory), names(cfg, "keys"), names(cfg, "metrics"))
     figures: dict[str, Figure] = {}
+    page: str | None = None
+    problems: list[str] = []
     if sweep.finished:
         if cfg.x is not None:
             check_axis(cfg.x, sweep.keys)
-        from wsolkit.reporting.sweep_charts import charts  # with Matplotlib
+        from wsolkit.reporting.comparison import comparison  # with Matplotlib
+        from wsolkit.reporting.sweep_charts import charts
 
         figures = charts(sweep, cfg.x)
+        page, problems = comparison(sweep, directory)
     folder = directory if cfg.output is None else Path(str(cfg.output))
     try:
-        files = write(sweep, figures, folder)
+        files = write(sweep, figures, page, folder)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to '{folder}' ({error}); give another output=DIR") from error
     show(sweep)
+    for problem in problems:
+        print(f"pictures left out: {problem}")
     print(f"Written to {folder}: {', '.join(files)}; plots: {len(figures)}")
 
 
@@ -231,14 +239,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def write(sweep: Sweep, figures: Mapping[str, Figure], folder: Path) -> list[str]:
-    """Write the report and its plots into a folder; returns the names of the files, without the plots'."""
+def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder: Path) -> list[str]:
+    """Write the report, plots and page of pictures into a folder; returns the files' names, without the plots'."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=160)
-    files = {"sweep.md": markdown(sweep, [f"{name}.png" for name in figures]), "sweep.csv": runs_csv(sweep)}
+    report = markdown(sweep, [f"{name}.png" for name in figures], None if page is None else _PAGE)
+    files = {"sweep.md": report, "sweep.csv": runs_csv(sweep)}
     if sweep.finished:
         files["sweep_mean.csv"] = means_csv(sweep)
+    if page is not None:
+        files[_PAGE] = page
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return list(files)

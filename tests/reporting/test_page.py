@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from html import escape
 from html.parser import HTMLParser
@@ -15,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.conftest import browse
 from wsolkit.reporting.charts import Shown, charts, example_image
 from wsolkit.reporting.page import write_page
 
@@ -157,7 +156,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Tags(HTMLParser):
     """Collects ids, and tags that are not closed in the order they were opened."""
 
-    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr", "wbr"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -341,34 +340,6 @@ def test_boxes_are_drawn_where_they_lie() -> None:
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no Chromium or Chrome on this machine to open the page with")
-
-
-def browse(chromium: str, folder: Path, page: str, width: int, *options: str) -> str:
-    """Open a page in a frame of some width (a window is never narrower than 500); the DOM afterwards."""
-    frame = (
-        '<!doctype html><meta charset="utf-8"><body style="margin: 0">'
-        f'<iframe srcdoc="{escape(page)}" style="border: 0; width: {width}px; height: 14000px"></iframe>'
-    )
-    (folder / "frame.html").write_text(frame, encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
-    command = [chromium, *flags, f"--window-size={width},14000", *options]
-    run = subprocess.run([*command, (folder / "frame.html").as_uri()], capture_output=True, timeout=120, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 # What the page says of itself goes into the outer title, which is part of the dumped DOM. All of it is said before the

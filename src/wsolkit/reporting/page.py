@@ -26,6 +26,7 @@ from wsolkit.reporting.charts import (
     baseline_names,
     charts,
     example_image,
+    jpeg,
     protocol_names,
     series,
     spelled,
@@ -96,7 +97,7 @@ th:first-child, td.text { text-align: left; overflow-wrap: anywhere; }
 thead th { vertical-align: bottom; font-weight: 600; line-height: 1.3; border-bottom: 2px solid var(--line); }
 .results thead th { white-space: nowrap; }
 .results tbody th { padding-left: 1.2rem; white-space: nowrap; }
-.results th:first-child { position: sticky; left: 0; background: #fff; }
+.results th:first-child, .comparison th:first-child { position: sticky; left: 0; background: #fff; }
 .results .protocol th { padding: .9rem 0 .3rem; font-weight: 600; color: var(--dim); }
 .results .baseline > * { font-weight: 400; color: var(--dim); }
 .results .method > * { font-weight: 600; }
@@ -122,6 +123,16 @@ figcaption b { color: var(--ink); font-weight: 600; }
 .charts svg text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 22px 20px; }
 .gallery img { display: block; width: 100%; height: auto; margin-bottom: .35rem; }
+.comparison { --gap: .5rem; --side: clamp(140px, (min(100vw, 1352px) - 32px) / var(--columns) - 2 * var(--gap), 320px);
+  table-layout: fixed; width: 0; }
+.comparison th, .comparison td { width: calc(var(--side) + 2 * var(--gap)); padding: .3rem var(--gap); text-align: left;
+  overflow-wrap: anywhere; }
+.comparison thead th { border-bottom-width: 1px; font-weight: 400; vertical-align: top; }
+.comparison thead th:first-child { color: var(--dim); }
+.comparison thead tr.setting th { font-weight: 600; }
+.comparison tbody th { font-weight: 400; }
+.comparison tbody > tr > * { padding-top: .8rem; }
+.comparison img { display: block; width: 100%; height: auto; margin-bottom: .35rem; }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; max-width: none; font-size: .85rem; }
 .key i { display: inline-block; width: 26px; height: 12px; margin-right: .45rem; vertical-align: -1px; }
 @media (max-width: 600px) {
@@ -164,11 +175,10 @@ script-src 'unsafe-inline'">
 <body>
 <header>
 <h1>{title}</h1>
-<p class="dim">{summary}</p>
-<nav aria-label="Sections">{links}</nav>
+{head}
 </header>
 <main>
-{sections}
+{main}
 </main>
 <script>{script}</script>
 </body>
@@ -217,19 +227,28 @@ def write_page(
         else "",
     }
     shown = {heading: content for heading, content in sections.items() if content}
-    page = _PAGE.format(
-        title=escape(title),
-        style=_STYLE,
-        script=_SCRIPT,
-        summary=_summary(method, curves, class_names, names),
-        links="".join(f'<a href="#section-{i}">{escape(heading)}</a>\n' for i, heading in enumerate(shown)),
-        sections="\n".join(
-            f'<section id="section-{i}">\n<h2>{escape(heading)}</h2>\n{content}</section>'
-            for i, (heading, content) in enumerate(shown.items())
-        )
-        or "<p>There is nothing to show: the evaluation left no numbers.</p>",
+    links = "".join(f'<a href="#section-{i}">{escape(heading)}</a>\n' for i, heading in enumerate(shown))
+    main = "\n".join(
+        f'<section id="section-{i}">\n<h2>{escape(heading)}</h2>\n{content}</section>'
+        for i, (heading, content) in enumerate(shown.items())
+    )
+    page = document(
+        title,
+        f'<p class="dim">{_summary(method, curves, class_names, names)}</p>\n<nav aria-label="Sections">{links}</nav>',
+        main or "<p>There is nothing to show: the evaluation left no numbers.</p>",
     )
     path.write_text(page, encoding="utf-8")
+
+
+def document(title: str, head: str, main: str) -> str:
+    """A whole page in the style of the report.
+
+    Args:
+        title: text.
+        head: HTML below the title.
+        main: HTML.
+    """
+    return _PAGE.format(title=escape(title), style=_STYLE, head=head, main=main, script=_SCRIPT)
 
 
 def _summary(method: str, curves: Curves, class_names: Sequence[str], names: Sequence[str]) -> str:
@@ -347,29 +366,42 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
 def _gallery(heading: str, images: Sequence[Shown]) -> str:
     if not images:
         return ""
+    return f'<h3>{heading}</h3>\n{colour_key()}\n<div class="gallery">\n{"".join(map(_item, images))}</div>\n'
+
+
+def colour_key() -> str:
+    """What the colours in pictures of examples mean, as HTML."""
     colours = ", ".join(to_hex(colour) for colour in matplotlib.colormaps[SCORE_COLOURS](np.linspace(0, 1, 9)))
-    key = (
+    return (
         f'<p class="key dim"><span><i style="border: 3px solid {TRUTH}"></i>ground truth</span>'
         f'<span><i style="border: 3px dashed {PREDICTED}"></i>predicted box</span>'
         f'<span>score 0 <i style="width: 80px; margin: 0 .3rem; background: linear-gradient(90deg, {colours})"></i> 1'
         "</span></p>"
     )
-    return f'<h3>{heading}</h3>\n{key}\n<div class="gallery">\n{"".join(map(_item, images))}</div>\n'
 
 
 def _item(shown: Shown) -> str:
-    file = io.BytesIO()
-    PIL.Image.fromarray(example_image(shown)).save(file, "JPEG", quality=85, subsampling=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    width, height = PIL.Image.open(file).size
-    wrong = shown.predicted_label is not None and shown.predicted_label != shown.label
-    said = f", taken for {escape(str(shown.predicted_label))}" if wrong else ""
+    picture = embedded(jpeg(example_image(shown)), f"{shown.name}: boxes, and the same under the score map")
     return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" loading="lazy" '
-        f'alt="{escape(shown.name)}: boxes, and the same under the score map">\n'
-        f"<figcaption><b>{escape(shown.label)}</b>{said}<br>IoU {_number(shown.iou, 2)}<br><small>"
-        f"{escape(shown.name)}</small></figcaption></figure>\n"
+        f"<figure>{picture}\n<figcaption><b>{escape(shown.label)}</b>{mistake(shown.label, shown.predicted_label)}<br>"
+        f"IoU {_number(shown.iou, 2)}<br><small>{escape(shown.name)}</small></figcaption></figure>\n"
     )
+
+
+def embedded(picture: bytes, description: str) -> str:
+    """A picture's file as an HTML element that holds it."""
+    with PIL.Image.open(io.BytesIO(picture)) as opened:
+        (width, height), kind = opened.size, opened.get_format_mimetype()
+    data = base64.b64encode(picture).decode()
+    return (
+        f'<img src="data:{kind};base64,{data}" width="{width}" height="{height}" loading="lazy" '
+        f'alt="{escape(description)}">'
+    )
+
+
+def mistake(label: str, predicted_label: str | None) -> str:
+    """What an image was taken for, as HTML; nothing if it was recognized, or nobody knows."""
+    return "" if predicted_label in (None, label) else f", taken for {escape(str(predicted_label))}"
 
 
 def _classes(name: str, curves: Curves, class_names: Sequence[str]) -> str:

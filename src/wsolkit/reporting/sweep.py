@@ -333,17 +333,20 @@ def unfinished(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     return sorted(rest, key=lambda job: STATES.index(job[1]))
 
 
-def markdown(sweep: Sweep, pictures: Iterable[str] = ()) -> str:
+def markdown(sweep: Sweep, pictures: Iterable[str] = (), page: str | None = None) -> str:
     """The report as Markdown.
 
     Args:
         sweep: what to report.
         pictures: names of image files beside the report, which it shows.
+        page: name of the page beside it that compares the rows image by image.
     """
     parts = ["# Sweep", counts(sweep.runs), *remarks(sweep)]
     if sweep.finished:
         parts.append(_markdown_table(*cells(sweep), left=len(sweep.keys)))
         parts.append(f"Mean ± sample standard deviation over {sweep.unit}. Metrics are in percent, but for thresholds.")
+    if page is not None:
+        parts.append(f"[{page}]({page}) shows what the rows make of the same images.")
     rest = unfinished(sweep.runs)
     if rest:
         parts += ["## Jobs that are not finished", _markdown_table(["job", "state", ""], rest, left=3)]
