@@ -35,16 +35,20 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("train", ["method=satt"], "there is no method 'satt' (did you mean 'sat'?); choose from: sat, scm, ts_cam"),
+        (
+            "train",
+            ["method=satt"],
+            "there is no method 'satt' (did you mean 'sat'?); choose from: bridging_gap, cam, sat, scm, spa, ts_cam",
+        ),
         (
             "train",
             ["metod=sat"],
-            "there is no setting 'metod' (did you mean 'method'?); choose from: backbone, dataset",
+            "there is no setting 'metod' (did you mean 'method'?); choose from: ",
         ),
         ("train", ["dataset=listed"], "required and not given: dataset.root. Add dataset.root=…"),
         ("evaluate", [], "required and not given: checkpoint. Add checkpoint=…"),
         ("evaluate", ["checkpoint=none.ckpt"], "there is no checkpoint 'none.ckpt'"),
-        ("train", ["method="], "there is no method ''; choose from: sat, scm, ts_cam"),
+        ("train", ["method="], "there is no method ''; choose from: bridging_gap, cam, sat, scm, spa, ts_cam"),
         ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
     ],
 )

@@ -149,7 +149,12 @@ def test_evaluate_takes_protocols_and_settings_of_the_data_set(trained: Path) ->
 def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
     path = trained / "checkpoints" / "best.ckpt"
     checkpoint = read_checkpoint(path)
-    assert checkpoint.names() == {"method": "ts_cam", "backbone": "vit_micro", "dataset": "shapes"}
+    assert checkpoint.names() == {
+        "method": "ts_cam",
+        "backbone": "vit_micro",
+        "dataset": "shapes",
+        "postprocess": "none",
+    }
     assert checkpoint.class_names[0] == "red spots"
     hostile: Any = checkpoint.config
     hostile["method"]["_target_"] = "os.system"
@@ -196,7 +201,7 @@ def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Pat
     call = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=x.ckpt"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "there is no method 'mine'; choose from: sat, scm, ts_cam" in done.stderr
+    assert "there is no method 'mine'; choose from: bridging_gap, cam, sat, scm, spa, ts_cam" in done.stderr
 
 
 def config(*overrides: str) -> DictConfig:

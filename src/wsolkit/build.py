@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import typing
 import warnings
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from wsolkit.backbones.vit import normalization
-from wsolkit.config import arguments, check_config, locate, plain
+from wsolkit.backbones.pretrained import normalization
+from wsolkit.config import CONF, arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.errors import ConfigError
 from wsolkit.localization.protocol import Protocol
@@ -31,7 +33,7 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
         ConfigError: a setting is wrong. Files are read in `setup`, which raises DataError.
     """
     check_config(cfg)
-    mean, std = normalization(cfg.backbone.model)
+    mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
     node = arguments(cfg.dataset)
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": instantiate(node["records"], _convert_="all")}
@@ -96,15 +98,44 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
         class_names=class_names,
     )
     evaluation = Evaluation(build_protocols(cfg), len(class_names))
-    backbone = locate(cfg.backbone._target_, "backbone.")(**arguments(cfg.backbone))
-    module: WSOLModule = locate(cfg.method._target_, "method.")(
-        backbone=backbone,
+    method, backbone = locate(cfg.method._target_, "method."), locate(cfg.backbone._target_, "backbone.")
+    _check_backbone(cfg, method, backbone)
+    module: WSOLModule = method(
+        backbone=backbone(**arguments(cfg.backbone)),
         num_classes=len(class_names),
         training=training,
         evaluation=evaluation,
+        **_postprocess(cfg, method),
         **arguments(cfg.method),
     )
     return module
+
+
+def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> None:
+    needed = typing.get_type_hints(method.__init__)["backbone"]
+    if not issubclass(backbone, needed):
+        choices = [
+            path.stem
+            for path in sorted((CONF / "backbone").glob("*.yaml"))
+            if str(OmegaConf.select(OmegaConf.load(path), "_target_")).rpartition(".")[2] == needed.__name__
+        ]
+        raise ConfigError(
+            f"method={cfg.method.name} needs a {needed.__name__}, and backbone={cfg.backbone.name} is a "
+            f"{backbone.__name__}; choose from: {', '.join(choices)}"
+        )
+
+
+def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
+    """The post-process of `cfg.postprocess`, or None, as an argument of a method that takes one."""
+    node = cfg.get("postprocess")
+    if "postprocess" in inspect.signature(method).parameters:
+        return {"postprocess": locate(node._target_, "postprocess.")(**arguments(node)) if node else None}
+    if node:
+        raise ConfigError(
+            f"postprocess={node.name} refines the maps of methods on convolutional networks, and "
+            f"method={cfg.method.name} is none: leave it out"
+        )
+    return {}
 
 
 def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:

@@ -44,7 +44,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state)
 
 
-GROUPS = ("method", "backbone", "dataset")
+GROUPS = ("method", "backbone", "dataset", "postprocess")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,13 @@ class Checkpoint:
     version: str
 
     def names(self) -> dict[str, str]:
-        """Names of the method, backbone and data set it was trained with."""
-        return {group: str(self.config[group]["name"]) for group in GROUPS}
+        """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
+        return {group: _name(self.config, group) for group in GROUPS}
+
+
+def _name(config: Mapping[str, Any] | DictConfig, group: str) -> str:
+    node = config.get(group)
+    return str(node["name"]) if node else "none"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -95,10 +100,9 @@ def check_resumable(path: str, cfg: DictConfig) -> None:
         CheckpointError: it does not, or cannot be read.
     """
     for group, name in read_checkpoint(path).names().items():
-        if cfg[group].name != name:
-            raise CheckpointError(
-                f"resume={path} is of a run with {group}={name}, these settings say {cfg[group].name}"
-            )
+        own = _name(cfg, group)
+        if own != name:
+            raise CheckpointError(f"resume={path} is of a run with {group}={name}, these settings say {own}")
 
 
 def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:
@@ -111,7 +115,7 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -
     """
     cfg = cfg.copy()
     saved = checkpoint.config
-    groups = [group for group in GROUPS if cfg[group].name == saved[group]["name"]]
+    groups = [group for group in GROUPS if cfg.get(group) and _name(cfg, group) == _name(saved, group)]
     for derived in (False, True):
         for group in groups:
             _merge(cfg[group], saved[group], derived)

@@ -27,15 +27,17 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf
 """The folder of YAML files: inside the package when installed from a wheel, beside `src` in a checkout."""
 
 
-def _by_dataset(name: str, values: Mapping[str, Any], default: Any) -> Any:
+def _by_name(name: str, values: Mapping[str, Any], default: Any) -> Any:
     return values.get(name, default)
 
 
-# A paper's value for each data set, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.
-OmegaConf.register_new_resolver("by_dataset", _by_dataset, replace=True)
+# A paper's value for each data set or backbone, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.
+OmegaConf.register_new_resolver("by_dataset", _by_name, replace=True)
+OmegaConf.register_new_resolver("by_backbone", _by_name, replace=True)
 
-# Said of a node for people and for interpolation; not an argument of the class that the node describes.
-_LABELS = {"name"}
+# Not arguments of the class that a node describes: a name is for people and interpolation, mean and standard deviation
+# of a backbone's input are for the data set.
+_LABELS = {"name", "mean", "std"}
 # Launchers that come as extras of the package.
 _EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -49,7 +51,7 @@ def load_config(*overrides: str) -> DictConfig:
     """
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg: DictConfig = hydra.compose("train", overrides=list(overrides))
+            cfg: DictConfig = hydra.compose("train", overrides=[as_override(given) for given in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
@@ -83,7 +85,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
-    sys.argv[1:] = [_quote_path(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -98,8 +100,14 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         sys.exit("interrupted")
 
 
-def _quote_path(argument: str) -> str:
-    """Quote the value of `setting=path` where there is such a path, since = , [ ] mean something to Hydra."""
+def as_override(argument: str) -> str:
+    """What is given on the command line, in Hydra's grammar.
+
+    The value of `setting=path` is quoted where there is such a path, since = , [ ] mean something to Hydra; and a
+    post-process may be added with + as if it were not among the settings.
+    """
+    if argument.startswith("+postprocess="):
+        return argument[1:]
     if argument.startswith("-"):
         return argument
     setting, equals, value = argument.partition("=")
@@ -243,6 +251,9 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
     for key, value in values.items():
         built_later = isinstance(value, Mapping) and "_target_" in value
         if key not in hints or built_later:
+            continue
+        if typing.is_typeddict(hints[key]) and isinstance(value, Mapping):
+            _check_types(value, typing.get_type_hints(hints[key]), f"{path}{key}.")
             continue
         adapter = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(arbitrary_types_allowed=True))
         try:

@@ -189,7 +189,8 @@ def main() -> None:
             names = read_checkpoint((paths[-1].split(",")[0] if several else paths[-1]).strip("'")).names()
         except WsolkitError as error:
             sys.exit(f"error: {error}")
-        chosen = dict(argument.split("=", 1) for argument in given if "=" in argument)
+        parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
+        chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
         for group in ("method", "backbone"):
             if chosen.get(group, names[group]) != names[group]:
                 sys.exit(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from wsolkit.errors import ConfigError
@@ -28,6 +29,44 @@ def weight_decay_groups(module: nn.Module, exempt: Iterable[str] = ()) -> list[d
             free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
             (no_decay if free else decay).append(parameter)
     return [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, "weight_decay": 0.0}]
+
+
+def fine_tuning_groups(
+    module: nn.Module, new: Callable[[str], bool], new_lr_factor: float, bias_lr_factor: float, decay_biases: bool
+) -> list[dict[str, Any]]:
+    """Group trainable parameters as convolutional networks are fine-tuned: new layers, and biases, learn faster.
+
+    Args:
+        new: whether the parameter of a name is of a new layer.
+        new_lr_factor, bias_lr_factor: factors of the optimizer's learning rate; both act on a new layer's biases.
+        decay_biases: whether weight decay acts on biases and other one-dimensional parameters, as in released code.
+
+    Returns:
+        groups for an optimizer: `name`, `params`, `lr_factor`, and `weight_decay` = 0 where there is none.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_new, is_bias = new(name), name.endswith("bias")
+        decays = decay_biases or parameter.ndim > 1
+        factor = (new_lr_factor if is_new else 1.0) * (bias_lr_factor if is_bias else 1.0)
+        kind = ("new_" if is_new else "") + ("bias" if is_bias else "weight") + ("" if decays else "_no_decay")
+        group = groups.setdefault(kind, {"name": kind, "params": [], "lr_factor": factor})
+        group["params"].append(parameter)
+        if not decays:
+            group["weight_decay"] = 0.0
+    return list(groups.values())
+
+
+def build_optimizer(
+    create: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """An optimizer over groups, each with the optimizer's learning rate times its `lr_factor`, if it has one."""
+    optimizer = create(groups)
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_factor", 1.0)
+    return optimizer
 
 
 class Schedule:

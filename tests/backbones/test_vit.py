@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from wsolkit.backbones.vit import ViT, block_with_scores, normalization
+from wsolkit.backbones.pretrained import normalization
+from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import CheckpointError, ConfigError
 
 OPTIONS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -117,10 +118,10 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_normalisation_is_that_of_the_pretraining() -> None:
-    assert normalization("deit_small_patch16_224.fb_in1k")[0] == (0.485, 0.456, 0.406)
-    assert normalization("vit_tiny_patch16_224.augreg_in21k_ft_in1k") == ((0.5,) * 3, (0.5,) * 3)
+    assert normalization("deit_small_patch16_224.fb_in1k", None, None)[0] == (0.485, 0.456, 0.406)
+    assert normalization("vit_tiny_patch16_224.augreg_in21k_ft_in1k", None, None) == ((0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ConfigError, match="timm has no model 'vit_tinny'"):
-        normalization("vit_tinny")
+        normalization("vit_tinny", None, None)
 
 
 def test_weights_in_the_shared_folder_classify_as_stated(shared: Path) -> None:

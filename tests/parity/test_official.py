@@ -15,8 +15,15 @@ from tests.conftest import GOLDEN
 from wsolkit.errors import CheckpointError
 from wsolkit.interop import from_official
 from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.bridging_gap import alignment_losses, attentive_dropout
 from wsolkit.methods.sat import SAT
 from wsolkit.methods.scm import SCM, ActivationDiffusionBlock, SpatialCalibration
+from wsolkit.methods.spa import (
+    SelfCorrelationGenerator,
+    restricted_activation_loss,
+    self_correlation,
+    self_correlation_map,
+)
 
 FORWARD, GRADIENT = 1e-4, 1e-3  # relative tolerances
 
@@ -200,3 +207,90 @@ def test_other_state_dicts_are_refused(change: Any, message: str) -> None:
     change(state)
     with pytest.raises(CheckpointError, match=message):
         from_official(state, "ts_cam", num_heads=3)
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """Arrays as tensors, single values as Python's."""
+    with np.load(path) as arrays:
+        return {n: torch.from_numpy(arrays[n]) if arrays[n].ndim else arrays[n].item() for n in arrays.files}
+
+
+def check_spa(golden: dict[str, Any]) -> None:
+    correlations = {}
+    step = golden["first4"].shape[1] // golden["first4"].shape[2]  # the reduced copy has some of the columns
+    for stage in "45":
+        first, high = self_correlation(
+            golden[f"feat{stage}"], golden["order"], golden["first_order_th"], golden["second_order_th"]
+        )
+        assert_close(first[:, :, ::step], golden[f"first{stage}"], FORWARD)
+        assert_close(high[:, :, ::step], golden[f"high{stage}"], FORWARD)
+        correlations[stage] = first, high
+    thresholds = golden["fg_th"], golden["bg_th"]
+    for order, name in enumerate(("first", "high")):
+        together = correlations["4"][order] + correlations["5"][order]
+        assert_close(self_correlation_map(golden["cam"], together, *thresholds), golden[f"scg_{name}"], FORWARD)
+    scg = SelfCorrelationGenerator(
+        ("4", "5"),
+        golden["order"],
+        "both",
+        "maps",
+        1.0,
+        golden["first_order_th"],
+        golden["second_order_th"],
+        "sum",
+        *thresholds,
+    )
+    maps = scg(golden["cam"][:, None], [golden["feat4"], golden["feat5"]])
+    assert_close(maps[:, 0], golden["scg_both"], FORWARD)
+
+    logit_map = golden["logit_map"].requires_grad_()
+    loss = restricted_activation_loss(logit_map, golden["label"], golden["bg_threshold"], golden["fg_gap"])
+    assert loss.item() == pytest.approx(golden["ra_loss"], rel=FORWARD)
+    loss.backward()
+    assert logit_map.grad is not None
+    assert_close(logit_map.grad, golden["ra_grad"], GRADIENT)
+
+
+def check_bridging_gap(golden: dict[str, Any]) -> None:
+    feature, weight = golden["feature"].requires_grad_(), golden["weight"].requires_grad_()
+    direction, length = alignment_losses(
+        feature,
+        weight,
+        golden["label"],
+        golden["fg_threshold"],
+        golden["bg_threshold"],
+        "max" if golden["dataset"] == "CUB" else "target",
+    )
+    assert direction.item() == pytest.approx(golden["loss_sim"], rel=FORWARD)
+    assert length.item() == pytest.approx(golden["loss_norm"], rel=FORWARD)
+    (direction + 0.5 * length).backward()
+    assert feature.grad is not None
+    assert weight.grad is not None
+    assert_close(feature.grad, golden["grad_feature"], GRADIENT)
+    assert_close(weight.grad, golden["grad_weight"], GRADIENT)
+
+    feature = feature.detach()
+    erased = attentive_dropout(feature, golden["drop_threshold"], 1.0)
+    assert_close(erased[: len(golden["erased"])], golden["erased"], FORWARD)
+    assert (feature - erased).abs().mean().item() == pytest.approx(golden["loss_drop_l1"], rel=FORWARD)
+    # The mean over channels instead of their sum.
+    cam = torch.einsum("bdhw,bd->bhw", feature, weight.detach()[golden["label"]]) / feature.shape[1]
+    assert_close(cam, golden["cam"], FORWARD)
+
+
+def test_spa_matches_released_code() -> None:
+    check_spa(tensors(GOLDEN / "spa.npz"))
+
+
+def test_spa_matches_released_code_in_every_column(shared: Path) -> None:
+    check_spa(tensors(shared / "golden" / "spa_a.npz"))
+
+
+@pytest.mark.parametrize("name", ["bridging_a", "bridging_b"])
+def test_bridging_gap_matches_released_code(name: str) -> None:
+    check_bridging_gap(tensors(GOLDEN / f"{name}.npz"))
+
+
+@pytest.mark.parametrize("name", ["bridging_a", "bridging_b"])
+def test_bridging_gap_matches_released_code_on_all_images(shared: Path, name: str) -> None:
+    check_bridging_gap(tensors(shared / "golden" / f"{name}.npz"))

@@ -7,7 +7,6 @@ an N×N matrix.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from wsolkit.backbones.pretrained import create, load
 from wsolkit.backbones.weights import StateDict, load_weights
-from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.errors import ConfigError
 
 Gate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(row, q, k, v) → (q, k, v): how a method changes attention once it knows a token's row of scores."""
@@ -168,43 +168,18 @@ def load_timm_weights(network: VisionTransformer, state: StateDict, source: str)
     """
     bias = state.get("head.bias")
     state = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
-    state = checkpoint_filter_fn(state, network)
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name}: {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    problems = {"missing": missing, "not part of the model": unknown, "of another shape": shapes}
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names)
-        raise CheckpointError(
-            f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of."
-        )
-    network.load_state_dict(state, strict=False)
+    load(network, checkpoint_filter_fn(state, network), classifier="head", source=source)
     return bias
 
 
 def _create(
     model: str, image_size: int, drop_path_rate: float, pretrained: bool, options: Mapping[str, Any]
 ) -> VisionTransformer:
-    if not timm.is_model(model):
-        raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
     plain = f"'{model}' is not a plain vision transformer with a class token, which this method needs"
-    if not timm.models.is_model_in_modules(model, ("vision_transformer", "deit")):
+    if timm.is_model(model) and not timm.models.is_model_in_modules(model, ("vision_transformer", "deit")):
         raise ConfigError(plain)
     settings = {"img_size": image_size, "drop_path_rate": drop_path_rate, "dynamic_img_size": True, **options}
-    try:
-        network = timm.create_model(model, pretrained=pretrained, **settings)
-    except Exception as error:  # the hub's client has no common base class for what can go wrong
-        if not pretrained:
-            raise
-        raise CheckpointError(
-            f"the weights of '{model}' did not come from timm's hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
-        ) from error
+    network = create(model, pretrained, settings)
     if not isinstance(network, VisionTransformer) or network.cls_token is None or type(network.blocks[0]) is not Block:
         raise ConfigError(plain)
     patch_size = network.patch_embed.patch_size[0]
@@ -214,22 +189,3 @@ def _create(
             f"use {image_size // patch_size * patch_size} or {(image_size // patch_size + 1) * patch_size}"
         )
     return network
-
-
-def normalization(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, for values in [0, 1], that a timm model was pretrained with.
-
-    Raises:
-        ConfigError: timm has no such model.
-    """
-    pretrained = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    if pretrained is None:
-        raise ConfigError(f"timm has no model '{model}' with pretrained weights; similar names: {_similar(model)}")
-    return tuple(pretrained.mean), tuple(pretrained.std)
-
-
-def _similar(model: str) -> str:
-    near = difflib.get_close_matches(
-        model, timm.list_models(pretrained=True) + timm.list_models("vit_*"), n=5, cutoff=0.3
-    )
-    return ", ".join(near)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import wsolkit
 from wsolkit.metrics.evaluation import Evaluation, outcome
-from wsolkit.optim import Schedule, weight_decay_groups
+from wsolkit.optim import Schedule, build_optimizer, weight_decay_groups
 from wsolkit.seeding import derive_seed
 from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
 
@@ -45,7 +45,7 @@ class WSOLModule(LightningModule, ABC):
     """
 
     def __init__(
-        self, network: nn.Module, training: Training, evaluation: Evaluation, no_weight_decay: Sequence[str]
+        self, network: nn.Module, training: Training, evaluation: Evaluation, no_weight_decay: Sequence[str] = ()
     ) -> None:
         super().__init__()
         self.network = network
@@ -125,8 +125,12 @@ class WSOLModule(LightningModule, ABC):
         self.results, self.curves = outcome(computed)
         self.log_dict({f"{stage}/{name}": value for name, value in self.results.items()})
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters for the optimizer: see `wsolkit.optim`."""
+        return weight_decay_groups(self, self.no_weight_decay)
+
     def configure_optimizers(self) -> Any:
-        """Lightning's hook: one optimizer over two groups of parameters, one schedule stepping with it."""
+        """Lightning's hook: one optimizer over the groups of parameters, one schedule stepping with it."""
         settings, trainer = self.training_settings, self.trainer
 
         def factor(step: int) -> float:
@@ -134,7 +138,7 @@ class WSOLModule(LightningModule, ABC):
             steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if step else 1
             return settings.schedule(step / steps, trainer.max_epochs or 1)
 
-        optimizer = settings.optimizer(weight_decay_groups(self, self.no_weight_decay))
+        optimizer = build_optimizer(settings.optimizer, self.parameter_groups())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

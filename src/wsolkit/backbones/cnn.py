@@ -1,0 +1,228 @@
+"""Convolutional networks of timm, opened up: a chain of named stages, with maps as large as methods want them.
+
+Localization needs finer maps than classification. The papers take strides out of the last stages of a pretrained
+network, without dilation, and keep its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from timm.models.efficientnet import EfficientNet
+from timm.models.inception_v3 import InceptionB, InceptionV3
+from timm.models.resnet import ResNet
+from timm.models.vgg import VGG
+from torch import Tensor, nn
+
+from wsolkit.backbones.pretrained import create, load
+from wsolkit.backbones.weights import load_weights
+from wsolkit.errors import ConfigError
+
+BatchNorm = Literal["running", "frozen"]
+
+
+class Linear(NamedTuple):
+    """A classifier: weight [C, D] and bias [C]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class CNN(nn.Module):
+    """A timm network without its classifier, as a chain of stages.
+
+    Stages, in order, and the strides that can be had:
+
+    - ResNet: stem, layer1.0, layer1.1, …, layer4.2; 32 as pretrained, 16, 8, 4.
+    - VGG: conv1, pool1, conv2, …, pool4, conv5, without the last pooling; 16, 8 (pool4 then does nothing), 4, ….
+    - MobileNetV2, EfficientNet: stem, blocks.0.0, …, blocks.6.0, conv_head; 32 as pretrained, 16, 8, ….
+    - Inception V3 up to Mixed_6e, by the names of its layers, padded as in SPG (Zhang et al., ECCV 2018); 8, which are
+      SPG's 28×28 maps of 224 pixels, or 16.
+
+    `layer4` or `blocks.6` also name the last of their parts.
+
+    Args:
+        model: timm's name, such as "resnet50.tv_in1k".
+        stride: pixels of the image for one of the last map. Strides are taken out from the last stage backwards.
+        batch_norm: "running": BatchNorm normalises training batches by themselves and keeps running statistics;
+            "frozen": statistics, scales and shifts stay as they were loaded.
+        pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
+        weights: file of weights (safetensors or a state dict, in timm's names).
+        options: further arguments of timm's model.
+
+    Attributes:
+        classifier: of the weights, if they came with a linear one on the last map, or None.
+        names: the stages.
+        channels: of the last map.
+
+    Raises:
+        ConfigError: timm has no such model, it is of none of these families, or cannot have the stride.
+        CheckpointError: `weights` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        stride: int,
+        batch_norm: BatchNorm,
+        pretrained: bool,
+        weights: str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        pretrained = pretrained and weights is None
+        network = create(model, pretrained, options)
+        stages, head = _open(network, model)
+        self.classifier: Linear | None = None
+        if weights is not None:
+            state = load_weights(weights)
+            load(network, state, classifier=head, source=weights)
+            if {f"{head}.weight", f"{head}.bias"} <= state.keys():
+                self.classifier = Linear(state[f"{head}.weight"], state[f"{head}.bias"])
+        elif pretrained:
+            linear = network.get_submodule(head)
+            assert isinstance(linear, nn.Linear)
+            self.classifier = Linear(linear.weight.detach().clone(), linear.bias.detach().clone())
+        if isinstance(network, VGG | InceptionV3):
+            self.classifier = None  # not a classifier of the last map: other layers come before it
+        _set_stride(stages, stride, model)
+        self.names = tuple(stages)
+        self.stages = nn.Sequential(*stages.values())
+        if batch_norm == "frozen":
+            freeze_batch_norm_2d(self.stages)
+        with torch.no_grad():
+            self.channels = int(self.stages.eval()(torch.zeros(1, 3, 64, 64)).shape[1])
+        # Convolutions take their layout from the weights; measured on a CPU, this one is 1.3 to 1.7 times faster.
+        self.stages.train().to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] → last map [B, D, h, w]."""
+        return self.stages(image)  # type: ignore[no-any-return]
+
+    def maps(self, image: Tensor, stages: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """Image [B, 3, H, W] → last map [B, D, h, w], and those after some stages, in the order they are asked for."""
+        wanted = [self.places(stage)[-1] for stage in stages]
+        kept: dict[int, Tensor] = {}
+        for place, stage in enumerate(self.stages):
+            image = stage(image)
+            if place in wanted:
+                kept[place] = image
+        return image, [kept[place] for place in wanted]
+
+    def split(self, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
+        """The chain up to and including a stage, and what follows; they share their layers with the network."""
+        following = self.places(stage)[-1] + 1
+        return self.stages[:following], self.stages[following:]
+
+    def places(self, stage: str) -> list[int]:
+        """Which links of the chain, from 0, a stage is.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        places = [place for place, name in enumerate(self.names) if name == stage or name.startswith(f"{stage}.")]
+        if not places:
+            raise ConfigError(f"the backbone has no stage '{stage}'; choose from: {', '.join(self.names)}")
+        return places
+
+
+def _open(network: nn.Module, model: str) -> tuple[dict[str, nn.Module], str]:
+    """The stages of a network by name, and the name of its classifier."""
+    if isinstance(network, ResNet):
+        stem = [network.get_submodule(name) for name in ("conv1", "bn1", "act1", "maxpool")]
+        stages: dict[str, nn.Module] = {"stem": nn.Sequential(*stem)}
+        for layer in ("layer1", "layer2", "layer3", "layer4"):
+            stages |= {f"{layer}.{place}": block for place, block in network.get_submodule(layer).named_children()}
+        return stages, "fc"
+    if isinstance(network, VGG):
+        return _open_vgg(network), "head.fc"
+    if isinstance(network, EfficientNet):
+        stages = {"stem": nn.Sequential(network.conv_stem, network.bn1)}
+        for stage, blocks in network.blocks.named_children():
+            stages |= {f"blocks.{stage}.{place}": block for place, block in blocks.named_children()}
+        return stages | {"conv_head": nn.Sequential(network.conv_head, network.bn2)}, "classifier"
+    if isinstance(network, InceptionV3):
+        return _open_inception(network), "fc"
+    raise ConfigError(
+        f"'{model}' is no convolutional network that can be opened up: choose a ResNet, a VGG, an Inception V3, a "
+        "MobileNetV2 or an EfficientNet"
+    )
+
+
+def _open_vgg(network: VGG) -> dict[str, nn.Module]:
+    stages: dict[str, nn.Module] = {}
+    layers: list[nn.Module] = []
+    for layer in network.features:
+        if not isinstance(layer, nn.MaxPool2d):
+            layers.append(layer)
+            continue
+        number = len(stages) // 2 + 1
+        stages |= {f"conv{number}": nn.Sequential(*layers), f"pool{number}": layer}
+        layers = []
+    del stages["pool5"]
+    return stages
+
+
+class _PaddedInceptionB(nn.Module):
+    """timm's InceptionB with one pixel of padding in its three branches that have a stride: 28 → 14, or 28 → 28."""
+
+    def __init__(self, block: InceptionB) -> None:
+        super().__init__()
+        self.convolution = block.branch3x3
+        self.convolutions = nn.Sequential(block.branch3x3dbl_1, block.branch3x3dbl_2, block.branch3x3dbl_3)
+        for strided in (block.branch3x3, block.branch3x3dbl_3):
+            strided.conv.padding = (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(x, kernel_size=3, stride=self.convolution.conv.stride, padding=1)
+        return torch.cat([self.convolution(x), self.convolutions(x), pooled], dim=1)
+
+
+def _open_inception(network: InceptionV3) -> dict[str, nn.Module]:
+    names = network.layer_names[: network.layer_names.index("Mixed_6e") + 1]
+    stages = {name: network.get_submodule(name) for name in names}
+    network.Conv2d_1a_3x3.conv.padding = (1, 1)
+    for pool in ("Pool1", "Pool2"):
+        stages[pool] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1, ceil_mode=True)
+    return stages | {"Mixed_6a": _PaddedInceptionB(network.Mixed_6a)}
+
+
+def _set_stride(stages: dict[str, nn.Module], wanted: int, model: str) -> None:
+    possible = [math.prod(map(_stride, stages.values()))]
+    for name, stage in list(stages.items())[:0:-1]:
+        if possible[-1] == wanted:
+            return
+        if _stride(stage) > 1:
+            possible.append(possible[-1] // _stride(stage))
+            stages[name] = _without_stride(stage)
+    if possible[-1] != wanted:
+        raise ConfigError(f"backbone.stride={wanted}: '{model}' can have {', '.join(map(str, possible))}")
+
+
+def _stride(stage: nn.Module) -> int:
+    """By how much a stage reduces the sides of a map."""
+    if isinstance(stage, nn.Sequential):
+        return math.prod(_stride(layer) for layer in stage)
+    return max((_of(layer) for layer in stage.modules()), default=1)
+
+
+def _of(layer: nn.Module) -> int:
+    if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return 1
+    return layer.stride if isinstance(layer.stride, int) else int(layer.stride[0])
+
+
+def _without_stride(stage: nn.Module) -> nn.Module:
+    """A stage that keeps the sides of a map: convolutions move by one pixel, pooling is left out."""
+    if isinstance(stage, nn.MaxPool2d | nn.AvgPool2d):
+        return stage if _of(stage) == 1 else nn.Identity()
+    if isinstance(stage, nn.Conv2d):
+        stage.stride = (1, 1)
+    for name, layer in stage.named_children():
+        stage.add_module(name, _without_stride(layer))
+    return stage

@@ -1,0 +1,89 @@
+"""What transformers and convolutional networks of timm share: creating them, weights, and the input's statistics."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from wsolkit.errors import CheckpointError, ConfigError
+
+
+def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Module:
+    """A model of timm's, with weights from its hub if `pretrained`.
+
+    Raises:
+        ConfigError: timm has no such model. CheckpointError: the weights did not come.
+    """
+    if not timm.is_model(model):
+        raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
+    try:
+        network: nn.Module = timm.create_model(model, pretrained=pretrained, **settings)
+    except Exception as error:  # the hub's client has no common base class for what can go wrong
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"the weights of '{model}' did not come from timm's hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
+        ) from error
+    return network
+
+
+def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, source: str) -> None:
+    """Load weights in timm's names into a network; those of its classifier, named by a prefix, may be missing.
+
+    Raises:
+        CheckpointError: an entry is missing, unknown or of another shape.
+    """
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith(f"{classifier}.")}
+    given = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
+    # Files may lack BatchNorm's counters, which only matter to a cumulative average.
+    missing = sorted(name for name in own.keys() - given.keys() if not name.endswith("num_batches_tracked"))
+    unknown = sorted(given.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(given[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    problems = {"missing": missing, "not part of the model": unknown, "of another shape": shapes}
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names)
+        raise CheckpointError(
+            f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of."
+        )
+    network.load_state_dict(given, strict=False)
+
+
+def normalization(
+    model: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the network's input, for values in [0, 1].
+
+    Args:
+        model: timm's name.
+        mean, std: of red, green and blue; None: what timm's weights of this model were trained with.
+
+    Raises:
+        ConfigError: they are not three numbers each, or needed from timm, which has no such model.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
+            raise ConfigError(
+                f"backbone.{name}={list(values)}: expected three numbers, of red, green and blue"
+                + (", above 0" if name == "std" else "")
+            )
+    if mean is not None and std is not None:
+        return tuple(mean), tuple(std)
+    pretrained = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if pretrained is None:
+        raise ConfigError(f"timm has no model '{model}' with pretrained weights; similar names: {_similar(model)}")
+    return tuple(mean or pretrained.mean), tuple(std or pretrained.std)
+
+
+def _similar(model: str) -> str:
+    known = timm.list_models(pretrained=True) + timm.list_models("vit_*")
+    return ", ".join(difflib.get_close_matches(model, known, n=5, cutoff=0.3))

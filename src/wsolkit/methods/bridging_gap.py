@@ -1,0 +1,193 @@
+"""Bridging the gap between classification and localization (Kim et al., CVPR 2022).
+
+A CAM factorises: w_c · F_u = ‖w_c‖ ‖F_u‖ cos(F_u, w_c). The network is classified by large products, so that large
+norms and wrong directions go together as well as the other way round. Training aligns the two, with n = ‖F_u‖ scaled
+to [0, 1] over space and s_c = cos(F_u, w_c):
+
+    L_sim  = mean over images of [ mean s_y where n < τ_bg  −  mean s_y where n > τ_fg ]          (feature direction)
+    L_norm = mean over images of [ mean n where s < 0       −  mean n where s > 0 ]               (feature norm)
+
+s in L_norm is that of the true class on ILSVRC, and the largest of all classes on CUB, in released code. Regions are
+hard masks, without gradient; an empty one adds 0.
+
+Attentive dropout makes the network see more than the most telling part: at an intermediate stage, positions whose
+channel mean exceeds γ times its spatial maximum are set to 0, each with a probability; the last feature map shall stay
+the same:
+
+    L_drop = mean |F − F_erased|, with gradient through both
+
+Both branches share the later stages. Cross-entropy is of the clean branch.
+
+    L = CE + λ_drop L_drop, and after the warm-up epochs also + λ_sim L_sim + λ_norm L_norm
+
+The paper averages w · F over channels in its CAM, a scale without effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsolkit.backbones.cnn import CNN
+from wsolkit.errors import ConfigError
+from wsolkit.localization.maps import min_max
+from wsolkit.methods.base import Training, WSOLModule
+from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+Similarity = Literal["target", "max"]
+
+
+def feature_norm(feature: Tensor) -> Tensor:
+    """n: the length of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
+    return min_max(feature.float().norm(dim=1))
+
+
+def class_similarity(feature: Tensor, weight: Tensor) -> Tensor:
+    """s: cosines of features [B, D, H, W] and class weights [C, D]: [B, C, H, W], float32."""
+    return torch.einsum("bdhw,cd->bchw", F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1))
+
+
+def alignment_losses(
+    feature: Tensor,
+    weight: Tensor,
+    label: Tensor,
+    foreground_threshold: float,
+    background_threshold: float,
+    similarity: Similarity = "target",
+) -> tuple[Tensor, Tensor]:
+    """Losses that align the direction and the norm of features: L_sim and L_norm, scalars.
+
+    Args:
+        feature: [B, D, H, W].
+        weight: of the classifier, [C, D].
+        label: [B].
+        foreground_threshold, background_threshold: τ_fg and τ_bg, of the norm scaled to [0, 1].
+        similarity: the similarity in the norm loss is that of the "target" class, or the "max" over all classes.
+    """
+    norm = feature_norm(feature)  # [B, H, W]
+    similarities = class_similarity(feature, weight)  # [B, C, H, W]
+    target = similarities[torch.arange(len(label), device=label.device), label]  # [B, H, W]
+    sign = target if similarity == "target" else similarities.amax(dim=1)
+    direction = _mean_where(target, norm < background_threshold) - _mean_where(target, norm > foreground_threshold)
+    length = _mean_where(norm, sign < 0) - _mean_where(norm, sign > 0)
+    return direction.mean(), length.mean()
+
+
+def _mean_where(values: Tensor, region: Tensor) -> Tensor:
+    """Mean over a region [B, H, W] of each map; 0 where the region is empty: [B]."""
+    return (values * region).sum(dim=(1, 2)) / region.sum(dim=(1, 2)).clamp(min=1)
+
+
+def attentive_dropout(feature: Tensor, threshold: float, probability: float) -> Tensor:
+    """Set the most active positions of feature maps [B, D, H, W] to 0, each with a probability.
+
+    Args:
+        threshold: γ; positions are those whose channel mean exceeds γ times its maximum over the image.
+        probability: from 0 to 1.
+    """
+    activity = feature.mean(dim=1, keepdim=True)  # [B, D, H, W] → [B, 1, H, W]
+    telling = activity > threshold * activity.amax(dim=(2, 3), keepdim=True)
+    erased = telling & (torch.rand_like(activity, dtype=torch.float32) < probability)
+    return feature.masked_fill(erased, 0)
+
+
+class BridgingGap(WSOLModule):
+    """Bridging the gap, in training and evaluation.
+
+    Args:
+        head_channels, head_init, keep_classifier, postprocess: see `CAMNetwork`.
+        warmup_epochs: epochs before the alignment losses.
+        similarity_weight, norm_weight, drop_weight: λ_sim, λ_norm and λ_drop.
+        foreground_threshold, background_threshold, similarity: see `alignment_losses`.
+        drop_after: stage of the backbone after which attentive dropout acts.
+        drop_threshold, drop_probability: γ and p_drop, see `attentive_dropout`.
+        fine_tuning: see `FineTuning`.
+
+    Raises:
+        ConfigError: the backbone has no such stage, or a probability is none.
+    """
+
+    network: CAMNetwork
+
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        head_channels: Sequence[int],
+        head_init: Literal["default", "xavier"],
+        keep_classifier: Sequence[int] | None,
+        warmup_epochs: int,
+        similarity_weight: float,
+        norm_weight: float,
+        drop_weight: float,
+        foreground_threshold: float,
+        background_threshold: float,
+        similarity: Similarity,
+        drop_after: str,
+        drop_threshold: float,
+        drop_probability: float,
+        fine_tuning: FineTuning,
+        postprocess: PostProcess | None,
+    ) -> None:
+        if not 0 <= drop_probability <= 1:
+            raise ConfigError(f"method.drop_probability={drop_probability}: expected 0 to 1")
+        backbone.places(drop_after)
+        network = CAMNetwork(
+            backbone, num_classes, head_channels, "average_first", head_init, keep_classifier, postprocess
+        )
+        super().__init__(network, training, evaluation)
+        self.warmup_epochs = warmup_epochs
+        self.similarity_weight = similarity_weight
+        self.norm_weight = norm_weight
+        self.drop_weight = drop_weight
+        self.foreground_threshold = foreground_threshold
+        self.background_threshold = background_threshold
+        self.similarity: Similarity = similarity
+        self.drop_after = drop_after
+        self.drop_threshold = drop_threshold
+        self.drop_probability = drop_probability
+        self.fine_tuning = fine_tuning
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `CAMNetwork.parameter_groups`."""
+        return self.network.parameter_groups(self.fine_tuning)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        return self.network(image)  # type: ignore[no-any-return]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy, L_drop and, after the warm-up, L_sim and L_norm, each unweighted but for the total."""
+        network, label = self.network, batch["label"]
+        before, after = network.backbone.split(self.drop_after)
+        early = before(batch["image"])
+        feature = network.head(after(early))
+        erased = network.head(after(attentive_dropout(early, self.drop_threshold, self.drop_probability)))
+        losses = {
+            "loss_cls": F.cross_entropy(network.logits(feature), label),
+            "loss_drop": F.l1_loss(feature.float(), erased.float()),
+        }
+        total = losses["loss_cls"] + self.drop_weight * losses["loss_drop"]
+        if self.current_epoch >= self.warmup_epochs:
+            losses["loss_similarity"], losses["loss_norm"] = alignment_losses(
+                feature,
+                network.classifier.weight[:, :, 0, 0],
+                label,
+                self.foreground_threshold,
+                self.background_threshold,
+                self.similarity,
+            )
+            total = total + self.similarity_weight * losses["loss_similarity"] + self.norm_weight * losses["loss_norm"]
+        return {"loss": total, **losses}
+
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        return self.network.localize(image, classes)

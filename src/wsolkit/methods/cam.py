@@ -1,0 +1,211 @@
+"""CAM: class activation map (Zhou et al., CVPR 2016), and the network that every method on a CNN shares.
+
+The last feature map F [B, D, H, W] is averaged over space and classified by weights w and biases b [C]:
+
+    logits_c = w_c · mean_u F_u + b_c,        score map of class c: CAM_c(u) = w_c · F_u
+
+The second form, ACoL's (Zhang et al., CVPR 2018), swaps the two: a 1×1 convolution gives class maps w_c · F_u + b_c,
+whose spatial mean is the logits. Since the mean is linear, logits are the same, and the maps differ by b_c, which
+min-max removes. What works on the class maps in training (SPA) needs the second.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsolkit.backbones.cnn import CNN
+from wsolkit.errors import ConfigError
+from wsolkit.methods.base import Training, WSOLModule, choose_classes
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.optim import fine_tuning_groups
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+Form = Literal["average_first", "maps_first"]
+
+
+class FineTuning(TypedDict):
+    """How the layers learn: see `wsolkit.optim.fine_tuning_groups`.
+
+    new_from: "head": new layers are those after the backbone; a stage of the backbone: it and all that follows.
+    """
+
+    new_from: str
+    new_lr_factor: float
+    bias_lr_factor: float
+    decay_biases: bool
+
+
+class PostProcess(Protocol):
+    """Refines score maps with the help of feature maps, after training."""
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """Those of the backbone whose feature maps it needs."""
+
+    def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → score maps [B, K, h, w]."""
+
+
+class CAMNetwork(nn.Module):
+    """Backbone, convolutions that are added to it, and a linear classifier; runs without Lightning.
+
+    Args:
+        backbone: a convolutional network.
+        num_classes: C.
+        head_channels: widths of 3×3 convolutions, each with a ReLU, between backbone and classifier.
+        form: the features are averaged first and then classified, or class maps are made first and then averaged.
+        head_init: of all layers after the backbone. "default": PyTorch's own; "xavier": uniform, biases 0.
+        keep_classifier: start from the classifier of the backbone's weights: its rows of these class indices.
+            None: a new one.
+        postprocess: refines the maps, or None.
+
+    Raises:
+        ConfigError: there is no classifier to keep, or it does not fit; or the backbone lacks a stage that
+            `postprocess` needs.
+    """
+
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        head_channels: Sequence[int],
+        form: Form,
+        head_init: Literal["default", "xavier"],
+        keep_classifier: Sequence[int] | None,
+        postprocess: PostProcess | None,
+    ) -> None:
+        super().__init__()
+        for stage in () if postprocess is None else postprocess.stages:
+            backbone.places(stage)  # named now, or an error
+        self.postprocess = postprocess
+        widths = [backbone.channels, *head_channels]
+        layers: list[nn.Module] = []
+        for width, following in itertools.pairwise(widths):
+            layers += [nn.Conv2d(width, following, kernel_size=3, padding=1), nn.ReLU()]
+        self.backbone = backbone
+        self.head = nn.Sequential(*layers)
+        self.classifier = nn.Conv2d(widths[-1], num_classes, kernel_size=1)
+        self.form = form
+        if head_init == "xavier":
+            for layer in (*layers, self.classifier):
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        if keep_classifier is not None:
+            self._load_classifier(keep_classifier)
+
+    def _load_classifier(self, rows: Sequence[int]) -> None:
+        known, own = self.backbone.classifier, self.classifier
+        if known is None or known.weight.shape[1] != own.in_channels:
+            raise ConfigError(
+                "method.keep_classifier needs backbone weights with a linear classifier on the last map, and no "
+                "convolutions in between (method.head_channels=[]); set method.keep_classifier=null"
+            )
+        if len(rows) != own.out_channels or not all(0 <= row < len(known.weight) for row in rows):
+            raise ConfigError(
+                f"method.keep_classifier has {len(rows)} class indices: expected one for each of the "
+                f"{own.out_channels} classes, from 0 to {len(known.weight) - 1}"
+            )
+        assert own.bias is not None
+        with torch.no_grad():
+            own.weight.copy_(known.weight[list(rows), :, None, None])
+            own.bias.copy_(known.bias[list(rows)])
+
+    def features(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] → the map F [B, D, h, w] that is classified."""
+        return self.head(self.backbone(image))  # type: ignore[no-any-return]
+
+    def logits(self, feature: Tensor) -> Tensor:
+        """F [B, D, h, w] → logits [B, C]."""
+        if self.form == "average_first":
+            return self.classifier(feature.mean(dim=(2, 3), keepdim=True)).flatten(1).float()  # type: ignore[no-any-return]
+        return self.class_maps(feature).mean(dim=(2, 3))
+
+    def class_maps(self, feature: Tensor, classes: Tensor | None = None) -> Tensor:
+        """F [B, D, h, w] → score maps [B, C, h, w], or [B, K, h, w] of classes [B, K]; with bias if maps_first."""
+        weight, bias = self.classifier.weight, self.classifier.bias if self.form == "maps_first" else None
+        if classes is None:
+            return F.conv2d(feature, weight, bias).float()
+        maps = torch.einsum("bdhw,bkd->bkhw", feature, weight[:, :, 0, 0][classes].to(feature.dtype)).float()
+        return maps if bias is None else maps + bias[classes][:, :, None, None]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] → logits [B, C]."""
+        return self.logits(self.features(image))
+
+    @torch.no_grad()
+    def localize(self, image: Tensor, classes: Classes) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        postprocess = self.postprocess
+        last, stages = self.backbone.maps(image, () if postprocess is None else postprocess.stages)
+        feature = self.head(last)
+        logits = self.logits(feature)
+        maps = self.class_maps(feature, choose_classes(classes, logits))
+        return Localization(logits, maps if postprocess is None else postprocess(maps, stages))
+
+    def parameter_groups(self, settings: FineTuning) -> list[dict[str, Any]]:
+        """Groups of parameters for the optimizer.
+
+        Raises:
+            ConfigError: the backbone has no stage of the name in `new_from`.
+        """
+        start, stages = settings["new_from"], len(self.backbone.names)
+        first = stages if start == "head" else self.backbone.places(start)[0]
+        old = tuple(f"backbone.stages.{place}." for place in range(first))
+        return fine_tuning_groups(
+            self,
+            lambda name: not name.startswith(old),
+            settings["new_lr_factor"],
+            settings["bias_lr_factor"],
+            settings["decay_biases"],
+        )
+
+
+class CAM(WSOLModule):
+    """CAM in training and evaluation.
+
+    Args:
+        head_channels, form, head_init, keep_classifier, postprocess: see `CAMNetwork`.
+        fine_tuning: see `FineTuning`.
+    """
+
+    network: CAMNetwork
+
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        head_channels: Sequence[int],
+        form: Form,
+        head_init: Literal["default", "xavier"],
+        keep_classifier: Sequence[int] | None,
+        fine_tuning: FineTuning,
+        postprocess: PostProcess | None,
+    ) -> None:
+        network = CAMNetwork(backbone, num_classes, head_channels, form, head_init, keep_classifier, postprocess)
+        super().__init__(network, training, evaluation)
+        self.fine_tuning = fine_tuning
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `CAMNetwork.parameter_groups`."""
+        return self.network.parameter_groups(self.fine_tuning)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        return self.network(image)  # type: ignore[no-any-return]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        return self.network.localize(image, classes)

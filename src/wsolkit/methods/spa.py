@@ -1,0 +1,265 @@
+"""SPA: structure-preserving activation (Pan et al., CVPR 2021).
+
+In training, a restricted activation loss (RAM, Eqn. 2 to 5) on the class maps F [B, C, H, W]: at each position the
+spread of softmax(F) over the classes tells background (no class stands out) from object, and the true class's map is
+to be low on the first and high on the second:
+
+    v = spread, min-max over space;  background: v < τ;  object: v > τ + σ
+    L = CE + α · mean(sigmoid(F_y) · background + (1 − sigmoid(F_y)) · object)
+
+The spread is the standard deviation in the paper, the unbiased variance in the released code, which is the default.
+
+At inference, self-correlation (`SelfCorrelationGenerator`, SCG) completes a CAM from what positions have in common
+(Eqn. 6 to 13): the correlation of two is the cosine of their feature vectors ("first order"), or goes over a third that
+is like both, and so on ("high order"). The map is where positions like those on the object lie, minus where positions
+like those on the background lie. It refines any CNN's CAM.
+
+First and high order are brought together in two ways: per stage, the element-wise maximum of the correlations, the high
+order's weighted (Eqn. 10, `merge="correlations"`); or the maximum of the two maps they lead to, as released code also
+does (`merge="maps"`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsolkit.backbones.cnn import CNN
+from wsolkit.errors import ConfigError
+from wsolkit.localization.maps import min_max
+from wsolkit.methods.base import Training, WSOLModule
+from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess
+from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import Classes, Localization, TrainingBatch
+
+Spread = Literal["variance", "std"]
+
+_EPSILON = 1e-5  # released
+
+
+def restricted_activation_loss(
+    logit_map: Tensor, label: Tensor, background_threshold: float, gap: float, spread: Spread = "variance"
+) -> Tensor:
+    """Restricted activation loss (Eqn. 2 to 5), without its weight α: a scalar.
+
+    Args:
+        logit_map: class maps [B, C, H, W].
+        label: [B].
+        background_threshold: τ, of the spread scaled to [0, 1].
+        gap: σ, between background and object.
+        spread: "std" (paper), "variance" (released code).
+    """
+    logit_map = logit_map.float()
+    with torch.no_grad():  # where background and object are is no matter of the gradient
+        probability = logit_map.softmax(dim=1)
+        over_classes = probability.var(dim=1) if spread == "variance" else probability.std(dim=1)
+        scaled = min_max(over_classes)  # [B, H, W]
+        background, foreground = scaled < background_threshold, scaled > background_threshold + gap
+    activation = logit_map[torch.arange(len(label), device=label.device), label].sigmoid()  # [B, C, H, W] → [B, H, W]
+    return (activation * background + (1 - activation) * foreground).mean()
+
+
+def self_correlation(
+    feature: Tensor, order: int, first_order_threshold: float, high_order_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """What the positions of a feature map have in common (Eqn. 6 to 9), HW × HW for each image.
+
+    Memory: each of the results has B·(HW)² numbers, 0.15 MB an image at 14×14 and 2.5 MB at 28×28 in float32; four such
+    arrays exist at a time.
+
+    Args:
+        feature: [B, D, H, W].
+        order: m of the high order; with 1 there is none, and the second result is 0.
+        first_order_threshold: cosines below it count as 0.
+        high_order_threshold: high-order values below it, divided by HW, count as 0.
+
+    Returns:
+        first and high order, [B, HW, HW]; entry (i, j) is position i's share in what is like position j: columns of the
+        first sum to 1.
+    """
+    unit = F.normalize(feature.float().flatten(2), dim=1)  # [B, D, H, W] → [B, D, HW]
+    cosine = unit.transpose(1, 2) @ unit  # [B, HW, HW]
+    cosine = cosine.masked_fill(cosine < max(first_order_threshold, 0.0), 0)
+    first = _columns_to_one(cosine, _EPSILON)
+    if order < 2:
+        return first, torch.zeros_like(first)
+    places = torch.arange(cosine.shape[1], device=cosine.device)
+    cosine[:, places, places] = 0
+    step = _columns_to_one(cosine, _EPSILON)
+    high = step
+    for _ in range(order - 1):
+        high = _columns_to_one(high @ step, 0)
+    return first, high.masked_fill(high < high_order_threshold / len(places), 0)
+
+
+def _columns_to_one(correlation: Tensor, epsilon: float) -> Tensor:
+    total = correlation.sum(dim=1, keepdim=True) + epsilon
+    return correlation / total.masked_fill(total == 0, 1)
+
+
+def self_correlation_map(
+    cam: Tensor, correlation: Tensor, object_threshold: float, background_threshold: float
+) -> Tensor:
+    """Complete CAMs by self-correlation (Eqn. 11 to 13).
+
+    Args:
+        cam: [B, H, W] in [0, 1], or [B, K, H, W], several of an image.
+        correlation: [B, HW, HW].
+        object_threshold, background_threshold: δ_h and δ_l; positions with a CAM of at least the first, and of at most
+            the second, are taken for object and for background.
+
+    Returns:
+        maps in [0, 1], shaped as `cam`.
+    """
+    columns = min_max(correlation.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)  # each column to [0, 1]
+    grid = (len(cam), -1, *cam.shape[-2:])
+    flat = cam.reshape(len(cam), -1, correlation.shape[-1])  # [B, K, H, W] → [B, K, HW]
+
+    def alike(seeds: Tensor) -> Tensor:
+        # The sum of the seeds' columns, a matrix product: [B, HW, HW]·[B, HW, K] → [B, K, HW] → [B, K, H, W]
+        return min_max((columns @ seeds.to(columns).transpose(1, 2)).transpose(1, 2).reshape(grid))
+
+    difference = alike(flat >= object_threshold) - alike(flat <= background_threshold)
+    return min_max(difference.relu()).reshape(cam.shape)
+
+
+@dataclass(frozen=True)
+class SelfCorrelationGenerator:
+    """SCG (Eqn. 11 to 13) as a post-process of any CNN's CAM.
+
+    Memory: see `self_correlation`, for each stage, on the CAM's grid.
+
+    Args:
+        stages: of the backbone, whose correlations are brought together. Maps of another size than the CAM's are
+            brought to it by adaptive average pooling.
+        order: of the high order, 2 in the paper; 1 leaves it out.
+        correlation: "first", "high" or "both" orders.
+        merge: with "both", the maximum is that of "correlations" or of the resulting "maps".
+        high_order_weight: w of the high order, before the maximum of correlations.
+        first_order_threshold, high_order_threshold: see `self_correlation`.
+        combine: stages by "sum" or "maximum".
+        object_threshold, background_threshold: see `self_correlation_map`.
+
+    Raises:
+        ConfigError: no stage, or an order below 1, or no order to take.
+    """
+
+    stages: Sequence[str]
+    order: int
+    correlation: Literal["first", "high", "both"]
+    merge: Literal["correlations", "maps"]
+    high_order_weight: float
+    first_order_threshold: float
+    high_order_threshold: float
+    combine: Literal["sum", "maximum"]
+    object_threshold: float
+    background_threshold: float
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("postprocess.stages=[]: name one or more stages of the backbone")
+        if self.order < 1 or (self.order == 1 and self.correlation == "high"):
+            raise ConfigError(
+                f"postprocess.order={self.order}: expected 1, the first order only, or more; "
+                "postprocess.correlation=high needs 2 or more"
+            )
+
+    @torch.no_grad()
+    def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → maps in [0, 1], [B, K, h, w]."""
+        cam = min_max(maps.float().relu())
+        orders = [
+            self_correlation(
+                F.adaptive_avg_pool2d(feature, cam.shape[-2:]),  # type: ignore[arg-type]
+                self.order,
+                self.first_order_threshold,
+                self.high_order_threshold,
+            )
+            for feature in features
+        ]
+        if self.correlation == "both" and self.merge == "correlations":
+            stages = [_columns_to_one(torch.maximum(first, self.high_order_weight * high), 0) for first, high in orders]
+            return self._map(cam, stages)
+        found = []
+        if self.correlation != "high":
+            found.append(self._map(cam, [first for first, _ in orders]))
+        if self.correlation != "first" and self.order > 1:
+            found.append(self._map(cam, [high for _, high in orders]))
+        return found[0] if len(found) == 1 else torch.maximum(*found)
+
+    def _map(self, cam: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        together = torch.stack(list(stages))
+        combined = together.sum(dim=0) if self.combine == "sum" else together.amax(dim=0)
+        return self_correlation_map(cam, combined, self.object_threshold, self.background_threshold)
+
+
+class SPA(WSOLModule):
+    """SPA in training and evaluation.
+
+    Args:
+        head_channels, head_init, keep_classifier, postprocess: see `CAMNetwork`; class maps are made first and then
+            averaged.
+        start_epoch: first epoch, counted from 0, with the restricted activation loss.
+        activation_weight: α.
+        background_threshold, gap, spread: see `restricted_activation_loss`.
+        fine_tuning: see `FineTuning`.
+    """
+
+    network: CAMNetwork
+
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        training: Training,
+        evaluation: Evaluation,
+        head_channels: Sequence[int],
+        head_init: Literal["default", "xavier"],
+        keep_classifier: Sequence[int] | None,
+        start_epoch: int,
+        activation_weight: float,
+        background_threshold: float,
+        gap: float,
+        spread: Spread,
+        fine_tuning: FineTuning,
+        postprocess: PostProcess | None,
+    ) -> None:
+        network = CAMNetwork(
+            backbone, num_classes, head_channels, "maps_first", head_init, keep_classifier, postprocess
+        )
+        super().__init__(network, training, evaluation)
+        self.start_epoch = start_epoch
+        self.activation_weight = activation_weight
+        self.background_threshold = background_threshold
+        self.gap = gap
+        self.spread: Spread = spread
+        self.fine_tuning = fine_tuning
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `CAMNetwork.parameter_groups`."""
+        return self.network.parameter_groups(self.fine_tuning)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        return self.network(image)  # type: ignore[no-any-return]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Cross-entropy `loss_cls` and, from `start_epoch` on, restricted activation `loss_activation`, unweighted."""
+        maps = self.network.class_maps(self.network.features(batch["image"]))
+        losses = {"loss_cls": F.cross_entropy(maps.mean(dim=(2, 3)), batch["label"])}
+        if self.current_epoch < self.start_epoch:
+            return {"loss": losses["loss_cls"], **losses}
+        losses["loss_activation"] = restricted_activation_loss(
+            maps, batch["label"], self.background_threshold, self.gap, self.spread
+        )
+        total = losses["loss_cls"] + self.activation_weight * losses["loss_activation"]
+        return {"loss": total, **losses}
+
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        return self.network.localize(image, classes)

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from wsolkit import build_module, load_config
+from wsolkit.errors import ConfigError
+from wsolkit.localization.maps import min_max
+from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.cam import CAM, CAMNetwork
+from wsolkit.optim import build_optimizer
+
+CNN_METHODS = ["cam", "spa", "bridging_gap"]
+
+
+def build(method: str, *overrides: str) -> WSOLModule:
+    torch.manual_seed(0)
+    return build_module(load_config(f"method={method}", *overrides))
+
+
+def network(module: WSOLModule) -> CAMNetwork:
+    assert isinstance(module.network, CAMNetwork)
+    return module.network
+
+
+def image(count: int = 2, side: int = 64) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def batch(count: int = 4) -> Any:
+    return {"image": image(count), "label": torch.arange(count) % 8}
+
+
+def awake(module: WSOLModule) -> WSOLModule:
+    """With all scales at 1: timm starts the last one of each ResNet block at 0, which hides the block."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d | FrozenBatchNorm2d):
+            nn.init.ones_(layer.weight)
+    return module
+
+
+def test_both_forms_are_equal() -> None:
+    """The same logits, and the same maps but for the bias, which min-max removes."""
+    classic, convolution = (build("cam", f"method.form={form}").eval() for form in ("average_first", "maps_first"))
+    convolution.load_state_dict(classic.state_dict())
+    bias = network(classic).classifier.bias
+    assert bias is not None
+    nn.init.normal_(bias)
+    convolution.load_state_dict(classic.state_dict())
+    torch.testing.assert_close(classic(image()), convolution(image()))
+    classes = torch.tensor([[0, 3, 5], [7, 0, 1]])
+    maps, others = (module.localize(image(), classes).maps for module in (classic, convolution))
+    torch.testing.assert_close(others - maps, bias.detach()[classes][:, :, None, None].expand_as(maps))
+    torch.testing.assert_close(min_max(maps), min_max(others))
+
+
+def test_map_weighs_features_by_the_classifier() -> None:
+    """Written out: CAM_c(u) = Σ_d w_cd F_d(u), and its mean with the bias is the logit."""
+    module = build("cam").eval()
+    own = network(module)
+    with torch.no_grad():
+        feature = own.features(image())
+    logits, maps = module.localize(image(), torch.tensor([[2], [5]]))
+    for row, label in enumerate((2, 5)):
+        weight = own.classifier.weight[label, :, 0, 0]
+        expected = (weight[:, None, None] * feature[row]).sum(dim=0)
+        torch.testing.assert_close(maps[row, 0], expected)
+        assert own.classifier.bias is not None
+        torch.testing.assert_close(maps[row, 0].mean() + own.classifier.bias[label], logits[row, label])
+
+
+@pytest.mark.parametrize("method", CNN_METHODS)
+def test_localize_gives_the_maps_that_are_asked_for(method: str) -> None:
+    module = build(method).eval()
+    logits, maps = module.localize(image())
+    assert (logits.shape, maps.shape) == ((2, 8), (2, 1, 8, 8))
+    torch.testing.assert_close(logits, module(image()).detach())
+    all_maps = module.localize(image(), torch.arange(8).expand(2, -1)).maps
+    torch.testing.assert_close(maps[:, 0], all_maps[torch.arange(2), logits.argmax(dim=1)])
+    asked = module.localize(image(), lambda logits: logits.topk(2).indices).maps
+    torch.testing.assert_close(asked[:, 0], maps[:, 0])
+
+
+@pytest.mark.parametrize("method", CNN_METHODS)
+def test_every_parameter_learns(method: str) -> None:
+    module = build(method, "method.fine_tuning.new_from=layer4", *(["method.start_epoch=0"] if method == "spa" else []))
+    losses = awake(module).train().losses(batch())
+    losses["loss"].backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("method", CNN_METHODS)
+@pytest.mark.parametrize("backbone", ["vgg16", "mobilenetv2", "inception_v3"])
+def test_every_method_goes_with_every_backbone(method: str, backbone: str) -> None:
+    module = build(method, f"backbone={backbone}", "backbone.pretrained=false", "dataset.image_size=80")
+    module.train().losses({"image": image(2, 80), "label": torch.tensor([0, 1])})["loss"].backward()
+    maps = module.eval().localize(image(2, 80)).maps
+    assert maps.shape[:2] == (2, 1)
+    assert maps.isfinite().all()
+
+
+def test_classifier_of_the_weights_can_be_kept(tmp_path: Any) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    options = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
+    pretrained = timm.create_model("resnet18", num_classes=20, **options).eval()
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
+    weights = f"backbone.weights={tmp_path / 'weights.pth'}"
+    rows = [3, 1, 4, 15, 9, 2, 6, 5]
+    module = build("cam", weights, "backbone.stride=32", f"method.keep_classifier={rows}").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(module(image()), pretrained(image())[:, rows])
+    for wrong, message in (
+        ("[1,2]", "has 2 class indices: expected one for each of the 8 classes, from 0 to 19"),
+        ("[0,1,2,3,4,5,6,20]", "has 8 class indices: expected one for each of the 8 classes, from 0 to 19"),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+            build("cam", weights, f"method.keep_classifier={wrong}")
+    with pytest.raises(ConfigError, match="needs backbone weights with a linear classifier on the last map"):
+        build("cam", weights, f"method.keep_classifier={rows}", "method.head_channels=[16]")
+    with pytest.raises(ConfigError, match="needs backbone weights with a linear classifier"):
+        build("cam", f"method.keep_classifier={rows}")
+
+
+def test_head_is_drawn_as_spa_says() -> None:
+    own = network(build("spa", "method.head_channels=[16,12]"))
+    convolutions = [layer for layer in [*own.head, own.classifier] if isinstance(layer, nn.Conv2d)]
+    assert [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in convolutions] == [
+        *((256, 16, 3), (16, 12, 3), (12, 8, 1)),
+    ]
+    for layer in convolutions:
+        assert layer.bias is not None
+        assert not layer.bias.any()
+        fan = (layer.in_channels + layer.out_channels) * layer.kernel_size[0] ** 2
+        assert 0.9 * (6 / fan) ** 0.5 < layer.weight.abs().max() <= (6 / fan) ** 0.5  # Glorot's uniform
+
+
+def learning_rates(module: WSOLModule, lr: float = 0.001) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of each parameter."""
+    groups = module.parameter_groups()
+    optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=lr, weight_decay=0.5), groups)
+    names = {id(parameter): name for name, parameter in module.network.named_parameters()}
+    rates = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(rates) == len(names)
+    return rates
+
+
+def test_new_layers_and_biases_learn_faster() -> None:
+    """SPA's groups: lr, biases twice, new layers ten times, their biases twenty times."""
+    rates = learning_rates(build("spa", "method.head_channels=[16]"))
+    for name, (rate, decay) in rates.items():
+        factor = (1 if name.startswith("backbone.") else 10) * (2 if name.endswith("bias") else 1)
+        assert rate == pytest.approx(0.001 * factor), name
+        assert decay == 0.5, name
+
+
+def test_new_layers_can_start_at_a_stage() -> None:
+    module = build("bridging_gap", "method.fine_tuning.new_from=layer4", "method.fine_tuning.decay_biases=false")
+    places = network(module).backbone.places("layer4")
+    for name, (rate, decay) in learning_rates(module).items():
+        stage = name.split(".")[2] if name.startswith("backbone.") else "head"
+        assert rate == pytest.approx(0.01 if stage == "head" or int(stage) >= places[0] else 0.001), name
+        assert decay == (0.5 if dict(module.network.named_parameters())[name].ndim > 1 else 0), name
+    with pytest.raises(ConfigError, match="no stage 'layer9'"):
+        build("bridging_gap", "method.fine_tuning.new_from=layer9").parameter_groups()
+
+
+def test_transformers_and_networks_are_not_mixed_up() -> None:
+    with pytest.raises(ConfigError, match=r"method=cam needs a CNN, and backbone=vit_tiny is a ViT; choose from: cnn_"):
+        build("cam", "backbone=vit_tiny")
+    with pytest.raises(ConfigError, match=r"method=sat needs a ViT, and backbone=vgg16 is a CNN; choose from: deit_"):
+        build("sat", "backbone=vgg16")
+    with pytest.raises(ConfigError, match="postprocess=scg refines the maps of methods on convolutional networks"):
+        build("sat", "+postprocess=scg")
+
+
+def test_stages_of_a_postprocess_are_checked_before_training() -> None:
+    with pytest.raises(ConfigError, match="the backbone has no stage 'conv5'"):
+        build("cam", "+postprocess=scg", "postprocess.stages=[conv5]")
+
+
+def test_nested_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"method\.fine_tuning\.new_lr_factor='much': Input should be a valid number"):
+        build("cam", "method.fine_tuning.new_lr_factor=much")
+
+
+def test_untrained_network_is_an_image_net_cam(shared: Any) -> None:
+    """MobileNetV2 as it was pretrained: its CAM finds more than the baselines do, and it knows its classes."""
+    rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+    root = shared / "data" / "ilsvrc10"
+    cfg = load_config(
+        *("method=cam", "backbone=mobilenetv2", "backbone.options.pad_type=same", "backbone.stride=32"),
+        *("backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]", f"method.keep_classifier={rows}"),
+        f"backbone.weights={shared / 'data' / 'weights' / 'mobilenetv2_100.dequantised_in1k.safetensors'}",
+        *("dataset=listed", f"dataset.root={root}", "dataset.num_classes=10"),
+    )
+    from wsolkit import build_datamodule
+
+    module, datamodule = build_module(cfg).eval(), build_datamodule(cfg)
+    assert isinstance(module, CAM)
+    datamodule.setup("test")
+    from wsolkit.data.dataset import evaluation_batch
+
+    dataset = datamodule.dataset("test")
+    for start in range(0, 60, 30):
+        chosen = evaluation_batch([dataset[0, index * 5] for index in range(start, start + 30)])
+        with torch.inference_mode():
+            module.evaluation.update(chosen, module.localize, module)
+    values = module.evaluation.compute()
+    assert values["top1_cls"] > 85
+    assert values["maxboxacc/max_box_acc"] > values["maxboxacc/full_image/max_box_acc"] + 10
