@@ -429,3 +429,45 @@ def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     cfg = config("trainer.check_val_every_n_epoch=5")
     with pytest.raises(CheckpointError, match="no checkpoint was written: no validation took place"):
         train(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["cam", "spa", "bridging_gap"])
+def test_methods_on_convolutional_networks_run_like_the_others(method: str, in_tmp: Path) -> None:
+    cfg = load_config(f"method={method}", *TINY, *([] if method == "cam" else ["method.fine_tuning.new_from=layer4"]))
+    train(cfg, in_tmp / "run")
+    values: Any = metrics(in_tmp / "run")
+    assert 0 <= values["maxboxacc/max_box_acc"] <= 100
+    assert 0 <= values["maxboxacc/pxap"] <= 100
+    for kind in ("object", "background"):
+        assert sum(values[f"norms/{kind}"]) == pytest.approx(100, abs=0.01)  # rounded values
+    assert "Feature norms" in (in_tmp / "run" / "report.html").read_text()
+    names = np.load(in_tmp / "run" / "inside.npz")
+    assert {"norm", "similarity", "CAM"} <= set(names) - {"image"}
+    terms = {"cam": [], "spa": ["cls", "activation"], "bridging_gap": ["cls", "drop", "similarity", "norm"]}[method]
+    head = (in_tmp / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert all(f"train/loss_{term}_epoch" in head for term in terms)
+
+
+def test_postprocess_refines_the_maps_of_a_trained_network(in_tmp: Path) -> None:
+    run("train", "method=cam", *TINY, "hydra.run.dir=cam", cwd=in_tmp)
+    checkpoint = "checkpoint=cam/checkpoints/best.ckpt"
+    common = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
+    run("evaluate", checkpoint, *common, "+postprocess=scg", "hydra.run.dir=refined", cwd=in_tmp)
+    run("evaluate", checkpoint, *common, "hydra.run.dir=plain", cwd=in_tmp)
+    of_the_run = {name: value for name, value in metrics(in_tmp / "cam").items() if not name.startswith("epochs/")}
+    assert metrics(in_tmp / "plain") == of_the_run
+    refined = metrics(in_tmp / "refined")
+    assert refined["top1_cls"] == of_the_run["top1_cls"]
+    assert refined["maxboxacc/pxap"] != of_the_run["maxboxacc/pxap"]
+    assert yaml.safe_load((in_tmp / "refined" / "config.yaml").read_text())["postprocess"]["name"] == "scg"
+
+
+def test_checkpoint_brings_its_postprocess(in_tmp: Path) -> None:
+    run("train", "method=spa", *TINY, "postprocess.object_threshold=0.3", "hydra.run.dir=spa", cwd=in_tmp)
+    common = ("checkpoint=spa/checkpoints/best.ckpt", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
+    run("evaluate", *common, "hydra.run.dir=same", cwd=in_tmp)
+    run("evaluate", *common, "postprocess=none", "hydra.run.dir=plain", cwd=in_tmp)
+    of_the_run = {name: value for name, value in metrics(in_tmp / "spa").items() if not name.startswith("epochs/")}
+    assert metrics(in_tmp / "same") == of_the_run
+    assert yaml.safe_load((in_tmp / "same" / "config.yaml").read_text())["postprocess"]["object_threshold"] == 0.3
+    assert metrics(in_tmp / "plain")["maxboxacc/pxap"] != of_the_run["maxboxacc/pxap"]

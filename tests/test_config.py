@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from tests.conftest import REPOSITORY
@@ -33,7 +33,9 @@ def test_names_are_those_of_their_files(group: str) -> None:
 def test_every_method_composes_with_every_data_set(method: str, dataset: str) -> None:
     cfg = load_config(f"method={method}", f"dataset={dataset}", *([] if dataset == "shapes" else ["dataset.root=x"]))
     check_config(cfg)
+    OmegaConf.resolve(cfg)
     assert cfg.method.name == method
+    assert cfg.backbone._target_.endswith(".CNN" if cfg.optimizer._target_.endswith("SGD") else ".ViT")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,76 @@ def test_recipe_is_chosen_by_method_and_data_set() -> None:
     assert (cub.method.area_prior, cub.optimizer.lr, cub.dataset.batch_size) == (0.25, 1e-4, 256)
     cub = load_config("method=ts_cam", "dataset=listed", "dataset.root=x", "recipe=ts_cam_cub")
     assert (cub.optimizer.lr, cub.dataset.batch_size, cub.trainer.max_epochs) == (5e-5, 128, 60)
+
+
+def test_recipes_of_convolutional_networks_have_the_papers_values() -> None:
+    def lists(name: str) -> list[str]:
+        return [f"method={name.rpartition('_')[0]}", "dataset=listed", "dataset.root=x", f"recipe={name}"]
+
+    def read(cfg: DictConfig) -> tuple[object, ...]:
+        schedule, trainer = cfg.schedule, cfg.trainer
+        milestones = tuple(schedule.milestones)
+        return cfg.optimizer.lr, cfg.dataset.batch_size, trainer.max_epochs, milestones, schedule.gamma
+
+    spa = load_config(*lists("spa_cub"))
+    assert read(spa) == (1e-3, 30, 100, (80,), 0.1)
+    assert (spa.backbone.name, spa.method.start_epoch, spa.method.background_threshold, spa.method.gap) == (
+        *("vgg16", 20, 0.1, 0.2),
+    )
+    assert (list(spa.method.head_channels), list(spa.postprocess.stages)) == ([1024, 1024], ["pool4", "conv5"])
+    spa = load_config("method=spa", "dataset=imagenet", "dataset.root=x")
+    assert read(spa) == (1e-3, 16, 20, (10, 15), 0.1)
+    assert (spa.method.start_epoch, spa.method.background_threshold, spa.method.gap) == (5, 0.4, 0.1)
+    scg = spa.postprocess
+    assert (scg.first_order_threshold, scg.high_order_threshold, scg.high_order_weight) == (0.2, 0.2, 1.0)
+    assert (spa.method.fine_tuning.new_lr_factor, spa.method.fine_tuning.bias_lr_factor) == (10, 2)
+    assert (spa.optimizer.momentum, spa.optimizer.nesterov, spa.optimizer.weight_decay) == (0.9, True, 5e-4)
+
+    def losses(cfg: DictConfig) -> tuple[float, ...]:
+        own = cfg.method
+        weights = own.similarity_weight, own.foreground_threshold, own.background_threshold, own.norm_weight
+        return *weights, own.drop_weight, own.drop_probability, own.drop_threshold
+
+    # λ_sim, τ_fg, τ_bg, λ_norm, λ_drop, p, γ
+    resnet, vgg = load_config(*lists("bridging_gap_cub")), load_config(*lists("bridging_gap_cub"), "backbone=vgg16")
+    assert losses(resnet) == (0.5, 0.4, 0.2, 0.05, 2, 0.25, 0.8)
+    assert losses(vgg) == (0.5, 0.6, 0.1, 0.15, 3, 0.5, 0.8)
+    assert read(resnet) == (0.002, 32, 70, (41, 61), 0.2)
+    assert read(vgg) == (0.004, 64, 70, (41, 61), 0.2)
+    assert [(cfg.backbone.stride, cfg.method.warmup_epochs, cfg.method.similarity) for cfg in (resnet, vgg)] == [
+        *((8, 20, "max"), (16, 20, "max")),
+    ]
+    assert [(cfg.method.drop_after, cfg.method.fine_tuning.new_from) for cfg in (resnet, vgg)] == [
+        *(("layer4.0", "layer4"), ("conv4", "head")),
+    ]
+    assert [(cfg.method.fine_tuning.new_lr_factor, cfg.optimizer.weight_decay) for cfg in (resnet, vgg)] == [
+        *((10, 1e-4), (5, 5e-4)),
+    ]
+    for data in ("imagenet", "openimages"):
+        resnet = load_config(*lists(f"bridging_gap_{data}"))
+        vgg = load_config(*lists(f"bridging_gap_{data}"), "backbone=vgg16")
+        assert losses(resnet) == (8, 0.28, 0.25, 1, 2, 0.25, 0.8)
+        assert losses(vgg) == (0.5, 0.5, 0.3, 0.2, 3, 0.5, 0.8)
+        assert (read(resnet), resnet.method.warmup_epochs) == ((1e-5, 32, 30, (21, 31), 0.1), 14)
+        assert (read(vgg), vgg.method.warmup_epochs) == ((2e-5, 32, 40, (11, 31), 0.1), 5)
+
+
+def test_backbone_follows_the_kind_of_method_and_the_data_set() -> None:
+    def backbone(*overrides: str) -> str:
+        return str(load_config(*overrides).backbone.name)
+
+    real = ("dataset=listed", "dataset.root=x")
+    assert [backbone(f"method={name}") for name in ("sat", "cam", "spa")] == ["vit_micro", "cnn_micro", "cnn_micro"]
+    assert [backbone(f"method={name}", *real) for name in ("sat", "cam", "spa")] == ["deit_small", "resnet50", "vgg16"]
+    assert backbone("method=spa", "backbone=inception_v3") == backbone("backbone=inception_v3") == "inception_v3"
+
+
+def test_postprocess_is_added_or_left_out() -> None:
+    assert load_config("method=cam").get("postprocess", {}) == {}
+    for setting in ("+postprocess=scg", "postprocess=scg"):
+        assert load_config("method=cam", setting).postprocess.name == "scg"
+    assert load_config("method=spa").postprocess.name == "scg"
+    assert load_config("method=spa", "postprocess=none").get("postprocess", {}) == {}
 
 
 def test_recipe_gives_way_to_the_command_line() -> None:

@@ -66,6 +66,27 @@ def test_area_loss_is_over_the_global_batch_gradient_included(world_size: int, t
         assert (actual - expected).abs().max() <= 1e-5 + 1e-4 * expected.abs().max(), name
 
 
+def statistics(rank: int, port: str, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    module = build_module(load_config("method=cam")).train()
+    module(batch()["image"] * (1 + rank))
+    before = {name: buffer.clone() for name, buffer in module.network.named_buffers()}
+    module.on_validation_start()
+    torch.save({"before": before, "after": dict(module.network.named_buffers())}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_processes_validate_with_the_statistics_of_the_first(tmp_path: Path) -> None:
+    """BatchNorm sees other images in each process; what is validated is the network that is saved."""
+    multiprocessing.spawn(statistics, (free_port(), tmp_path), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any(not torch.equal(value, second["before"][name]) for name, value in first["before"].items())
+    for name, value in first["before"].items():
+        assert torch.equal(value, first["after"][name]), name
+        assert torch.equal(value, second["after"][name]), name
+
+
 def test_area_loss_on_one_process_is_plain() -> None:
     maps = torch.rand(3, 4, 4, requires_grad=True)
     assert torch.equal(global_mean(maps), maps.mean())

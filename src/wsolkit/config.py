@@ -28,7 +28,8 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf
 
 
 def _by_name(name: str, values: Mapping[str, Any], default: Any) -> Any:
-    return values.get(name, default)
+    value = values.get(name, default)
+    return OmegaConf.create(value) if isinstance(value, list | dict) else value  # else `--cfg job --resolve` fails
 
 
 # A paper's value for each data set or backbone, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.

@@ -196,6 +196,24 @@ def test_nested_settings_are_checked() -> None:
         build("cam", "method.fine_tuning.new_lr_factor=much")
 
 
+@pytest.mark.parametrize("method", CNN_METHODS)
+def test_norm_and_similarity_make_the_map(method: str) -> None:
+    """CAM_c(u) = ‖w_c‖ ‖F_u‖ cos(F_u, w_c), up to the bias that SPA's form adds."""
+    module = build(method, "postprocess=scg").eval()
+    own, label = network(module), torch.tensor([3, 6])
+    maps = module.inside(image(), label)
+    assert set(maps) == {"norm", "similarity", "CAM", "refined"}
+    with torch.no_grad():
+        lengths = own.features(image()).norm(dim=1)
+        product = own.classifier.weight[label].flatten(1).norm(dim=1)[:, None, None] * lengths
+        assert own.classifier.bias is not None
+        bias = own.classifier.bias[label][:, None, None] if own.form == "maps_first" else 0
+    torch.testing.assert_close(maps["CAM"][:, 0], product * maps["similarity"][:, 0] + bias)
+    torch.testing.assert_close(maps["norm"][:, 0], min_max(lengths))
+    torch.testing.assert_close(module.norms(image()), maps["norm"][:, 0])
+    torch.testing.assert_close(maps["refined"], module.localize(image(), label[:, None]).maps)
+
+
 def test_untrained_network_is_an_image_net_cam(shared: Any) -> None:
     """MobileNetV2 as it was pretrained: its CAM finds more than the baselines do, and it knows its classes."""
     rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import wsolkit
 from wsolkit.metrics.evaluation import Evaluation, outcome
+from wsolkit.metrics.norms import NormHistogram
 from wsolkit.optim import Schedule, build_optimizer, weight_decay_groups
 from wsolkit.seeding import derive_seed
 from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
@@ -51,6 +52,7 @@ class WSOLModule(LightningModule, ABC):
         self.network = network
         self.training_settings = training
         self.evaluation = evaluation
+        self.norm_histogram = NormHistogram()
         self.no_weight_decay = tuple(no_weight_decay)
         self.results: dict[str, float] = {}
         """Numbers of the latest validation or test pass, by name."""
@@ -83,6 +85,14 @@ class WSOLModule(LightningModule, ABC):
         """
         return {}
 
+    def norms(self, image: Tensor) -> Tensor | None:
+        """Lengths of the feature vectors that are classified, scaled to [0, 1] over space: [B, h, w]; None: not shown.
+
+        Args:
+            image: normalised, [B, 3, H, W].
+        """
+        return None
+
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
         torch.manual_seed(
@@ -103,11 +113,22 @@ class WSOLModule(LightningModule, ABC):
             )
         return losses["loss"]
 
+    def on_validation_start(self) -> None:
+        """Lightning's hook: all processes evaluate one network, with the BatchNorm statistics of the first."""
+        if distributed.is_available() and distributed.is_initialized():
+            for buffer in self.network.buffers():
+                distributed.broadcast(buffer, src=0)
+
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Lightning's hook: localize and count."""
         self.evaluation.update(batch, self.localize, self)
 
-    test_step = validation_step
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Lightning's hook: localize and count; and the norms of features, if the method shows them."""
+        self.validation_step(batch, batch_idx)
+        norms = self.norms(batch["image"])
+        if norms is not None:
+            self.norm_histogram.update(norms, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Lightning's hook: log the metrics as `val/…`, and select the thresholds that were best."""
@@ -118,6 +139,8 @@ class WSOLModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Lightning's hook: log the metrics as `test/…`, at the thresholds selected in validation, if any."""
         self._log_evaluation("test")
+        self.curves |= outcome(self.norm_histogram.compute()).curves
+        self.norm_histogram.reset()
 
     def _log_evaluation(self, stage: str) -> None:
         computed = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise

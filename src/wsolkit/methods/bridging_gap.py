@@ -34,23 +34,12 @@ from torch import Tensor
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
-from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import Training, WSOLModule
-from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess
+from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess, class_similarity, feature_norm
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 Similarity = Literal["target", "max"]
-
-
-def feature_norm(feature: Tensor) -> Tensor:
-    """n: the length of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
-    return min_max(feature.float().norm(dim=1))
-
-
-def class_similarity(feature: Tensor, weight: Tensor) -> Tensor:
-    """s: cosines of features [B, D, H, W] and class weights [C, D]: [B, C, H, W], float32."""
-    return torch.einsum("bdhw,cd->bchw", F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1))
 
 
 def alignment_losses(
@@ -191,3 +180,11 @@ class BridgingGap(WSOLModule):
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """See `WSOLModule.localize`; one map per class."""
         return self.network.localize(image, classes)
+
+    def norms(self, image: Tensor) -> Tensor:
+        """See `WSOLModule.norms`."""
+        return self.network.norms(image)
+
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """See `CAMNetwork.inside`."""
+        return self.network.inside(image, classes)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Training, WSOLModule, choose_classes
+from wsolkit.localization.maps import min_max
+from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.optim import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -50,6 +51,16 @@ class PostProcess(Protocol):
 
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → score maps [B, K, h, w]."""
+
+
+def feature_norm(feature: Tensor) -> Tensor:
+    """The length of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
+    return min_max(feature.float().norm(dim=1))
+
+
+def class_similarity(feature: Tensor, weight: Tensor) -> Tensor:
+    """Cosines of features [B, D, H, W] and class weights [C, D]: [B, C, H, W], float32."""
+    return torch.einsum("bdhw,cd->bchw", F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1))
 
 
 class CAMNetwork(nn.Module):
@@ -149,6 +160,31 @@ class CAMNetwork(nn.Module):
         maps = self.class_maps(feature, choose_classes(classes, logits))
         return Localization(logits, maps if postprocess is None else postprocess(maps, stages))
 
+    @torch.no_grad()
+    def norms(self, image: Tensor) -> Tensor:
+        """See `WSOLModule.norms`."""
+        return feature_norm(self.features(image))
+
+    @torch.no_grad()
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """What a class's map is made of: norm and similarity, the map, and the refined one if there is a post-process.
+
+        Args:
+            image: [B, 3, H, W].
+            classes: [B].
+
+        Returns:
+            maps [B, 1, h, w] by name.
+        """
+        feature, chosen = self.features(image), classes[:, None]
+        similarity = class_similarity(feature, self.classifier.weight[:, :, 0, 0])
+        maps = {
+            "norm": feature_norm(feature)[:, None],
+            "similarity": select_maps(similarity, chosen),
+            "CAM": self.class_maps(feature, chosen),
+        }
+        return maps if self.postprocess is None else maps | {"refined": self.localize(image, chosen).maps}
+
     def parameter_groups(self, settings: FineTuning) -> list[dict[str, Any]]:
         """Groups of parameters for the optimizer.
 
@@ -209,3 +245,11 @@ class CAM(WSOLModule):
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """See `WSOLModule.localize`; one map per class."""
         return self.network.localize(image, classes)
+
+    def norms(self, image: Tensor) -> Tensor:
+        """See `WSOLModule.norms`."""
+        return self.network.norms(image)
+
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """See `CAMNetwork.inside`."""
+        return self.network.inside(image, classes)

@@ -263,3 +263,11 @@ class SPA(WSOLModule):
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """See `WSOLModule.localize`; one map per class."""
         return self.network.localize(image, classes)
+
+    def norms(self, image: Tensor) -> Tensor:
+        """See `WSOLModule.norms`."""
+        return self.network.norms(image)
+
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """See `CAMNetwork.inside`."""
+        return self.network.inside(image, classes)

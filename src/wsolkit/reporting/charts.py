@@ -70,7 +70,7 @@ def charts(results: Results, curves: Curves) -> dict[str, Figure]:
 def protocol_names(results: Results, curves: Curves) -> list[str]:
     """Protocols that have a number or a curve, in order of appearance."""
     names = dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key)
-    return [name for name in names if name != "epochs"]
+    return [name for name in names if name not in ("epochs", "norms")]
 
 
 def baseline_names(results: Results, protocol: str) -> list[str]:
@@ -208,6 +208,22 @@ def epoch_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
     return figure
 
 
+def norm_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Lengths of feature vectors on objects and on background, which do not depend on a protocol: with the first."""
+    found = {kind: series(curves, f"norms/{kind}") for kind in ("background", "object")}
+    if protocol != protocol_names(results, curves)[0] or any(shares is None for shares in found.values()):
+        return None
+    figure = _figure()
+    axes = _style(
+        figure.subplots(), "norm of the feature, from the smallest to the largest of its image", "positions (%)"
+    )
+    for (kind, shares), colour in zip(found.items(), (_SKY, _BLUE), strict=True):
+        assert shares is not None
+        axes.stairs(shares, np.linspace(0, 1, len(shares) + 1), label=kind, color=colour, linewidth=1.6)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
 _CHARTS = {
     "threshold": threshold_chart,
     "iou": iou_chart,
@@ -215,6 +231,7 @@ _CHARTS = {
     "size": size_chart,
     "pixels": pixel_chart,
     "epochs": epoch_chart,
+    "norms": norm_chart,
 }
 
 

@@ -72,6 +72,10 @@ _CAPTIONS = {
         "Classification and localization in the validation after each epoch; the first, the last and the best epochs "
         "are numbered.",
     ),
+    "norms": (
+        "Feature norms",
+        "How long the feature vectors that are classified are on objects and on background (Kim et al., CVPR 2022).",
+    ),
     "pixels": ("Pixels", "How well the scores tell object from background, pixel by pixel, over all thresholds."),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,19 +155,30 @@ def write_inside(
 
 
 def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.float32]]) -> Figure:
-    """A sheet with a row for each image and series, the steps from left to right, each map on its own scale."""
+    """A sheet with a row for each image and series, the steps from left to right, each map on its own scale.
+
+    Where no series has more than one step, they share the image's row.
+    """
     steps = max(maps.shape[1] for maps in series.values())
-    rows = len(pictures) * len(series)
-    figure = Figure(figsize=(1.3 * (steps + 1), 1.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, steps + 1, squeeze=False)
+    rows: list[tuple[Image | None, list[tuple[str, npt.NDArray[np.float32]]]]] = []
+    for which, picture in enumerate(pictures):
+        if steps == 1:
+            rows.append((picture, [(name, maps[which, 0]) for name, maps in series.items()]))
+            continue
+        for place, (name, maps) in enumerate(series.items()):
+            row = [(f"${name}^{step}$", one) for step, one in enumerate(maps[which])]
+            rows.append((None if place else picture, row))
+    columns = 1 + max(len(row) for _, row in rows)
+    figure = Figure(figsize=(1.3 * columns, 1.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()
-    for row, (which, (name, maps)) in enumerate(itertools.product(range(len(pictures)), series.items())):
-        if row % len(series) == 0:
-            grid[row, 0].imshow(pictures[which])
-        for step, one in enumerate(maps[which]):
-            grid[row, step + 1].imshow(one, cmap=SCORE_COLOURS)
-            grid[row, step + 1].set_title(f"${name}^{step}$", fontsize=9)
+    for line, (picture_or_none, row) in zip(grid, rows, strict=True):
+        if picture_or_none is not None:
+            line[0].imshow(picture_or_none)
+        for axes, (title, one) in zip(line[1:], row, strict=False):
+            axes.imshow(one, cmap=SCORE_COLOURS)
+            axes.set_title(title, fontsize=9)
     return figure
 
 
