@@ -456,6 +456,7 @@ def test_postprocess_refines_the_maps_of_a_trained_network(in_tmp: Path) -> None
     run("evaluate", checkpoint, *common, "hydra.run.dir=plain", cwd=in_tmp)
     of_the_run = {name: value for name, value in metrics(in_tmp / "cam").items() if not name.startswith("epochs/")}
     assert metrics(in_tmp / "plain") == of_the_run
+    assert "cam + scg, cnn_micro, shapes" in (in_tmp / "refined" / "report.html").read_text()
     refined = metrics(in_tmp / "refined")
     assert refined["top1_cls"] == of_the_run["top1_cls"]
     assert refined["maxboxacc/pxap"] != of_the_run["maxboxacc/pxap"]

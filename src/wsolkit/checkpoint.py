@@ -59,7 +59,12 @@ class Checkpoint:
 
     def names(self) -> dict[str, str]:
         """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
-        return {group: _name(self.config, group) for group in GROUPS}
+        return choices(self.config)
+
+
+def choices(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
+    """Names of what settings take from the groups that make a model; "none" for nothing."""
+    return {group: _name(config, group) for group in GROUPS}
 
 
 def _name(config: Mapping[str, Any] | DictConfig, group: str) -> str:

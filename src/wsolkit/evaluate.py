@@ -8,12 +8,13 @@ score_maps=DIR dataset=…: the maps are read from files.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, run_command
+from wsolkit.config import check_config, load_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
-from wsolkit.train import finish, report, save_config, title
+from wsolkit.train import finish, method_name, report, save_config, title
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +73,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     heading = title(cfg, checkpoint.config)
     loggers = build_loggers(cfg, folder)
-    callbacks: list[Callback] = [Report(folder, cfg.num_examples, cfg.examples, heading, cfg.method.name)]
+    callbacks: list[Callback] = [Report(folder, cfg.num_examples, cfg.examples, heading, method_name(cfg))]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
@@ -90,7 +91,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, heading, cfg.method.name, checkpoint.class_names, chosen_on, outcome)
+        report(folder, heading, method_name(cfg), checkpoint.class_names, chosen_on, outcome)
     return module.results
 
 
@@ -182,13 +183,16 @@ def main() -> None:
     given = sys.argv[1:]
     paths = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")]
     if paths:
-        from wsolkit.checkpoint import read_checkpoint
+        from wsolkit.checkpoint import choices, read_checkpoint
 
         several = not Path(paths[-1]).exists() and "," in paths[-1]  # a sweep over checkpoints, of one method
         try:
             names = read_checkpoint((paths[-1].split(",")[0] if several else paths[-1]).strip("'")).names()
         except WsolkitError as error:
             sys.exit(f"error: {error}")
+        with suppress(ConfigError):  # a method of the user's own, in another folder
+            if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
+                del names["postprocess"]  # comes with the method, unless a ready grid has another
         parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
         chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
         for group in ("method", "backbone"):

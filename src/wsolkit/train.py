@@ -56,7 +56,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     last = ModelCheckpoint(
         folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), cfg.method.name)
+    pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [best, last, pictures]
     loggers = build_loggers(cfg, folder)
     if loggers:
@@ -81,7 +81,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, title(cfg, cfg), cfg.method.name, datamodule.class_names, chosen_on, outcome)
+        report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
     return module.results
 
 
@@ -94,7 +94,13 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
     """
     held_out = trained["dataset"]["held_out"] and trained["selection"] == "val"
     selected = "the held-out val split" if held_out else "the reported split itself"
-    return f"{cfg.method.name}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
+    return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The method, and what refines its maps: "cam + scg"."""
+    postprocess = cfg.get("postprocess")
+    return f"{cfg.method.name} + {postprocess.name}" if postprocess else str(cfg.method.name)
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
