@@ -26,7 +26,7 @@ The paper averages w · F over channels in its CAM, a scale without effect.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,10 @@ from torch import Tensor
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Training, WSOLModule
-from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess, class_similarity, feature_norm
+from wsolkit.methods.base import Training
+from wsolkit.methods.cam import CAMModule, CAMNetwork, FineTuning, PostProcess, feature_norm
 from wsolkit.metrics.evaluation import Evaluation
-from wsolkit.types import Classes, Localization, TrainingBatch
+from wsolkit.types import TrainingBatch
 
 Similarity = Literal["target", "max"]
 
@@ -60,9 +60,14 @@ def alignment_losses(
         similarity: the similarity in the norm loss is that of the "target" class, or the "max" over all classes.
     """
     norm = feature_norm(feature)  # [B, H, W]
-    similarities = class_similarity(feature, weight)  # [B, C, H, W]
-    target = similarities[torch.arange(len(label), device=label.device), label]  # [B, H, W]
-    sign = target if similarity == "target" else similarities.amax(dim=1)
+    unit, directions = F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1)
+    target = torch.einsum("bdhw,bd->bhw", unit, directions[label])
+    # Regions need no gradient.
+    sign = (
+        target
+        if similarity == "target"
+        else torch.einsum("bdhw,cd->bchw", unit.detach(), directions.detach()).amax(dim=1)
+    )
     direction = _mean_where(target, norm < background_threshold) - _mean_where(target, norm > foreground_threshold)
     length = _mean_where(norm, sign < 0) - _mean_where(norm, sign > 0)
     return direction.mean(), length.mean()
@@ -86,7 +91,7 @@ def attentive_dropout(feature: Tensor, threshold: float, probability: float) -> 
     return feature.masked_fill(erased, 0)
 
 
-class BridgingGap(WSOLModule):
+class BridgingGap(CAMModule):
     """Bridging the gap, in training and evaluation.
 
     Args:
@@ -101,8 +106,6 @@ class BridgingGap(WSOLModule):
     Raises:
         ConfigError: the backbone has no such stage, or a probability is none.
     """
-
-    network: CAMNetwork
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class BridgingGap(WSOLModule):
         network = CAMNetwork(
             backbone, num_classes, head_channels, "average_first", head_init, keep_classifier, postprocess
         )
-        super().__init__(network, training, evaluation)
+        super().__init__(network, training, evaluation, fine_tuning)
         self.warmup_epochs = warmup_epochs
         self.similarity_weight = similarity_weight
         self.norm_weight = norm_weight
@@ -143,15 +146,6 @@ class BridgingGap(WSOLModule):
         self.drop_after = drop_after
         self.drop_threshold = drop_threshold
         self.drop_probability = drop_probability
-        self.fine_tuning = fine_tuning
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `CAMNetwork.parameter_groups`."""
-        return self.network.parameter_groups(self.fine_tuning)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
-        return self.network(image)  # type: ignore[no-any-return]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Cross-entropy, L_drop and, after the warm-up, L_sim and L_norm, each unweighted but for the total."""
@@ -176,15 +170,3 @@ class BridgingGap(WSOLModule):
             )
             total = total + self.similarity_weight * losses["loss_similarity"] + self.norm_weight * losses["loss_norm"]
         return {"loss": total, **losses}
-
-    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
-        return self.network.localize(image, classes)
-
-    def norms(self, image: Tensor) -> Tensor:
-        """See `WSOLModule.norms`."""
-        return self.network.norms(image)
-
-    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """See `CAMNetwork.inside`."""
-        return self.network.inside(image, classes)

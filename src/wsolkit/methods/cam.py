@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps
+from wsolkit.methods.base import Training, WSOLModule, choose_classes
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.optim import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -56,11 +56,6 @@ class PostProcess(Protocol):
 def feature_norm(feature: Tensor) -> Tensor:
     """The length of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
     return min_max(feature.float().norm(dim=1))
-
-
-def class_similarity(feature: Tensor, weight: Tensor) -> Tensor:
-    """Cosines of features [B, D, H, W] and class weights [C, D]: [B, C, H, W], float32."""
-    return torch.einsum("bdhw,cd->bchw", F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1))
 
 
 class CAMNetwork(nn.Module):
@@ -177,10 +172,10 @@ class CAMNetwork(nn.Module):
             maps [B, 1, h, w] by name.
         """
         feature, chosen = self.features(image), classes[:, None]
-        similarity = class_similarity(feature, self.classifier.weight[:, :, 0, 0])
+        weight = self.classifier.weight[classes, :, 0, 0]
         maps = {
             "norm": feature_norm(feature)[:, None],
-            "similarity": select_maps(similarity, chosen),
+            "similarity": F.cosine_similarity(feature.float(), weight[:, :, None, None].float(), dim=1)[:, None],
             "CAM": self.class_maps(feature, chosen),
         }
         return maps if self.postprocess is None else maps | {"refined": self.localize(image, chosen).maps}
@@ -203,15 +198,51 @@ class CAMNetwork(nn.Module):
         )
 
 
-class CAM(WSOLModule):
+class CAMModule(WSOLModule):
+    """What methods on a CAM network share: they differ in their losses.
+
+    Args:
+        network: see `CAMNetwork`.
+        training, evaluation: see `WSOLModule`.
+        fine_tuning: see `FineTuning`.
+    """
+
+    network: CAMNetwork
+
+    def __init__(
+        self, network: CAMNetwork, training: Training, evaluation: Evaluation, fine_tuning: FineTuning
+    ) -> None:
+        super().__init__(network, training, evaluation)
+        self.fine_tuning = fine_tuning
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `CAMNetwork.parameter_groups`."""
+        return self.network.parameter_groups(self.fine_tuning)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        return self.network(image)  # type: ignore[no-any-return]
+
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """See `WSOLModule.localize`; one map per class."""
+        return self.network.localize(image, classes)
+
+    def norms(self, image: Tensor) -> Tensor:
+        """See `WSOLModule.norms`."""
+        return self.network.norms(image)
+
+    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """See `CAMNetwork.inside`."""
+        return self.network.inside(image, classes)
+
+
+class CAM(CAMModule):
     """CAM in training and evaluation.
 
     Args:
         head_channels, form, head_init, keep_classifier, postprocess: see `CAMNetwork`.
         fine_tuning: see `FineTuning`.
     """
-
-    network: CAMNetwork
 
     def __init__(
         self,
@@ -227,29 +258,8 @@ class CAM(WSOLModule):
         postprocess: PostProcess | None,
     ) -> None:
         network = CAMNetwork(backbone, num_classes, head_channels, form, head_init, keep_classifier, postprocess)
-        super().__init__(network, training, evaluation)
-        self.fine_tuning = fine_tuning
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `CAMNetwork.parameter_groups`."""
-        return self.network.parameter_groups(self.fine_tuning)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
-        return self.network(image)  # type: ignore[no-any-return]
+        super().__init__(network, training, evaluation, fine_tuning)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Cross-entropy."""
         return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
-
-    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
-        return self.network.localize(image, classes)
-
-    def norms(self, image: Tensor) -> Tensor:
-        """See `WSOLModule.norms`."""
-        return self.network.norms(image)
-
-    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """See `CAMNetwork.inside`."""
-        return self.network.inside(image, classes)

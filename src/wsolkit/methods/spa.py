@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,10 @@ from torch import Tensor
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Training, WSOLModule
-from wsolkit.methods.cam import CAMNetwork, FineTuning, PostProcess
+from wsolkit.methods.base import Training
+from wsolkit.methods.cam import CAMModule, CAMNetwork, FineTuning, PostProcess
 from wsolkit.metrics.evaluation import Evaluation
-from wsolkit.types import Classes, Localization, TrainingBatch
+from wsolkit.types import TrainingBatch
 
 Spread = Literal["variance", "std"]
 
@@ -198,7 +198,7 @@ class SelfCorrelationGenerator:
         return self_correlation_map(cam, combined, self.object_threshold, self.background_threshold)
 
 
-class SPA(WSOLModule):
+class SPA(CAMModule):
     """SPA in training and evaluation.
 
     Args:
@@ -209,8 +209,6 @@ class SPA(WSOLModule):
         background_threshold, gap, spread: see `restricted_activation_loss`.
         fine_tuning: see `FineTuning`.
     """
-
-    network: CAMNetwork
 
     def __init__(
         self,
@@ -232,21 +230,12 @@ class SPA(WSOLModule):
         network = CAMNetwork(
             backbone, num_classes, head_channels, "maps_first", head_init, keep_classifier, postprocess
         )
-        super().__init__(network, training, evaluation)
+        super().__init__(network, training, evaluation, fine_tuning)
         self.start_epoch = start_epoch
         self.activation_weight = activation_weight
         self.background_threshold = background_threshold
         self.gap = gap
         self.spread: Spread = spread
-        self.fine_tuning = fine_tuning
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `CAMNetwork.parameter_groups`."""
-        return self.network.parameter_groups(self.fine_tuning)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
-        return self.network(image)  # type: ignore[no-any-return]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Cross-entropy `loss_cls` and, from `start_epoch` on, restricted activation `loss_activation`, unweighted."""
@@ -259,15 +248,3 @@ class SPA(WSOLModule):
         )
         total = losses["loss_cls"] + self.activation_weight * losses["loss_activation"]
         return {"loss": total, **losses}
-
-    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
-        return self.network.localize(image, classes)
-
-    def norms(self, image: Tensor) -> Tensor:
-        """See `WSOLModule.norms`."""
-        return self.network.norms(image)
-
-    def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """See `CAMNetwork.inside`."""
-        return self.network.inside(image, classes)
