@@ -183,6 +183,11 @@ def test_unknown_stages_are_named() -> None:
         build().maps(image(), ["layer5"])
 
 
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"timm's 'resnet18' does not take \{'depth': 3\}"):
+        build(options={"depth": 3})
+
+
 def test_statistics_of_the_input() -> None:
     assert normalization("inception_v3.tv_in1k", None, None) == ((0.5,) * 3, (0.5,) * 3)
     assert normalization("own", [0.1, 0.2, 0.3], [1, 2, 3]) == ((0.1, 0.2, 0.3), (1, 2, 3))
@@ -190,3 +195,5 @@ def test_statistics_of_the_input() -> None:
         normalization("resnet50", None, [1, 0, 1])
     with pytest.raises(ConfigError, match=r"backbone.mean=\[1\]: expected three numbers"):
         normalization("resnet50", [1], None)
+    with pytest.raises(ConfigError, match=r"backbone.mean=0.5: expected three numbers"):
+        normalization("resnet50", 0.5, None)  # type: ignore[arg-type]

@@ -16,12 +16,14 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
     """A model of timm's, with weights from its hub if `pretrained`.
 
     Raises:
-        ConfigError: timm has no such model. CheckpointError: the weights did not come.
+        ConfigError: timm has no such model, or none with these settings. CheckpointError: the weights did not come.
     """
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
     try:
         network: nn.Module = timm.create_model(model, pretrained=pretrained, **settings)
+    except TypeError as error:
+        raise ConfigError(f"backbone.options: timm's '{model}' does not take {dict(settings)} ({error})") from error
     except Exception as error:  # the hub's client has no common base class for what can go wrong
         if not pretrained:
             raise
@@ -71,9 +73,12 @@ def normalization(
         ConfigError: they are not three numbers each, or needed from timm, which has no such model.
     """
     for name, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
+        if values is None:
+            continue
+        numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
+        if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
             raise ConfigError(
-                f"backbone.{name}={list(values)}: expected three numbers, of red, green and blue"
+                f"backbone.{name}={values}: expected three numbers, of red, green and blue"
                 + (", above 0" if name == "std" else "")
             )
     if mean is not None and std is not None:
