@@ -16,23 +16,32 @@ import safetensors.torch
 import timm
 import torch
 
-MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+VIT, CNN = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "mobilenetv2_100.ra_in1k"
 
-CODE = """
+CODE = {
+    VIT: """
 from wsolkit import build_module, load_config
 module = build_module(load_config("method=ts_cam", "backbone=vit_tiny", "dataset.image_size=64", "dataset.resize=64"))
 network = module.network.backbone
 print(network.network.norm.bias[0].item(), network.classifier_bias[7].item(), tuple(network.network.pos_embed.shape))
-"""
+""",
+    CNN: """
+from wsolkit import build_module, load_config
+network = build_module(load_config("method=cam", "backbone=mobilenetv2")).network.backbone
+print(network.stages[-1][1].bias[0].item(), network.classifier.bias[7].item(), tuple(network.classifier.weight.shape))
+""",
+}
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
-    """Serve one file as the hub does; yields its address."""
+    """Serve two files as the hub does; yields its address."""
     torch.manual_seed(0)
-    state = timm.create_model(MODEL).state_dict()
-    state["norm.bias"][0], state["head.bias"][7] = 0.25, 0.5
-    content = safetensors.torch.save(state)
+    contents = {}
+    for model, norm, bias in ((VIT, "norm.bias", "head.bias"), (CNN, "bn2.bias", "classifier.bias")):
+        state = timm.create_model(model).state_dict()
+        state[norm][0], state[bias][7] = 0.25, 0.5
+        contents[f"/timm/{model}/resolve/main/model.safetensors"] = safetensors.torch.save(state)
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -42,13 +51,13 @@ def hub(tmp_path: Path) -> Iterator[str]:
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
-            found = self.path == f"/timm/{MODEL}/resolve/main/model.safetensors"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(len(content) if found else 0))
+            content = contents.get(self.path, b"")
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
             self.end_headers()
-            if found and body:
+            if body:
                 self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
@@ -60,19 +69,26 @@ def hub(tmp_path: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def load(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def load(model: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"} | environment
-    return subprocess.run([sys.executable, "-c", CODE], env=settings, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", CODE[model]], env=settings, capture_output=True, text=True, check=False
+    )
 
 
-def test_pretrained_weights_come_from_the_hub(hub: str, tmp_path: Path) -> None:
-    done = load(tmp_path, HF_ENDPOINT=hub)
+@pytest.mark.parametrize(
+    ("model", "printed"),
+    [(VIT, "0.25 0.5 (1, 17, 192)"), (CNN, "0.25 0.5 (1000, 1280)")],  # position embedding interpolated to 64 pixels
+)
+def test_pretrained_weights_come_from_the_hub(model: str, printed: str, hub: str, tmp_path: Path) -> None:
+    done = load(model, tmp_path, HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[-2] == "0.25 0.5 (1, 17, 192)"  # position embedding interpolated to 64 pixels
+    assert done.stdout.split("\n")[-2] == printed
 
 
-def test_unreachable_hub_is_named_with_what_to_do(tmp_path: Path) -> None:
-    done = load(tmp_path, HF_HUB_OFFLINE="1")
+@pytest.mark.parametrize("model", [VIT, CNN])
+def test_unreachable_hub_is_named_with_what_to_do(model: str, tmp_path: Path) -> None:
+    done = load(model, tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode != 0
-    assert f"the weights of '{MODEL}' did not come from timm's hub" in done.stderr
+    assert f"the weights of '{model}' did not come from timm's hub" in done.stderr
     assert "backbone.weights=FILE" in done.stderr
