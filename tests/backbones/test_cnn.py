@@ -23,8 +23,8 @@ MODEL = "resnet18"
 
 def build(model: str = MODEL, stride: int = 32, options: dict[str, Any] = SMALL, **changes: Any) -> CNN:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"batch_norm": "running", "pretrained": False, "weights": None, "options": options}
-    return CNN(model, stride, **settings | changes)
+    settings: dict[str, Any] = {"batch_norm": "running", "align": False, "pretrained": False, "weights": None}
+    return CNN(model, stride, options=options, **settings | changes)
 
 
 def image(side: int = 96) -> Tensor:
@@ -98,6 +98,61 @@ def test_inception_is_padded_as_in_spg() -> None:
     network = build("inception_v3", 8, {}).eval().double()
     with torch.no_grad():
         torch.testing.assert_close(network(image(224).double()), expected)
+
+
+def centre_of_sight(network: CNN, side: int) -> float:
+    """Where in its cell's middle a position in the middle of a map looks: with equal weights, the mean of the pixels."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    pixels = torch.full((1, 3, side, side), 1e-5, dtype=torch.double, requires_grad=True)  # small, for ReLU6
+    place = side // network.stride // 2
+    seen: Tensor
+    (seen,) = torch.autograd.grad(network.eval().double()(pixels)[0, :, place, place].sum(), pixels)
+    mean = (seen.sum(dim=(0, 1, 2)) * torch.arange(side)).sum() / seen.sum()
+    return mean.item() - (network.stride * place + (network.stride - 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "stride", "options", "offset"),
+    [
+        *[("resnet18", stride, SMALL, -(stride - 1) / 2) for stride in (8, 16, 32)],
+        ("vgg11", 16, {}, 0),
+        ("vgg11", 8, {}, 0),
+        ("mobilenetv2_100", 16, {}, -7.5),
+        ("mobilenetv2_100", 16, {"pad_type": "same"}, 7.5),
+        ("inception_v3", 8, {}, 2.5),
+        ("inception_v3", 16, {}, -1.5),
+    ],
+)
+def test_positions_look_beside_their_cells(
+    model: str, stride: int, options: dict[str, Any], offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The largest of equal values would be the first of them; their mean lies in the middle.
+    monkeypatch.setattr(F, "max_pool2d", lambda x, **settings: F.avg_pool2d(x, **settings))
+    monkeypatch.setattr(nn.MaxPool2d, "forward", average)
+    network = build(model, stride, options)
+    assert network.offset == offset
+    assert centre_of_sight(network, 512) == pytest.approx(offset, abs=0.01)
+
+
+def average(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+@pytest.mark.parametrize(("padding", "looks_at"), [("", 32), ("same", 47)])
+def test_align_moves_maps_to_where_positions_look(padding: str, looks_at: int) -> None:
+    """Of a 4×4 map of 64×64 pixels one position stands out, whose cell has its middle at 39.5."""
+    plain, aligned = (build("mobilenetv2_100", 16, {"pad_type": padding}, align=align) for align in (False, True))
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[0, 0, 2, 2] = 1
+    assert plain.place(maps) is maps
+    moved = F.interpolate(aligned.place(maps), scale_factor=8, mode="nearest")[0, 0]
+    pixels = torch.arange(64.0)
+    for sums in (moved.sum(dim=0), moved.sum(dim=1)):
+        assert (sums * pixels).sum() / sums.sum() == pytest.approx(looks_at)
 
 
 def test_stages_are_named() -> None:

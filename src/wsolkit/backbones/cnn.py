@@ -2,17 +2,22 @@
 
 Localization needs finer maps than classification. The papers take strides out of the last stages of a pretrained
 network, without dilation, and keep its weights.
+
+Where a position of a map lies. Maps are enlarged as if each position sat in the middle of its cell of s×s pixels, and
+mostly it does not: a 3×3 convolution that moves by two pixels and is padded by one on each side looks at pixels 0, 2,
+4, …, not at the middles of pairs. In a ResNet this adds up to (s − 1) / 2 pixels towards the top left, so that objects
+are found half a cell too far to the bottom right. The papers live with it; `align` moves the maps back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import Conv2dSame, freeze_batch_norm_2d
 from timm.models.efficientnet import EfficientNet
 from timm.models.inception_v3 import InceptionB, InceptionV3
 from timm.models.resnet import ResNet
@@ -51,6 +56,7 @@ class CNN(nn.Module):
         stride: pixels of the image for one of the last map. Strides are taken out from the last stage backwards.
         batch_norm: "running": BatchNorm normalises training batches by themselves and keeps running statistics;
             "frozen": statistics, scales and shifts stay as they were loaded.
+        align: whether `place` moves score maps to where their positions really lie in the image.
         pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
         weights: file of weights (safetensors or a state dict, in timm's names).
         options: further arguments of timm's model.
@@ -59,6 +65,7 @@ class CNN(nn.Module):
         classifier: of the weights, if they came with a linear one on the last map, or None.
         names: the stages.
         channels: of the last map.
+        offset: by how many pixels the positions of the last map lie right of and below the middle of their cells.
 
     Raises:
         ConfigError: timm has no such model, it is of none of these families, or cannot have the stride.
@@ -70,6 +77,7 @@ class CNN(nn.Module):
         model: str,
         stride: int,
         batch_norm: BatchNorm,
+        align: bool,
         pretrained: bool,
         weights: str | None,
         options: Mapping[str, Any],
@@ -92,6 +100,8 @@ class CNN(nn.Module):
             self.classifier = None  # not a classifier of the last map: other layers come before it
         _set_stride(stages, stride, model)
         self.names = tuple(stages)
+        self.stride, self.align = stride, align
+        self.offset = _offset(stages.values())
         self.stages = nn.Sequential(*stages.values())
         if batch_norm == "frozen":
             freeze_batch_norm_2d(self.stages)
@@ -113,6 +123,23 @@ class CNN(nn.Module):
             if place in wanted:
                 kept[place] = image
         return image, [kept[place] for place in wanted]
+
+    def place(self, maps: Tensor) -> Tensor:
+        """Score maps [B, K, h, w] as they are, or with `align` moved by `offset` and twice as fine, [B, K, 2h, 2w].
+
+        Twice as fine, since moving by less than a cell blurs.
+        """
+        if not self.align:
+            return maps
+        axes = []
+        for count in (2 * maps.shape[-2], 2 * maps.shape[-1]):
+            middles = (
+                torch.arange(count, device=maps.device) + 0.5
+            ) / count  # of the finer cells, the image from 0 to 1
+            axes.append(2 * (middles - 2 * self.offset / (self.stride * count)) - 1)
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        grid = torch.stack([x, y], dim=-1).expand(len(maps), -1, -1, -1)
+        return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     def split(self, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
         """The chain up to and including a stage, and what follows; they share their layers with the network."""
@@ -215,6 +242,24 @@ def _of(layer: nn.Module) -> int:
     if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return 1
     return layer.stride if isinstance(layer.stride, int) else int(layer.stride[0])
+
+
+def _offset(stages: Iterable[nn.Module]) -> float:
+    """By how many pixels the positions after some stages lie right of and below the middle of their cells."""
+    offset, reached = 0.0, 1
+    for stage in stages:
+        # Parallel branches move alike, so that one of them tells. (A ResNet-D's shortcuts do not, and do not count.)
+        main = stage.convolution if isinstance(stage, _PaddedInceptionB) else stage
+        for name, layer in main.named_modules():
+            if "downsample" in name or not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+                continue
+            kernel, stride = (v if isinstance(v, int) else int(v[0]) for v in (layer.kernel_size, layer.stride))
+            padding = layer.padding if isinstance(layer.padding, int) else int(layer.padding[0])
+            if isinstance(layer, Conv2dSame):
+                padding = max(kernel - stride, 0) // 2  # TensorFlow's, on sides that the stride divides
+            offset += reached * ((kernel - 1) / 2 - padding - (stride - 1) / 2)
+            reached *= stride
+    return offset
 
 
 def _without_stride(stage: nn.Module) -> nn.Module:

@@ -153,7 +153,7 @@ class CAMNetwork(nn.Module):
         feature = self.head(last)
         logits = self.logits(feature)
         maps = self.class_maps(feature, choose_classes(classes, logits))
-        return Localization(logits, maps if postprocess is None else postprocess(maps, stages))
+        return Localization(logits, self.backbone.place(maps if postprocess is None else postprocess(maps, stages)))
 
     @torch.no_grad()
     def norms(self, image: Tensor) -> Tensor:
