@@ -148,8 +148,8 @@ def test_align_moves_maps_to_where_positions_look(padding: str, looks_at: int) -
     plain, aligned = (build("mobilenetv2_100", 16, {"pad_type": padding}, align=align) for align in (False, True))
     maps = torch.zeros(1, 1, 4, 4)
     maps[0, 0, 2, 2] = 1
-    assert plain.place(maps) is maps
-    moved = F.interpolate(aligned.place(maps), scale_factor=8, mode="nearest")[0, 0]
+    assert plain.aligned(maps) is maps
+    moved = F.interpolate(aligned.aligned(maps), scale_factor=8, mode="nearest")[0, 0]
     pixels = torch.arange(64.0)
     for sums in (moved.sum(dim=0), moved.sum(dim=1)):
         assert (sums * pixels).sum() / sums.sum() == pytest.approx(looks_at)

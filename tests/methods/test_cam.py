@@ -239,3 +239,19 @@ def test_untrained_network_is_an_image_net_cam(shared: Any) -> None:
     values = module.evaluation.compute()
     assert values["top1_cls"] > 85
     assert values["maxboxacc/max_box_acc"] > values["maxboxacc/full_image/max_box_acc"] + 10
+
+
+@pytest.mark.parametrize("method", CNN_METHODS)
+def test_maps_can_be_aligned_with_the_image(method: str) -> None:
+    """All maps alike, twice as fine; the logits stay."""
+    plain, aligned = (build(method, "+postprocess=scg", f"backbone.align={align}").eval() for align in (False, True))
+    move, classes = network(aligned).backbone.aligned, torch.tensor([[0], [3]])
+    before, after = (module.localize(image(), classes) for module in (plain, aligned))
+    assert torch.equal(before.logits, after.logits)
+    assert after.maps.shape[-2:] == (16, 16)
+    assert torch.equal(after.maps, move(before.maps))
+    norms = plain.norms(image())
+    assert norms is not None
+    torch.testing.assert_close(aligned.norms(image()), move(norms[:, None])[:, 0])
+    for name, part in plain.inside(image(), classes[:, 0]).items():
+        torch.testing.assert_close(aligned.inside(image(), classes[:, 0])[name], move(part))

@@ -56,7 +56,7 @@ class CNN(nn.Module):
         stride: pixels of the image for one of the last map. Strides are taken out from the last stage backwards.
         batch_norm: "running": BatchNorm normalises training batches by themselves and keeps running statistics;
             "frozen": statistics, scales and shifts stay as they were loaded.
-        align: whether `place` moves score maps to where their positions really lie in the image.
+        align: whether `aligned` moves maps to where their positions really lie in the image.
         pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
         weights: file of weights (safetensors or a state dict, in timm's names).
         options: further arguments of timm's model.
@@ -124,8 +124,8 @@ class CNN(nn.Module):
                 kept[place] = image
         return image, [kept[place] for place in wanted]
 
-    def place(self, maps: Tensor) -> Tensor:
-        """Score maps [B, K, h, w] as they are, or with `align` moved by `offset` and twice as fine, [B, K, 2h, 2w].
+    def aligned(self, maps: Tensor) -> Tensor:
+        """Maps [B, K, h, w] as they are, or with `align` moved by `offset` and twice as fine, [B, K, 2h, 2w].
 
         Twice as fine, since moving by less than a cell blurs.
         """

@@ -153,12 +153,12 @@ class CAMNetwork(nn.Module):
         feature = self.head(last)
         logits = self.logits(feature)
         maps = self.class_maps(feature, choose_classes(classes, logits))
-        return Localization(logits, self.backbone.place(maps if postprocess is None else postprocess(maps, stages)))
+        return Localization(logits, self.backbone.aligned(maps if postprocess is None else postprocess(maps, stages)))
 
     @torch.no_grad()
     def norms(self, image: Tensor) -> Tensor:
         """See `WSOLModule.norms`."""
-        return feature_norm(self.features(image))
+        return self.backbone.aligned(feature_norm(self.features(image))[:, None])[:, 0]
 
     @torch.no_grad()
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
@@ -178,6 +178,7 @@ class CAMNetwork(nn.Module):
             "similarity": F.cosine_similarity(feature.float(), weight[:, :, None, None].float(), dim=1)[:, None],
             "CAM": self.class_maps(feature, chosen),
         }
+        maps = {name: self.backbone.aligned(part) for name, part in maps.items()}
         return maps if self.postprocess is None else maps | {"refined": self.localize(image, chosen).maps}
 
     def parameter_groups(self, settings: FineTuning) -> list[dict[str, Any]]:
