@@ -9,7 +9,7 @@ train: $(VENV)/installed
 	$(RUN) -m wsolkit.train $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
