@@ -276,7 +276,7 @@ def test_weights_with_code_are_refused(in_tmp: Path) -> None:
         load_weights("x.pth")
 
 
-def test_mask_of_another_size_is_named() -> None:
+def test_mask_of_another_shape_is_named() -> None:
     import numpy as np
 
     from wsolkit.data.dataset import WSOLDataset
@@ -285,13 +285,13 @@ def test_mask_of_another_size_is_named() -> None:
 
     class Wrong(ShapesRecords):
         def mask(self, index: int) -> Any:
-            return np.zeros((3, 3), np.uint8)
+            return np.zeros((3, 9), np.uint8)
 
         def boxes(self, index: int) -> Any:
             return np.zeros((0, 4), np.int64)
 
     dataset = WSOLDataset(Wrong("val", {"val": 1}, 64, 0), Transform(64, 64, False, (0.5,) * 3, (0.5,) * 3), 0)
-    with pytest.raises(DataError, match=r"mask of 'val/00000' is \(3, 3\), its image \(64, 64\)"):
+    with pytest.raises(DataError, match="mask of 'val/00000' is 9×3, its image 64×64: expected the same proportions"):
         dataset[0, 0]
 
 
