@@ -1,0 +1,65 @@
+"""Reading the files that data sets are described by; what is wrong with them is named by file and line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from wsolkit.errors import DataError
+
+# Looking for each file costs about ten microseconds on a local disk, far more on a network's.
+_MAX_FILES_TO_LOOK_FOR = 100_000
+
+
+def read_lines(path: Path, whose: str) -> Iterator[tuple[str, str]]:
+    """Lines of a text file as ("file:line", text), without those that are empty.
+
+    Args:
+        path: of the file.
+        whose: the data set that needs it.
+
+    Raises:
+        DataError: it is missing, or no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"'{path}' does not exist: {whose} needs it") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not a text file in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path}:{number}", line.strip()
+
+
+def numbers_of(where: str, texts: Sequence[str], count: int) -> list[float]:
+    """Numbers of a line.
+
+    Raises:
+        DataError: there are not `count` of them, or one is no number; `where` names file and line.
+    """
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise DataError(f"{where}: '{' '.join(texts)}' should be {count} numbers")
+    return numbers
+
+
+def check_images(root: Path, ids: Sequence[str], where: Sequence[str]) -> None:
+    """Check that the images of a list exist, unless there are so many that looking for them takes long.
+
+    Args:
+        root: folder that the ids are relative to.
+        ids: of the images.
+        where: "file:line" that names each of them.
+
+    Raises:
+        DataError: one does not exist.
+    """
+    if len(ids) <= _MAX_FILES_TO_LOOK_FOR:
+        for name, place in zip(ids, where, strict=True):
+            if not (root / name).is_file():
+                raise DataError(f"{place}: image '{root / name}' does not exist")

@@ -1,0 +1,47 @@
+"""From a benchmark's official files to trained, evaluated and reported: two steps of everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.layouts import write_cub
+from wsolkit import build_datamodule, load_config
+from wsolkit.train import train
+
+SMALL = (
+    *("backbone=vit_micro", "dataset.image_size=32", "dataset.resize=36", "dataset.batch_size=4"),
+    *("dataset.num_workers=0", "trainer=smoke", "trainer.enable_progress_bar=false", "logger=none"),
+)
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> list[str]:
+    root = write_cub(tmp_path / "CUB_200_2011")
+    return ["dataset=cub", f"dataset.root={root}", "dataset.num_classes=2", "dataset.expected=null", *SMALL]
+
+
+def test_cub_is_trained_and_evaluated(cub: list[str], in_tmp: Path) -> None:
+    cfg = load_config(*cub, "protocol=[maxboxacc,sat,spa]")
+    assert cfg.protocol.sat.threshold == 0.4
+    assert cfg.protocol.spa.far_corner_shift == -1
+    assert cfg.method.area_prior == 0.25  # the recipe sat_cub
+    results = train(cfg, in_tmp)
+    for name in ("maxboxacc", "sat", "spa"):
+        assert {f"{name}/{metric}" for metric in ("gt_known_loc", "top1_loc", "pxap", "peak_iou")} <= results.keys()
+    assert (in_tmp / "report.html").is_file()
+
+
+def test_batches_of_cub_have_boxes_and_masks(cub: list[str]) -> None:
+    datamodule = build_datamodule(load_config(*cub))
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    assert datamodule.held_out
+    held_out, test = next(iter(datamodule.val_dataloader())), next(iter(datamodule.test_dataloader()))
+    assert held_out["mask"] is None
+    assert held_out["boxes"][1].tolist() == [[0, 0, 39, 29]]
+    assert test["boxes"][1].tolist() == [[0, 0, 40, 30]]
+    assert test["mask"].shape == (6, 32, 32)
+    assert test["mask"].unique().tolist() == [0, 1]
+    assert bool((test["mask"][1] == 1).all())
