@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
 
+    from wsolkit.data.records import Records
     from wsolkit.metrics.evaluation import Outcome
 
 
@@ -41,7 +42,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule.setup("test")
     choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     module = build_module(cfg, datamodule.class_names)
-    monitor = cfg.monitor or f"{next(iter(module.evaluation.protocols))}/max_box_acc"
+    monitor = cfg.monitor or _monitor(datamodule.dataset("val").records, next(iter(module.evaluation.protocols)))
     if monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
 
@@ -83,6 +84,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
     return module.results
+
+
+def _monitor(records: Records, protocol: str) -> str:
+    """The metric by which checkpoints are chosen, of those that there is ground truth for."""
+    if len(records.boxes(0)):
+        return f"{protocol}/max_box_acc"
+    return "top1_cls" if records.mask(0) is None else f"{protocol}/pxap"
 
 
 def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:

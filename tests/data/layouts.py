@@ -94,3 +94,40 @@ def write_cub(root: Path, train: int = 3) -> Path:
         draw(root / "CUBV2" / name, found)
     write_lists(root / "metadata" / "val", held_out)
     return root
+
+
+OPENIMAGES_CLASSES = ("01226z", "0138tl")
+OPENIMAGES_BOXES: Sequence[Box] = ((4, 3, 19, 17), (24, 20, 31, 29))
+"""Of an image's two objects."""
+
+
+def write_openimages(root: Path) -> Path:
+    """OpenImages30k with two classes and two images of each in every split; masks are twice as large as images.
+
+    The first image of a class has two masks and a file of what to ignore, the left half of the image; the second has
+    one mask and no such file.
+    """
+    for split in ("train", "val", "test"):
+        ids, labels, localization = [], [], []
+        for label, name in enumerate(OPENIMAGES_CLASSES):
+            for place in range(2):
+                stem = f"{split}/{name}/32fdab44f6e415f{label}{place}"
+                boxes = OPENIMAGES_BOXES[: 2 - place]
+                draw(root / f"{stem}.jpg", boxes, KINDS[label * 2 + place], label * 2 + place)
+                ids.append(f"{stem}.jpg")
+                labels.append(f"{stem}.jpg,{label}")
+                if split == "train":
+                    continue
+                for number, box in enumerate(boxes):
+                    mask = f"{stem}_m{name}_7dab305{number}.png"
+                    mark(root / mask, [box], size=(2 * WIDTH, 2 * HEIGHT))
+                    ignore = "" if place or number else f"{stem}_ignore.png"
+                    localization.append(f"{stem}.jpg,{mask},{ignore}")
+                if not place:
+                    mark(root / f"{stem}_ignore.png", [(0, 0, 19, 29)], size=(2 * WIDTH, 2 * HEIGHT))
+        folder = root / "metadata" / split
+        write_lines(folder / "image_ids.txt", ids)
+        write_lines(folder / "class_labels.txt", labels)
+        if split != "train":
+            write_lines(folder / "localization.txt", localization)
+    return root

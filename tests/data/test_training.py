@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.layouts import write_cub
+from tests.data.layouts import write_cub, write_openimages
 from wsolkit import build_datamodule, load_config
 from wsolkit.train import train
 
@@ -45,3 +45,19 @@ def test_batches_of_cub_have_boxes_and_masks(cub: list[str]) -> None:
     assert test["mask"].shape == (6, 32, 32)
     assert test["mask"].unique().tolist() == [0, 1]
     assert bool((test["mask"][1] == 1).all())
+
+
+def test_openimages_is_trained_and_evaluated_by_masks(tmp_path: Path, in_tmp: Path) -> None:
+    root = write_openimages(tmp_path / "OpenImages")
+    cfg = load_config(
+        "dataset=openimages", f"dataset.root={root}", "dataset.num_classes=2", "dataset.expected=null", *SMALL
+    )
+    datamodule = build_datamodule(cfg)
+    datamodule.setup("test")
+    mask = next(iter(datamodule.test_dataloader()))["mask"]
+    assert mask[0].unique().tolist() == [0, 1, 255]
+    assert mask[1].unique().tolist() == [0, 1]
+    results = train(cfg, in_tmp)
+    assert {"top1_cls", "maxboxacc/pxap"} <= results.keys()
+    assert "maxboxacc/gt_known_loc" not in results
+    assert (in_tmp / "checkpoints" / "best.ckpt").is_file()
