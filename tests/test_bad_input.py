@@ -207,8 +207,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
+        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
+        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),
@@ -221,8 +221,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
 def test_broken_imagenet(imagenet: Path, break_it: Callable[[Path], None], message: str) -> None:
     break_it(imagenet)
     with pytest.raises(DataError, match=re.escape(message)):
-        for split in ("train", "val"):
-            imagenet_records(split, str(imagenet), BOX_FOLDERS, 2)
+        for split in ("train", "test"):
+            imagenet_records(split, str(imagenet), BOX_FOLDERS, str(imagenet / "metadata"), None, 2, None)
 
 
 def test_corrupt_image_is_named_when_it_is_reached(listed: Path, in_tmp: Path) -> None:

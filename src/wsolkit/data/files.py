@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
+from wsolkit.data.records import check_boxes
 from wsolkit.errors import DataError
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
 # Looking for each file costs about ten microseconds on a local disk, far more on a network's.
 _MAX_FILES_TO_LOOK_FOR = 100_000
@@ -46,6 +51,40 @@ def numbers_of(where: str, texts: Sequence[str], count: int) -> list[float]:
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise DataError(f"{where}: '{' '.join(texts)}' should be {count} numbers")
     return numbers
+
+
+def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
+    """Class of the first object, (width, height), and boxes x0, y0, x1, y1 of an XML file of ImageNet's.
+
+    Raises:
+        DataError: it is missing or broken, holds no object, or a box does not lie in the image.
+    """
+    try:
+        tree = ElementTree.parse(path)
+        size = [int(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
+        objects = tree.findall("object")
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        boxes = [[int(entry.findtext(f"bndbox/{corner}", "")) for corner in corners] for entry in objects]
+        names = [entry.findtext("name", "") for entry in objects]
+    except FileNotFoundError as error:
+        raise DataError(f"there are no boxes for image '{path.stem}': '{path}' does not exist") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"'{path}' is not an annotation in the official XML ({error})") from error
+    if not boxes:
+        raise DataError(f"'{path}' holds no object: every image that is evaluated has at least one box")
+    for box in boxes:
+        check_boxes(str(path), box, size)
+    return names[0], (size[0], size[1]), boxes
+
+
+def list_images(folder: Path) -> list[str]:
+    """Names of the image files in a folder, in alphabetical order."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in alphabetical order."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
 def check_images(root: Path, ids: Sequence[str], where: Sequence[str]) -> None:
