@@ -84,7 +84,7 @@ def test_imagenet_reads_the_official_layout(imagenet: Path, flat: bool) -> None:
         "ILSVRC2012_val_00000002.JPEG": (0, [[1, 2, 20, 24], [2, 2, 20, 24]]),
     }
     assert val.size(0) == (32, 24)
-    assert val.image(0).shape == (24, 32, 3)
+    assert val.image(0).shape == train.image(2).shape == (24, 32, 3)
 
 
 def test_imagenet_v2_is_held_out(imagenet: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.data.layouts import write_cub, write_openimages
+from tests.data.layouts import write_aircraft, write_cars, write_cub, write_dogs, write_openimages
 from wsolkit import build_datamodule, load_config
 from wsolkit.train import train
 
@@ -61,3 +62,24 @@ def test_openimages_is_trained_and_evaluated_by_masks(tmp_path: Path, in_tmp: Pa
     assert {"top1_cls", "maxboxacc/pxap"} <= results.keys()
     assert "maxboxacc/gt_known_loc" not in results
     assert (in_tmp / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "num_classes", "settings"),
+    [
+        ("dogs", write_dogs, 2, []),
+        ("cars", write_cars, 2, []),
+        ("aircraft", write_aircraft, 3, []),
+        ("aircraft", write_aircraft, 3, ["dataset.splits.train=trainval", "selection=test"]),
+    ],
+)
+def test_data_sets_of_dogs_cars_and_aircraft(
+    name: str, write: Callable[[Path], Path], num_classes: int, settings: list[str], tmp_path: Path, in_tmp: Path
+) -> None:
+    root = write(tmp_path / name)
+    small = [f"dataset.num_classes={num_classes}", "dataset.expected=null", *SMALL, *settings]
+    cfg = load_config(f"dataset={name}", f"dataset.root={root}", *small)
+    assert cfg.method.area_prior == 0.25  # the recipe sat_<data set>
+    results = train(cfg, in_tmp)
+    assert {"top1_cls", "maxboxacc/gt_known_loc", "maxboxacc/top1_loc"} <= results.keys()
+    assert build_datamodule(cfg).held_out == (name == "aircraft" and not settings)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from wsolkit.data.files import check_images, numbers_of, read_lines
+from wsolkit.data.files import check_images, numbers_of, read_by_id
 from wsolkit.data.listed import held_out_records
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import (
@@ -66,13 +66,13 @@ def cub_records(
         DataError: a file is missing, or a line of it is wrong; the message names both.
     """
     base = require_folder(root, "images/, images.txt, bounding_boxes.txt and the other files of CUB-200-2011")
-    class_lines = _by_id(base / "classes.txt")
+    class_lines = read_by_id(base / "classes.txt", _NAME)
     classes = [name for _, name in class_lines.values()]
     check_classes(len(classes), num_classes, base / "classes.txt")
     if split == "val":
         return held_out_records("CUBV2", Path(held_out_lists), Path(held_out_root), classes, expected)
 
-    images = _by_id(base / "images.txt")
+    images = read_by_id(base / "images.txt", _NAME)
     training = _column(base / "train_test_split.txt", images)
     numbers = [number for number in images if (training[number][1] == "1") == (split == "train")]
     check_count(split, len(numbers), expected, _NAME)
@@ -115,22 +115,9 @@ def _masks(base: Path, folder: str | None, threshold: int, ids: list[str]) -> Ma
     return MaskFiles(base / folder, [[name] for name in files], None, threshold)
 
 
-def _by_id(path: Path) -> dict[str, tuple[str, str]]:
-    """Lines of `id text` as id → ("file:line", text), in the file's order."""
-    found: dict[str, tuple[str, str]] = {}
-    for where, line in read_lines(path, _NAME):
-        number, _, text = line.partition(" ")
-        if not text.strip():
-            raise DataError(f"{where}: '{line}' should be an id and what belongs to it")
-        if number in found:
-            raise DataError(f"{where}: id {number} is listed twice, first in {found[number][0]}")
-        found[number] = where, text.strip()
-    return found
-
-
 def _column(path: Path, images: Mapping[str, object]) -> dict[str, tuple[str, str]]:
     """Lines of `id text`, of which each image has one."""
-    found = _by_id(path)
+    found = read_by_id(path, _NAME)
     for number in images:
         if number not in found:
             raise DataError(f"'{path}' has no line for image {number} of images.txt")

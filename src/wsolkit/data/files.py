@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from wsolkit.data.records import check_boxes
+from scipy.io import loadmat
+
 from wsolkit.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
@@ -38,6 +40,27 @@ def read_lines(path: Path, whose: str) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.strip()
 
 
+def read_by_id(path: Path, whose: str) -> dict[str, tuple[str, str]]:
+    """Lines of `id text` as id → ("file:line", text), in the file's order.
+
+    Args:
+        path: of the file.
+        whose: the data set that needs it.
+
+    Raises:
+        DataError: it is missing, a line holds no text, or an id is listed twice.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for where, line in read_lines(path, whose):
+        number, _, text = line.partition(" ")
+        if not text.strip():
+            raise DataError(f"{where}: '{line}' should be an id and what belongs to it")
+        if number in found:
+            raise DataError(f"{where}: id {number} is listed twice, first in {found[number][0]}")
+        found[number] = where, text.strip()
+    return found
+
+
 def numbers_of(where: str, texts: Sequence[str], count: int) -> list[float]:
     """Numbers of a line.
 
@@ -57,7 +80,7 @@ def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
     """Class of the first object, (width, height), and boxes x0, y0, x1, y1 of an XML file of ImageNet's.
 
     Raises:
-        DataError: it is missing or broken, holds no object, or a box does not lie in the image.
+        DataError: it is missing or broken, or holds no object.
     """
     try:
         tree = ElementTree.parse(path)
@@ -72,9 +95,32 @@ def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
         raise DataError(f"'{path}' is not an annotation in the official XML ({error})") from error
     if not boxes:
         raise DataError(f"'{path}' holds no object: every image that is evaluated has at least one box")
-    for box in boxes:
-        check_boxes(str(path), box, size)
     return names[0], (size[0], size[1]), boxes
+
+
+def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str, Any]:
+    """Variables of a MATLAB file; a struct array comes as one with fields, of which each is a column.
+
+    Args:
+        path: of the file, in a format before 7.3.
+        whose: the data set that needs it.
+        variables: what it must hold.
+
+    Raises:
+        DataError: it is missing or broken, or lacks a variable.
+    """
+    try:
+        with path.open("rb") as file:
+            content: dict[str, Any] = loadmat(file, squeeze_me=True)
+    except FileNotFoundError as error:
+        raise DataError(f"'{path}' does not exist: {whose} needs it") from error
+    except Exception as error:  # of a dozen kinds, depending on where the file is broken
+        raise DataError(f"'{path}' cannot be read as a MATLAB file ({error}): unpack it again") from error
+    for name in variables:
+        if name not in content:
+            held = ", ".join(key for key in content if not key.startswith("__"))
+            raise DataError(f"'{path}' holds no variable '{name}', but {held or 'nothing'}: it is another file")
+    return content
 
 
 def list_images(folder: Path) -> list[str]:

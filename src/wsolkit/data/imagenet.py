@@ -29,7 +29,7 @@ import numpy as np
 from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation
 from wsolkit.data.listed import held_out_records, read_lists
 from wsolkit.data.masks import MaskFiles
-from wsolkit.data.records import FileRecords, Split, check_count, file_records, require_folder
+from wsolkit.data.records import FileRecords, Split, check_boxes, check_count, file_records, require_folder
 from wsolkit.errors import DataError
 
 # The LID challenge has the masks of these two turned by a quarter, against the images as they are read.
@@ -106,6 +106,8 @@ def _validation_images(
         wnid, size, found = read_annotation(path)
         if wnid not in label_of:
             raise DataError(f"'{path}' names class '{wnid}', which has no folder in train/")
+        for box in found:
+            check_boxes(str(path), box, size)
         labels.append(label_of[wnid])
         sizes.append(size)
         boxes[name] = found

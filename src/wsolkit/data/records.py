@@ -209,7 +209,27 @@ def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
         )
 
 
-def check_count(split: Split, found: int, expected: Mapping[str, int] | None, what: str) -> None:
+def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | None) -> list[int]:
+    """Cut a box off at the edges of its image, as annotations by hand may reach past them.
+
+    Args:
+        where: names file and line.
+        box: x0, y0, x1, y1, both corners inside.
+        size: width and height of the image.
+        slack: by how many pixels it may reach past; None: by any number.
+
+    Raises:
+        DataError: it reaches farther, or nothing of it lies in the image.
+    """
+    (width, height), (x0, y0, x1, y1) = size, box
+    farthest = max(-x0, -y0, x1 + 1 - width, y1 + 1 - height)
+    clipped = [max(x0, 0), max(y0, 0), min(x1, width - 1), min(y1, height - 1)]
+    if (slack is not None and farthest > slack) or clipped[0] > clipped[2] or clipped[1] > clipped[3]:
+        raise DataError(f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels")
+    return clipped
+
+
+def check_count(split: str, found: int, expected: Mapping[str, int] | None, what: str) -> None:
     """Check how many images a split has.
 
     Args:
@@ -239,3 +259,8 @@ def check_classes(found: int, num_classes: int | None, where: Path) -> None:
             f"'{where}' names {found} classes, dataset.num_classes says {num_classes}: complete the copy, or set "
             f"dataset.num_classes={found}"
         )
+
+
+def no_held_out(name: str) -> DataError:
+    """The error of a data set without a split "val"."""
+    return DataError(f"{name} has no held-out split: set dataset.held_out=false, which chooses on the test split")
