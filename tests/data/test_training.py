@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.layouts import write_aircraft, write_cars, write_cub, write_dogs, write_openimages
+from tests.data.test_folder import coco, save, write_folder
 from wsolkit import build_datamodule, load_config
 from wsolkit.train import train
 
@@ -83,3 +84,21 @@ def test_data_sets_of_dogs_cars_and_aircraft(
     results = train(cfg, in_tmp)
     assert {"top1_cls", "maxboxacc/gt_known_loc", "maxboxacc/top1_loc"} <= results.keys()
     assert build_datamodule(cfg).held_out == (name == "aircraft" and not settings)
+
+
+def test_folders_are_trained_on_and_evaluated_by_what_there_is(tmp_path: Path, in_tmp: Path) -> None:
+    root = write_folder(tmp_path / "my images", "train", "val")
+    given = ["dataset=folder", f"dataset.root={root}", *SMALL]
+    results = train(load_config(*given), in_tmp / "labels")
+    assert "top1_cls" in results
+    assert not any("loc" in name or "pxap" in name for name in results)
+    assert (in_tmp / "labels" / "report.html").is_file()
+    save(root, coco(root, {"image_id": 7, "category_id": 1, "segmentation": [[4, 3, 21, 3, 21, 18]]}))
+    results = train(load_config(*given, "dataset.annotations=annotations/val.json"), in_tmp / "boxes")
+    assert {"top1_cls", "maxboxacc/max_box_acc", "maxboxacc/pxap"} <= results.keys()
+
+
+def test_folders_without_splits_are_trained_on(tmp_path: Path, in_tmp: Path) -> None:
+    root = write_folder(tmp_path / "my images", "", images=5)
+    results = train(load_config("dataset=folder", f"dataset.root={root}", "dataset.splits=null", *SMALL), in_tmp)
+    assert "top1_cls" in results
