@@ -1,7 +1,7 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
 A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png
-and examples/.
+and examples/; train_images.txt, where only a part of the training images was used.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, check_resumable
+    from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
 
@@ -67,6 +68,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
+        training = datamodule.dataset("train").records
+        if isinstance(training, Subset):
+            names = [training.name(index) for index in range(len(training.labels))]
+            (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
