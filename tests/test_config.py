@@ -66,14 +66,23 @@ def test_recipe_is_chosen_by_method_and_data_set() -> None:
     assert (cub.optimizer.lr, cub.dataset.batch_size, cub.trainer.max_epochs) == (5e-5, 128, 60)
 
 
-@pytest.mark.parametrize("recipe", [name for name in names("recipe") if not name.endswith("_listed")])
+@pytest.mark.parametrize("recipe", names("recipe"))
 def test_every_recipe_goes_with_its_method_and_data_set(recipe: str) -> None:
     """`method=sat dataset=cub` is all that sat_cub needs."""
     method, _, dataset = recipe.rpartition("_")
     root = [] if dataset == "shapes" else ["dataset.root=x"]
     given = [f"method={method}", f"dataset={dataset}", *root]
     assert load_config(*given) == load_config(*given, f"recipe={recipe}")
-    assert load_config(*given) != load_config(*given, "~recipe")
+
+
+def test_folders_have_the_settings_of_lists() -> None:
+    for method in names("method"):
+        folder, listed = (
+            load_config(f"method={method}", f"dataset={name}", "dataset.root=x") for name in ("folder", "listed")
+        )
+        for group in ("method", "optimizer", "schedule", "trainer"):
+            assert folder[group] == listed[group]
+        assert folder.dataset.batch_size == listed.dataset.batch_size
 
 
 def test_values_for_cub_go_with_it() -> None:
