@@ -33,6 +33,16 @@ def test_splits_labels_and_boxes(tmp_path: Path, together: bool) -> None:
     assert image[y0 : y1 + 1, x0 : x1 + 1].mean() > image.mean() + 60
 
 
+def test_images_decide_which_layout_it_is(tmp_path: Path) -> None:
+    """Copies go round with the annotations of both."""
+    write_cars(tmp_path)
+    (tmp_path / "cars_annos.mat").write_bytes(b"not read")
+    assert len(cars_records("train", str(tmp_path), 2, EXPECTED).labels) == 4
+    (tmp_path / "car_ims").mkdir()
+    with pytest.raises(DataError, match=r"cars_annos.mat' cannot be read as a MATLAB file"):
+        cars_records("train", str(tmp_path), 2, EXPECTED)
+
+
 def test_labels_of_the_test_may_lie_beside_the_others(tmp_path: Path) -> None:
     root = write_cars(tmp_path)
     file = root / "cars_test_annos_withlabels.mat"

@@ -291,6 +291,15 @@ def put(key: str, field: str, value: object) -> Callable[[dict[str, Any]], None]
         (lambda content: content.pop("annotations"), "it has no list 'annotations'"),
         (lambda content: content["images"][0].pop("width"), "val.json: entry 0 of 'images' has no 'width'"),
         (put("images", "width", -4), "image 'val/grey cat/gre 0.jpg' is -4×30: expected numbers of pixels"),
+        (
+            put("images", "width", 10**30),
+            "gre 0.jpg' is 1000000000000000000000000000000×30: expected numbers of pixels",
+        ),
+        (
+            put("images", "file_name", "gre 1.JPEG"),
+            "'gre 1.JPEG' and 'val/grey cat/gre 1.JPEG' are both of 'val/grey cat",
+        ),
+        (put("annotations", "bbox", [1, 2, 10**400, 4]), "annotation 0: [1, 2, 1000"),
         (put("images", "width", 30), "gre 0.jpg' is 40×30 pixels, '"),
         (put("images", "file_name", "x.jpg"), "has no box or mask for 1 of 6 images, such as 'val/grey cat/gre 0.jpg'"),
         (put("annotations", "image_id", 3), "annotation 0 is of image 3, which is not among the images"),

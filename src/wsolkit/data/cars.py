@@ -6,7 +6,7 @@
     ROOT/devkit/cars_train_annos.mat          classes and boxes
     ROOT/cars_test_annos_withlabels.mat       the same of the test images, a download of its own; or in devkit/
 
-or, if there is a `cars_annos.mat`, the one that puts all images into one folder:
+or, if there is a folder `car_ims`, the layout that has all images in it:
 
     ROOT/car_ims/*.jpg
     ROOT/cars_annos.mat                       names of the classes; classes and boxes; which images are for the test
@@ -60,7 +60,7 @@ def cars_records(split: Split, root: str, num_classes: int | None, expected: Map
         raise no_held_out(_NAME)
     base = require_folder(root, "cars_train/, cars_test/ and devkit/, or car_ims/ and cars_annos.mat of Stanford Cars")
     together = base / "cars_annos.mat"
-    if together.is_file():
+    if (base / "car_ims").is_dir():
         path, names_in, folder, file = together, together, base, "relative_im_path"
     else:
         path = base / "devkit" / "cars_train_annos.mat" if split == "train" else _test_annotations(base)

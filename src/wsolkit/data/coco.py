@@ -14,7 +14,6 @@ Where a category has the name of a class, an image's annotations are those of it
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,6 +29,8 @@ from wsolkit.types import Mask
 
 _SLACK = 1
 """Pixels by which annotations may reach past the image: rounding."""
+_MAX_SIDE = 100_000
+_MAX_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,21 @@ def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Seque
     by_class = not set(classes).isdisjoint(categories.values())
     place_of = _places(ids, folder)
     images: dict[Any, tuple[int, int, int]] = {}  # id → place, width, height
+    listed: dict[int, str] = {}  # place → file_name
     known = set()
     for image in _list(path, content, "images", ("id", "file_name", "width", "height")):
         known.add(image["id"])
         place = place_of.get(PurePosixPath(str(image["file_name"])).as_posix())
         if place is not None:
             width, height = image["width"], image["height"]
-            if not all(isinstance(side, int) and side > 0 for side in (width, height)):
+            if not all(isinstance(side, int) and 0 < side <= _MAX_SIDE for side in (width, height)):
                 raise DataError(f"{path}: image '{image['file_name']}' is {width}×{height}: expected numbers of pixels")
+            if place in listed:
+                raise DataError(
+                    f"{path}: '{listed[place]}' and '{image['file_name']}' are both of '{ids[place]}': list each image "
+                    "once, by its path relative to dataset.root where names alone are ambiguous"
+                )
+            listed[place] = str(image["file_name"])
             images[image["id"]] = (place, width, height)
 
     needed = ("image_id", "category_id") if categories else ("image_id",)
@@ -170,7 +178,7 @@ def _example(content: Mapping[str, Any]) -> str:
 
 def _numbers(where: str, values: Any, count: int | None) -> list[float]:
     numbers = values if isinstance(values, list) else []
-    if not numbers or not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+    if not numbers or not all(isinstance(value, int | float) and abs(value) < _MAX_NUMBER for value in numbers):
         numbers = []
     if not numbers or count not in (None, len(numbers)):
         raise DataError(f"{where}: {_short(values)} should be {count or 'a list of'} numbers")
