@@ -87,7 +87,9 @@ def write_imagenet(root: Path) -> Path:
         (root / "train" / wnid).mkdir(parents=True)
         for number in range(3):
             pixels = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(root / "train" / wnid / f"{wnid}_{number}.JPEG")
+            # As in the real one, a PNG goes by the name of a JPEG.
+            kind = "PNG" if number == 2 else "JPEG"
+            PIL.Image.fromarray(pixels).save(root / "train" / wnid / f"{wnid}_{number}.JPEG", kind)
     (root / "val").mkdir()
     boxes = root / "Annotations" / "CLS-LOC" / "val"
     boxes.mkdir(parents=True)

@@ -66,7 +66,7 @@ def test_commands_say_it_in_one_message(name: str, arguments: list[str], message
     [
         (
             ["dataset=imagnet"],
-            "there is no dataset 'imagnet' (did you mean 'imagenet'?); choose from: imagenet, listed",
+            "there is no dataset 'imagnet' (did you mean 'imagenet'?); choose from: ",
         ),
         (["backbone=deit"], "there is no backbone 'deit'"),
         (["trainer=tpu"], "there is no trainer 'tpu' (did you mean 'gpu'?); choose from: auto, cpu, ddp, gpu"),
@@ -207,8 +207,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png): the split is empty"),
+        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
+        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),
@@ -221,8 +221,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
 def test_broken_imagenet(imagenet: Path, break_it: Callable[[Path], None], message: str) -> None:
     break_it(imagenet)
     with pytest.raises(DataError, match=re.escape(message)):
-        for split in ("train", "val"):
-            imagenet_records(split, str(imagenet), BOX_FOLDERS, 2)
+        for split in ("train", "test"):
+            imagenet_records(split, str(imagenet), BOX_FOLDERS, str(imagenet / "metadata"), None, 2, None)
 
 
 def test_corrupt_image_is_named_when_it_is_reached(listed: Path, in_tmp: Path) -> None:
@@ -276,7 +276,7 @@ def test_weights_with_code_are_refused(in_tmp: Path) -> None:
         load_weights("x.pth")
 
 
-def test_mask_of_another_size_is_named() -> None:
+def test_mask_of_another_shape_is_named() -> None:
     import numpy as np
 
     from wsolkit.data.dataset import WSOLDataset
@@ -285,13 +285,13 @@ def test_mask_of_another_size_is_named() -> None:
 
     class Wrong(ShapesRecords):
         def mask(self, index: int) -> Any:
-            return np.zeros((3, 3), np.uint8)
+            return np.zeros((3, 9), np.uint8)
 
         def boxes(self, index: int) -> Any:
             return np.zeros((0, 4), np.int64)
 
     dataset = WSOLDataset(Wrong("val", {"val": 1}, 64, 0), Transform(64, 64, False, (0.5,) * 3, (0.5,) * 3), 0)
-    with pytest.raises(DataError, match=r"mask of 'val/00000' is \(3, 3\), its image \(64, 64\)"):
+    with pytest.raises(DataError, match="mask of 'val/00000' is 9×3, its image 64×64: expected the same proportions"):
         dataset[0, 0]
 
 

@@ -415,6 +415,8 @@ def test_imagenet_trains_from_its_official_layout(tmp_path: Path) -> None:
             "dataset=imagenet",
             f"dataset.root={root}",
             "dataset.num_classes=2",
+            "dataset.expected=null",
+            "dataset.held_out=false",
             "dataset.batch_size=4",
             "dataset.num_workers=0",
         ),

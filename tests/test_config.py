@@ -66,6 +66,34 @@ def test_recipe_is_chosen_by_method_and_data_set() -> None:
     assert (cub.optimizer.lr, cub.dataset.batch_size, cub.trainer.max_epochs) == (5e-5, 128, 60)
 
 
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_every_recipe_goes_with_its_method_and_data_set(recipe: str) -> None:
+    """`method=sat dataset=cub` is all that sat_cub needs."""
+    method, _, dataset = recipe.rpartition("_")
+    root = [] if dataset == "shapes" else ["dataset.root=x"]
+    given = [f"method={method}", f"dataset={dataset}", *root]
+    assert load_config(*given) == load_config(*given, f"recipe={recipe}")
+
+
+def test_folders_have_the_settings_of_lists() -> None:
+    for method in names("method"):
+        folder, listed = (
+            load_config(f"method={method}", f"dataset={name}", "dataset.root=x") for name in ("folder", "listed")
+        )
+        for group in ("method", "optimizer", "schedule", "trainer"):
+            assert folder[group] == listed[group]
+        assert folder.dataset.batch_size == listed.dataset.batch_size
+
+
+def test_values_for_cub_go_with_it() -> None:
+    cub = load_config("method=sat", "dataset=cub", "dataset.root=x", "protocol=[sat,ts_cam,spa]")
+    assert (cub.method.area_prior, cub.optimizer.lr, cub.dataset.batch_size) == (0.25, 1e-4, 256)
+    assert (cub.protocol.sat.threshold, cub.protocol.ts_cam.threshold) == (0.4, 0.1)
+    assert (cub.protocol.spa.far_corner_shift, list(cub.protocol.spa.threshold_range)) == (-1, [0.1, 0.35])
+    scg = load_config("method=spa", "dataset=cub", "dataset.root=x").postprocess
+    assert (scg.first_order_threshold, scg.high_order_threshold, scg.high_order_weight) == (0.1, 0.5, 2.0)
+
+
 def test_recipes_of_convolutional_networks_have_the_papers_values() -> None:
     def lists(name: str) -> list[str]:
         return [f"method={name.rpartition('_')[0]}", "dataset=listed", "dataset.root=x", f"recipe={name}"]

@@ -80,15 +80,15 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
 
     Args:
         cfg: settings as from `load_config`.
-        class_names: names of the classes by label; None: as many unnamed ones as `dataset.num_classes`, or as the
-            data set has.
+        class_names: names of the classes by label; None: as many unnamed ones as `dataset.num_classes`, or those of
+            the data set, or of its part that `dataset.classes` keeps.
 
     Raises:
         ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
     """
     check_config(cfg)
     if class_names is None:
-        known = cfg.dataset.num_classes
+        known = None if cfg.dataset.classes else cfg.dataset.num_classes
         class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
     training = Training(
         optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),

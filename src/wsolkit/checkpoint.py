@@ -99,15 +99,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_resumable(path: str, cfg: DictConfig) -> None:
-    """Check that a checkpoint continues a run of these settings' method, backbone and data set.
+    """Check that a checkpoint continues a run of these settings' method, backbone and part of the same data set.
 
     Raises:
         CheckpointError: it does not, or cannot be read.
     """
-    for group, name in read_checkpoint(path).names().items():
+    checkpoint = read_checkpoint(path)
+    for group, name in checkpoint.names().items():
         own = _name(cfg, group)
         if own != name:
             raise CheckpointError(f"resume={path} is of a run with {group}={name}, these settings say {own}")
+    for key in ("classes", "fraction", "shots"):
+        saved, given = checkpoint.config["dataset"].get(key), cfg.dataset[key]
+        if saved != given:
+            raise CheckpointError(f"resume={path} is of a run with dataset.{key}={saved}, these settings say {given}")
 
 
 def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:

@@ -65,6 +65,11 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
             f"'{checkpoint.path}' was trained on {known} classes, but the test split has labels up to {labels.max()}: "
             "evaluate it on a data set with the classes it was trained on"
         )
+    if cfg.dataset.classes and list(datamodule.dataset("test").records.classes) != checkpoint.class_names:
+        raise ConfigError(
+            f"dataset.classes={cfg.dataset.classes} numbers the classes otherwise than '{checkpoint.path}', which was "
+            f"trained on {known}: evaluate it on those it was trained on, by leaving dataset.classes out"
+        )
     module = build_module(cfg, checkpoint.class_names)
     try:
         module.load_state_dict(checkpoint.state_dict)

@@ -1,7 +1,7 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
 A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png
-and examples/.
+and examples/; train_images.txt, where only a part of the training images was used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
 
+    from wsolkit.data.records import Records
     from wsolkit.metrics.evaluation import Outcome
 
 
@@ -28,6 +29,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, check_resumable
+    from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
 
@@ -41,7 +43,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule.setup("test")
     choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     module = build_module(cfg, datamodule.class_names)
-    monitor = cfg.monitor or f"{next(iter(module.evaluation.protocols))}/max_box_acc"
+    monitor = cfg.monitor or _monitor(datamodule.dataset("val").records, next(iter(module.evaluation.protocols)))
     if monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
 
@@ -66,6 +68,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
+        training = datamodule.dataset("train").records
+        if isinstance(training, Subset):
+            names = [training.name(index) for index in range(len(training.labels))]
+            (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
@@ -83,6 +89,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
     return module.results
+
+
+def _monitor(records: Records, protocol: str) -> str:
+    """The metric by which checkpoints are chosen, of those that there is ground truth for."""
+    if len(records.boxes(0)):
+        return f"{protocol}/max_box_acc"
+    return "top1_cls" if records.mask(0) is None else f"{protocol}/pxap"
 
 
 def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import PIL.Image
 import pytest
 
 from tests.conftest import write_listed
+from tests.data.layouts import mark, write_imagenet_v2, write_lists
 from wsolkit.data.imagenet import imagenet_records
 from wsolkit.data.listed import listed_records
-from wsolkit.data.records import read_image
+from wsolkit.data.records import FileRecords, Split, read_image
 from wsolkit.errors import DataError
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
@@ -61,6 +63,11 @@ def test_real_images_are_read(shared: Path) -> None:
     assert records.image(0).shape == (224, 224, 3)
 
 
+def read_imagenet(root: Path, split: Split, masks: str | None = None) -> FileRecords:
+    expected = {"train": 6, "val": 4, "test": 2}
+    return imagenet_records(split, str(root), BOX_FOLDERS, str(root / "metadata"), masks, 2, expected)
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_imagenet_reads_the_official_layout(imagenet: Path, flat: bool) -> None:
     if not flat:
@@ -68,8 +75,7 @@ def test_imagenet_reads_the_official_layout(imagenet: Path, flat: bool) -> None:
             (imagenet / "val" / wnid).mkdir()
             name = f"ILSVRC2012_val_{number:08d}.JPEG"
             (imagenet / "val" / name).rename(imagenet / "val" / wnid / name)
-    train = imagenet_records("train", str(imagenet), BOX_FOLDERS, 2)
-    val = imagenet_records("val", str(imagenet), BOX_FOLDERS, 2)
+    train, val = (read_imagenet(imagenet, split) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert train.classes == ["n01440764", "n02102040"]
     found = {Path(val.name(i)).name: (int(val.labels[i]), val.boxes(i).tolist()) for i in range(2)}
@@ -78,7 +84,54 @@ def test_imagenet_reads_the_official_layout(imagenet: Path, flat: bool) -> None:
         "ILSVRC2012_val_00000002.JPEG": (0, [[1, 2, 20, 24], [2, 2, 20, 24]]),
     }
     assert val.size(0) == (32, 24)
-    assert val.image(0).shape == (24, 32, 3)
+    assert val.image(0).shape == train.image(2).shape == (24, 32, 3)
+
+
+def test_imagenet_v2_is_held_out(imagenet: Path) -> None:
+    with pytest.raises(DataError, match=r"chosen on ImageNetV2, whose lists .* selection=test"):
+        read_imagenet(imagenet, "val")
+    write_imagenet_v2(imagenet)
+    val = read_imagenet(imagenet, "val")
+    assert val.labels.tolist() == [0, 0, 1, 1]
+    assert val.name(2) == "val2/1/a31041fd31109279f69ba5827fe508eee00abd710.jpeg"
+    assert val.boxes(0).tolist() == [[4, 3, 20, 17], [0, 0, 39, 29]]
+    assert val.image(3).shape == (30, 40, 3)
+
+
+def test_imagenet_boxes_may_come_as_lists(imagenet: Path) -> None:
+    by_xml = read_imagenet(imagenet, "test")
+    shutil.rmtree(imagenet / "Annotations")
+    with pytest.raises(DataError, match=r"no box annotations .* or put the WSOL benchmark's lists into '.*/test'"):
+        read_imagenet(imagenet, "test")
+    images = {by_xml.name(i): (int(by_xml.labels[i]), by_xml.boxes(i).tolist()) for i in range(2)}
+    write_lists(imagenet / "metadata" / "test", images)
+    by_lists = read_imagenet(imagenet, "test")
+    assert by_lists.labels.tolist() == by_xml.labels.tolist() == [1, 0]
+    assert by_lists.box_table.tolist() == by_xml.box_table.tolist()
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_imagenet_masks_are_of_some_of_the_images(imagenet: Path, lists: bool) -> None:
+    if lists:
+        shutil.rmtree(imagenet / "Annotations")
+        names = {f"val/ILSVRC2012_val_{number:08d}.JPEG": (0, [(1, 2, 20, 24)]) for number in (1, 2)}
+        write_lists(imagenet / "metadata" / "test", names)
+    with pytest.raises(DataError, match=r"dataset.masks: there is no folder '.*/masks'"):
+        read_imagenet(imagenet, "test", "masks")
+    mark(imagenet / "masks" / "other.png", [(0, 0, 3, 3)])
+    with pytest.raises(DataError, match=r"holds no mask of an image in val/: .* such as ILSVRC2012_val_00000001.png"):
+        read_imagenet(imagenet, "test", "masks")
+    mark(imagenet / "masks" / "ILSVRC2012_val_00000002.png", [(0, 0, 3, 3)])
+    records = read_imagenet(imagenet, "test", "masks")
+    assert records.mask(0) is None
+    assert records.mask(1).sum() == 16  # type: ignore[union-attr]
+
+
+def test_incomplete_imagenet_is_named(imagenet: Path) -> None:
+    published = {"train": 1281167, "val": 10000, "test": 50000}
+    message = "the train split of ILSVRC 2012 has 6 images here, 1281167 as published"
+    with pytest.raises(DataError, match=message):
+        imagenet_records("train", str(imagenet), BOX_FOLDERS, "none", None, 2, published)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])

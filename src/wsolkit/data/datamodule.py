@@ -19,6 +19,7 @@ from wsolkit.data.dataset import (
     training_batch,
 )
 from wsolkit.data.records import Records, Split
+from wsolkit.data.subset import choose
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import ConfigError, DataError
 
@@ -35,6 +36,7 @@ class WSOLDataModule(LightningDataModule):
         batch_size: images of one optimizer step, over all devices and accumulated batches.
         eval_batch_size: images of one evaluation batch on one device.
         num_workers: loader processes per device; "auto": as many as there are cores for, up to 8.
+        classes, fraction, shots, subset_seed: which part of the data set there is, see `choose`.
         held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
@@ -49,6 +51,10 @@ class WSOLDataModule(LightningDataModule):
         batch_size: int,
         eval_batch_size: int,
         num_workers: int | Literal["auto"],
+        classes: Sequence[str | int] | None,
+        fraction: float | None,
+        shots: int | None,
+        subset_seed: int,
         held_out: bool,
         mean: Sequence[float],
         std: Sequence[float],
@@ -72,6 +78,7 @@ class WSOLDataModule(LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self._read = records
+        self.classes, self.fraction, self.shots, self.subset_seed = classes, fraction, shots, subset_seed
         self.uncropped = uncropped
         self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
@@ -85,7 +92,7 @@ class WSOLDataModule(LightningDataModule):
         """Samples of a split; read once.
 
         Raises:
-            DataError: see the data set's file of records; or the split is empty.
+            ConfigError, DataError: see the data set's file of records, and `choose`; or the split is empty.
         """
         if split == "val" and not self.held_out:
             return self.dataset("test")
@@ -97,7 +104,8 @@ class WSOLDataModule(LightningDataModule):
             uncropped = None
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
-            dataset = WSOLDataset(self._read(split), transform, self.seed, uncropped)
+            records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed)
+            dataset = WSOLDataset(records, transform, self.seed, uncropped)
             if len(dataset) == 0:
                 raise DataError(f"the {split} split is empty")
             self._datasets[split] = dataset

@@ -14,7 +14,7 @@ from wsolkit.data.records import Records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
 from wsolkit.seeding import derive_seed
-from wsolkit.types import Boxes, EvaluationBatch, Mask, TrainingBatch
+from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
 
 
 class Sample(TypedDict):
@@ -59,8 +59,8 @@ class WSOLDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         image, mask = self.records.image(index), self.records.mask(index)
-        if mask is not None and mask.shape != image.shape[:2]:
-            raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {image.shape[:2]}")
+        if mask is not None:
+            _check_shape(self.records.name(index), mask, image)
         boxes = self.records.boxes(index)
         transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index))
         second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0)
@@ -75,6 +75,13 @@ class WSOLDataset(Dataset[Sample]):
             "uncropped": None if second is None else second.image,
             "uncropped_mask": None if second is None else second.mask,
         }
+
+
+def _check_shape(name: str, mask: Mask, image: Image) -> None:
+    (height, width), (h, w) = image.shape[:2], mask.shape
+    # Equal proportions, as far as sides in whole pixels can have them.
+    if abs(h * width - w * height) > h + w + height + width:
+        raise DataError(f"mask of '{name}' is {w}×{h}, its image {width}×{height}: expected the same proportions")
 
 
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
@@ -100,9 +107,12 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
 
 
 def _stack_masks(masks: Sequence[Mask | None]) -> Tensor | None:
-    """Stack the masks of a batch; None unless every image has one."""
-    present = [torch.from_numpy(mask) for mask in masks if mask is not None]
-    return torch.stack(present) if len(present) == len(masks) else None
+    """Stack the masks of a batch, 255 (ignored) everywhere in that of an image without one; None if none has one."""
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return None
+    nothing = np.full_like(present[0], 255)
+    return torch.from_numpy(np.stack([nothing if mask is None else mask for mask in masks]))
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):

@@ -10,16 +10,14 @@ Labels count from 0. `ROOT/classes.txt` (name,label) names the classes, if it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from wsolkit.data.records import FileRecords, Split, check_boxes, file_records, require_folder
+from wsolkit.data.files import check_images, read_lines
+from wsolkit.data.records import FileRecords, Split, check_boxes, check_count, file_records, require_folder
 from wsolkit.errors import DataError
-
-# Looking for each file costs about ten microseconds on a local disk, far more on a network's.
-_MAX_FILES_TO_LOOK_FOR = 100_000
 
 
 def listed_records(split: Split, root: str, splits: Mapping[str, str], num_classes: int | None) -> FileRecords:
@@ -37,13 +35,50 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
     base = require_folder(root, "metadata/<split>/image_ids.txt and the images")
     folder = base / "metadata" / splits[split]
     classes = _class_names(base, splits["train"], num_classes)
-    ids = [fields[0] for _, fields in _read(folder / "image_ids.txt", 1)]
-    if not ids:
-        raise DataError(f"'{folder / 'image_ids.txt'}' is empty: the {split} split has no images")
-    _check_ids(base, folder / "image_ids.txt", ids)
-    labels = _labels(folder / "class_labels.txt", ids, len(classes))
+    return read_lists(split, folder, base, classes)
+
+
+def held_out_records(
+    name: str, lists: Path, root: Path, classes: Sequence[str], expected: Mapping[str, int] | None
+) -> FileRecords:
+    """Read the split "val" that the WSOL benchmark (Choe et al., CVPR 2020) publishes for another data set.
+
+    Args:
+        name: of the held-out images.
+        lists: folder of their four text files.
+        root: folder that the images' paths are relative to.
+        classes: names by label.
+        expected: published number of images, see `check_count`.
+
+    Raises:
+        DataError: a file is missing, or a line of it is wrong; or there are more or fewer images.
+    """
+    if not lists.is_dir():
+        raise DataError(
+            f"there is no folder '{lists}': thresholds and checkpoints are chosen on {name}, whose lists the WSOL "
+            "benchmark publishes as metadata/<data set>/val. Put them there, or choose on the test split itself with "
+            "selection=test"
+        )
+    records = read_lists("val", lists, root, classes)
+    check_count("val", len(records.labels), expected, name)
+    return records
+
+
+def read_lists(split: Split, folder: Path, root: Path, classes: Sequence[str]) -> FileRecords:
+    """Read the four text files of a split.
+
+    Args:
+        split: which; for "train", two files are enough.
+        folder: of the files.
+        root: folder that the images' paths are relative to.
+        classes: names by label.
+
+    Raises:
+        DataError: a file is missing, or a line of it is wrong; the message names both.
+    """
+    ids, labels = read_labels(folder, root, len(classes))
     if split == "train":
-        return file_records(base, ids, labels, classes, {}, None)
+        return file_records(root, ids, labels, classes, {}, None)
     known = set(ids)
     sizes = {name: size for _, name, size in _integers(folder / "image_sizes.txt", 2, known)}
     boxes: dict[str, list[list[int]]] = {}
@@ -58,7 +93,27 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
             f"'{folder / 'localization.txt'}' has no box for {len(without)} of {len(ids)} images, such as "
             f"'{without[0]}': every image that is evaluated needs one"
         )
-    return file_records(base, ids, labels, classes, boxes, np.array([sizes[name] for name in ids], np.int64))
+    return file_records(root, ids, labels, classes, boxes, np.array([sizes[name] for name in ids], np.int64))
+
+
+def read_labels(folder: Path, root: Path, num_classes: int) -> tuple[list[str], list[int]]:
+    """Paths and labels of the images that `image_ids.txt` and `class_labels.txt` list.
+
+    Raises:
+        DataError: a file is missing, or a line of it is wrong; or an image does not exist.
+    """
+    path = folder / "image_ids.txt"
+    seen: dict[str, str] = {}
+    for where, (name,) in read_fields(path, 1):
+        if name in seen:
+            line = seen[name].rpartition(":")[2]
+            raise DataError(f"{where}: '{name}' is listed twice, first in line {line}")
+        seen[name] = where
+    if not seen:
+        raise DataError(f"'{path}' is empty: the {folder.name} split has no images")
+    ids = list(seen)
+    check_images(root, ids, list(seen.values()))
+    return ids, _labels(folder / "class_labels.txt", ids, num_classes)
 
 
 def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
@@ -89,21 +144,9 @@ def _labels(path: Path, ids: list[str], num_classes: int) -> list[int]:
     return [labels[name] for name in ids]
 
 
-def _check_ids(base: Path, path: Path, ids: list[str]) -> None:
-    seen: dict[str, int] = {}
-    for line, name in enumerate(ids, start=1):
-        if name in seen:
-            raise DataError(f"{path}:{line}: '{name}' is listed twice, first in line {seen[name]}")
-        seen[name] = line
-    if len(ids) <= _MAX_FILES_TO_LOOK_FOR:
-        for line, name in enumerate(ids, start=1):
-            if not (base / name).is_file():
-                raise DataError(f"{path}:{line}: image '{base / name}' does not exist")
-
-
 def _integers(path: Path, count: int, known: set[str] | None) -> Iterator[tuple[str, str, list[int]]]:
     """Lines of `path,int,…` as ("file:line", name, integers); the name may contain commas."""
-    for where, fields in _read(path, count + 1):
+    for where, fields in read_fields(path, count + 1):
         name, numbers = fields[0], fields[1:]
         if known is not None and name not in known:
             raise DataError(f"{where}: '{name}' is not in image_ids.txt")
@@ -113,17 +156,14 @@ def _integers(path: Path, count: int, known: set[str] | None) -> Iterator[tuple[
             raise DataError(f"{where}: '{','.join(numbers)}' should be {count} whole numbers") from error
 
 
-def _read(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"'{path}' does not exist: a listed data set needs it") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not a text file in UTF-8 ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fields = line.strip().rsplit(",", count - 1)
+def read_fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
+    """Lines of `name,field,…` as ("file:line", fields); the name may contain commas.
+
+    Raises:
+        DataError: the file is missing, or a line has fewer than `count` fields.
+    """
+    for where, line in read_lines(path, "a listed data set"):
+        fields = line.rsplit(",", count - 1)
         if len(fields) != count:
-            raise DataError(f"{path}:{number}: '{line}' has {len(fields)} fields separated by commas, expected {count}")
-        yield f"{path}:{number}", fields
+            raise DataError(f"{where}: '{line}' has {len(fields)} fields separated by commas, expected {count}")
+        yield where, fields

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -41,7 +42,26 @@ class Records(Protocol):
         """Width and height of the image that the boxes are of, where it is not the image as read."""
 
     def mask(self, index: int) -> Mask | None:
-        """Ground-truth mask [H, W] of the image: 0, 1, 255 to ignore; None where there is none."""
+        """Ground-truth mask [h, w]: 0, 1, 255 to ignore; of the image's shape, perhaps smaller; None: there is none."""
+
+
+class Names:
+    """Strings in one block of memory.
+
+    A list takes a hundred bytes for each of a million names, and every loader process would copy it bit by bit.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [name.encode() for name in names]
+        self._block = np.frombuffer(b"".join(encoded), np.uint8)
+        self._starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._starts[index : index + 2]
+        return self._block[start:end].tobytes().decode()
 
 
 @dataclass(frozen=True)
@@ -56,15 +76,17 @@ class FileRecords:
         sizes: width and height [n, 2] that the boxes refer to, or None: those of the files.
         box_table: all boxes [m, 4], image after image.
         box_starts: where each image's boxes start in `box_table` [n + 1].
+        masks: reads the mask of an image; None: the split has none.
     """
 
     root: Path
-    ids: Sequence[str]
+    ids: Names
     labels: npt.NDArray[np.int64]
     classes: Sequence[str]
     sizes: npt.NDArray[np.int64] | None
     box_table: Boxes
     box_starts: npt.NDArray[np.int64]
+    masks: Callable[[int], Mask | None] | None
 
     def name(self, index: int) -> str:
         """The image's id."""
@@ -89,9 +111,9 @@ class FileRecords:
         width, height = self.sizes[index].tolist()
         return width, height
 
-    def mask(self, index: int) -> None:
-        """These data sets have no masks."""
-        return None
+    def mask(self, index: int) -> Mask | None:
+        """See `Records.mask`."""
+        return None if self.masks is None else self.masks(index)
 
 
 def file_records(
@@ -101,13 +123,14 @@ def file_records(
     classes: Sequence[str],
     boxes: Mapping[str, list[list[int]]],
     sizes: npt.NDArray[np.int64] | None,
+    masks: Callable[[int], Mask | None] | None = None,
 ) -> FileRecords:
-    """Lay out images and their boxes by id in columns."""
+    """Lay out images and their boxes by id in columns; see `FileRecords`."""
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return FileRecords(root, ids, np.asarray(labels, np.int64), classes, sizes, table, starts)
+    return FileRecords(root, Names(ids), np.asarray(labels, np.int64), classes, sizes, table, starts, masks)
 
 
 def read_image(path: Path) -> Image:
@@ -116,13 +139,46 @@ def read_image(path: Path) -> Image:
     Raises:
         DataError: the file is missing, or cannot be decoded.
     """
+    return _decode(path, "RGB", "image")
+
+
+def read_grey(path: Path) -> npt.NDArray[np.uint8]:
+    """Decode an image file as grey levels [H, W], as masks are stored.
+
+    Raises:
+        DataError: the file is missing, or cannot be decoded.
+    """
+    return _decode(path, "L", "mask")
+
+
+def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Width and height [n, 2] of images, from the heads of their files.
+
+    Raises:
+        DataError: a file is missing, or is no image.
+    """
+    return np.array([_size(root / name) for name in ids], np.int64).reshape(-1, 2)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with _opened(path, "image") as image:
+        return image.size
+
+
+def _decode(path: Path, mode: str, what: str) -> npt.NDArray[np.uint8]:
+    with _opened(path, what) as image:
+        return np.asarray(image.convert(mode))
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
     try:
         with PIL.Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except FileNotFoundError as error:
-        raise DataError(f"image '{path}' does not exist, but the data set's lists name it") from error
+        raise DataError(f"{what} '{path}' does not exist, but the data set's lists name it") from error
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"image '{path}' cannot be decoded ({error}): replace it or take it off the list") from error
+        raise DataError(f"{what} '{path}' cannot be decoded ({error}): replace it or take it off the list") from error
 
 
 def require_folder(root: str, what: str) -> Path:
@@ -151,3 +207,60 @@ def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
             f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels; "
             f"expected 0 ≤ x0 ≤ x1 ≤ {width} and 0 ≤ y0 ≤ y1 ≤ {height}"
         )
+
+
+def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | None) -> list[int]:
+    """Cut a box off at the edges of its image, as annotations by hand may reach past them.
+
+    Args:
+        where: names file and line.
+        box: x0, y0, x1, y1, both corners inside.
+        size: width and height of the image.
+        slack: by how many pixels it may reach past; None: by any number.
+
+    Raises:
+        DataError: it reaches farther, or nothing of it lies in the image.
+    """
+    (width, height), (x0, y0, x1, y1) = size, box
+    farthest = max(-x0, -y0, x1 + 1 - width, y1 + 1 - height)
+    clipped = [max(x0, 0), max(y0, 0), min(x1, width - 1), min(y1, height - 1)]
+    if (slack is not None and farthest > slack) or clipped[0] > clipped[2] or clipped[1] > clipped[3]:
+        raise DataError(f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels")
+    return clipped
+
+
+def check_count(split: str, found: int, expected: Mapping[str, int] | None, what: str) -> None:
+    """Check how many images a split has.
+
+    Args:
+        split: which.
+        found: its number of images.
+        expected: the published numbers by split; splits that are left out may have any; None: nothing is checked.
+        what: name of the data set.
+
+    Raises:
+        DataError: the numbers differ.
+    """
+    if expected is not None and found != expected.get(split, found):
+        raise DataError(
+            f"the {split} split of {what} has {found} images here, {expected[split]} as published: complete the copy, "
+            "or set dataset.expected=null to work with what there is"
+        )
+
+
+def check_classes(found: int, num_classes: int | None, where: Path) -> None:
+    """Check how many classes a file or folder names; `num_classes` None: any number.
+
+    Raises:
+        DataError: the numbers differ.
+    """
+    if num_classes is not None and found != num_classes:
+        raise DataError(
+            f"'{where}' names {found} classes, dataset.num_classes says {num_classes}: complete the copy, or set "
+            f"dataset.num_classes={found}"
+        )
+
+
+def no_held_out(name: str) -> DataError:
+    """The error of a data set without a split "val"."""
+    return DataError(f"{name} has no held-out split: set dataset.held_out=false, which chooses on the test split")

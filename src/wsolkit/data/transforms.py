@@ -62,7 +62,8 @@ class Transform:
         steps += [A.HorizontalFlip(p=0.5)] if train else []
         # Boxes shrunk below a pixel, or cropped away, are dropped.
         box_params = A.BboxParams(format="pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1)
-        self._compose = A.Compose(steps, bbox_params=box_params)
+        # Masks may come in another size than their image: the first step resizes both, each from its own pixels.
+        self._compose = A.Compose(steps, bbox_params=box_params, is_check_shapes=False)
         self._scale = np.float32(1 / (255 * np.asarray(std, np.float32)))
         self._shift = np.float32(-np.asarray(mean, np.float32) / np.asarray(std, np.float32))
 
@@ -72,7 +73,7 @@ class Transform:
         Args:
             image: [H, W, 3].
             boxes: [n, 4] in its pixels, both corners inside.
-            mask: [H, W] or None.
+            mask: [h, w] of the same proportions, or None.
             seed: of the random choices.
         """
         self._compose.set_random_seed(seed)

@@ -1,0 +1,110 @@
+"""FGVC-Aircraft (Maji et al., 2013), release 2013b, in its official layout.
+
+    ROOT/data/images/*.jpg                                          10,000 images of 100 variants
+    ROOT/data/variants.txt                                          their names
+    ROOT/data/images_variant_{train,val,trainval,test}.txt          id variant; 3,334, 3,333, 6,667 and 3,333 images
+    ROOT/data/images_box.txt                                        id xmin ymin xmax ymax
+
+ROOT may also be the folder `data` itself. Which list is which split is a setting. Papers train on `trainval` and choose
+thresholds on the test images; here `val` is held out, unless told otherwise.
+
+Coordinates are counted from 1, both corners inside, as the data set's README says; here from 0. Some are 0 even so, and
+boxes may reach into the banner: they are cut off at the image's edges.
+
+At the bottom of each image is a banner of 20 pixels with a copyright notice, which the README asks to remove: it is cut
+off the images, whose size that of boxes refers to. SAT's released code leaves it (`banner` 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from wsolkit.data.files import check_images, numbers_of, read_by_id, read_lines
+from wsolkit.data.records import (
+    FileRecords,
+    Split,
+    check_classes,
+    check_count,
+    clip_box,
+    file_records,
+    read_sizes,
+    require_folder,
+)
+from wsolkit.errors import ConfigError, DataError
+from wsolkit.types import Image
+
+_NAME = "FGVC-Aircraft"
+
+
+@dataclass(frozen=True)
+class AircraftRecords(FileRecords):
+    """Images whose last rows, `banner` of them, are left out."""
+
+    banner: int
+
+    def image(self, index: int) -> Image:
+        """See `FileRecords.image`."""
+        image = super().image(index)
+        return image[: len(image) - self.banner]
+
+
+def aircraft_records(
+    split: Split,
+    root: str,
+    splits: Mapping[str, str],
+    banner: int,
+    num_classes: int | None,
+    expected: Mapping[str, int] | None,
+) -> AircraftRecords:
+    """Read one split.
+
+    Args:
+        split: which.
+        root: folder of the data set.
+        splits: for each split, which of the lists it is.
+        banner: height of what is cut off the images' bottoms, in pixels.
+        num_classes: expected number of classes.
+        expected: expected numbers of images by list, see `check_count`.
+
+    Raises:
+        ConfigError: the held-out images are among the training images. DataError: a file is missing, or a line of it
+            is wrong; the message names both.
+    """
+    if split == "val" and splits["train"] == "trainval":
+        raise ConfigError(
+            f"dataset.splits.train=trainval: the images of '{splits['val']}' cannot be held out, since the network "
+            "sees them in training. Choose on the test split with selection=test, as the papers do"
+        )
+    if banner < 0:
+        raise ConfigError(f"dataset.banner={banner}: expected 0 or more pixels")
+    base = require_folder(root, "data/images/, data/variants.txt and the other files of FGVC-Aircraft")
+    base = base / "data" if (base / "data").is_dir() else base
+    label_of = {name: label for label, (_, name) in enumerate(read_lines(base / "variants.txt", _NAME))}
+    check_classes(len(label_of), num_classes, base / "variants.txt")
+    path = base / f"images_variant_{splits[split]}.txt"
+    images = read_by_id(path, _NAME)
+    check_count(splits[split], len(images), expected, _NAME)
+    for where, name in images.values():
+        if name not in label_of:
+            raise DataError(f"{where}: there is no variant '{name}' in variants.txt")
+    ids, labels = [f"{number}.jpg" for number in images], [label_of[name] for _, name in images.values()]
+    check_images(base / "images", ids, [where for where, _ in images.values()])
+    classes = list(label_of)
+    if split == "train":
+        records = file_records(base / "images", ids, labels, classes, {}, None)
+        return AircraftRecords(**vars(records), banner=banner)
+
+    lines = read_by_id(base / "images_box.txt", _NAME)
+    sizes = read_sizes(base / "images", ids)
+    boxes = {}
+    for number, (width, height) in zip(images, sizes.tolist(), strict=True):
+        if number not in lines:
+            raise DataError(f"'{base / 'images_box.txt'}' has no line for image {number} of {path.name}")
+        where, text = lines[number]
+        box = [int(corner) - 1 for corner in numbers_of(where, text.split(), 4)]
+        boxes[f"{number}.jpg"] = [clip_box(where, box, (width, height - banner), banner + 1)]
+    records = file_records(base / "images", ids, labels, classes, boxes, sizes - np.array([0, banner]))
+    return AircraftRecords(**vars(records), banner=banner)

@@ -1,0 +1,124 @@
+"""CUB-200-2011 (Wah et al., 2011) in its official layout, with CUBV2 (Choe et al., CVPR 2020) as held-out split.
+
+    ROOT/images/<class>/*.jpg         11,788 images of 200 classes
+    ROOT/images.txt                   id path
+    ROOT/train_test_split.txt         id is_training_image           5,994 for training, 5,794 for the test
+    ROOT/image_class_labels.txt       id class_id                    counted from 1
+    ROOT/classes.txt                  class_id class_name
+    ROOT/bounding_boxes.txt           id x y width height
+    ROOT/segmentations/<class>/*.png  masks, a download of their own; the folder is a setting
+    ROOT/CUBV2/<class>/*.jpg          1,000 held-out images; the folder is a setting
+    ROOT/metadata/val/*.txt           their lists: metadata/CUB/val of the WSOL benchmark's repository; a setting too
+
+A box is x, y, x + width, y + height, decimals cut off, as in the benchmark's lists: its far corner lies past the last
+pixel. The protocol that counts otherwise, SPA's, shifts it (`far_corner_shift`).
+
+A mask's grey levels say how many annotators marked a pixel. Code that evaluates masks on CUB (CALM, DA-WSOL; BAS, by
+SAT's authors) takes every level above 0 for the object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from wsolkit.data.files import check_images, numbers_of, read_by_id
+from wsolkit.data.listed import held_out_records
+from wsolkit.data.masks import MaskFiles
+from wsolkit.data.records import (
+    FileRecords,
+    Split,
+    check_boxes,
+    check_classes,
+    check_count,
+    file_records,
+    read_sizes,
+    require_folder,
+)
+from wsolkit.errors import DataError
+
+_NAME = "CUB-200-2011"
+
+
+def cub_records(
+    split: Split,
+    root: str,
+    masks: str | None,
+    mask_threshold: int,
+    held_out_root: str,
+    held_out_lists: str,
+    num_classes: int | None,
+    expected: Mapping[str, int] | None,
+) -> FileRecords:
+    """Read one split; "val" is CUBV2.
+
+    Args:
+        split: which.
+        root: folder of the data set.
+        masks: folder of the masks, relative to `root`; None: boxes alone are evaluated.
+        mask_threshold: grey level above which a pixel belongs to the object.
+        held_out_root: folder of CUBV2's images.
+        held_out_lists: folder of CUBV2's lists.
+        num_classes: expected number of classes.
+        expected: expected numbers of images, see `check_count`.
+
+    Raises:
+        DataError: a file is missing, or a line of it is wrong; the message names both.
+    """
+    base = require_folder(root, "images/, images.txt, bounding_boxes.txt and the other files of CUB-200-2011")
+    class_lines = read_by_id(base / "classes.txt", _NAME)
+    classes = [name for _, name in class_lines.values()]
+    check_classes(len(classes), num_classes, base / "classes.txt")
+    if split == "val":
+        return held_out_records("CUBV2", Path(held_out_lists), Path(held_out_root), classes, expected)
+
+    images = read_by_id(base / "images.txt", _NAME)
+    training = _column(base / "train_test_split.txt", images)
+    numbers = [number for number in images if (training[number][1] == "1") == (split == "train")]
+    check_count(split, len(numbers), expected, _NAME)
+    ids = [images[number][1] for number in numbers]
+    check_images(base / "images", ids, [images[number][0] for number in numbers])
+    label_of = {number: label for label, number in enumerate(class_lines)}
+    labels = []
+    given = _column(base / "image_class_labels.txt", images)
+    for where, class_id in (given[number] for number in numbers):
+        if class_id not in label_of:
+            raise DataError(f"{where}: there is no class {class_id} in classes.txt")
+        labels.append(label_of[class_id])
+    if split == "train":
+        return file_records(base / "images", ids, labels, classes, {}, None)
+
+    sizes = read_sizes(base / "images", ids)
+    lines = _column(base / "bounding_boxes.txt", images)
+    boxes = {}
+    for number, name, size in zip(numbers, ids, sizes.tolist(), strict=True):
+        where, text = lines[number]
+        x, y, width, height = numbers_of(where, text.split(), 4)
+        box = [int(x), int(y), int(x + width), int(y + height)]
+        check_boxes(where, box, size)
+        boxes[name] = [box]
+    return file_records(base / "images", ids, labels, classes, boxes, sizes, _masks(base, masks, mask_threshold, ids))
+
+
+def _masks(base: Path, folder: str | None, threshold: int, ids: list[str]) -> MaskFiles | None:
+    if folder is None:
+        return None
+    if not (base / folder).is_dir():
+        raise DataError(
+            f"there is no folder '{base / folder}' with the masks of {_NAME}: unpack segmentations.tgz there, or set "
+            "dataset.masks=null to evaluate boxes alone"
+        )
+    files = [str(Path(name).with_suffix(".png")) for name in ids]
+    for name in files:
+        if not (base / folder / name).is_file():
+            raise DataError(f"mask '{base / folder / name}' does not exist: every test image of {_NAME} has one")
+    return MaskFiles(base / folder, [[name] for name in files], None, threshold)
+
+
+def _column(path: Path, images: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """Lines of `id text`, of which each image has one."""
+    found = read_by_id(path, _NAME)
+    for number in images:
+        if number not in found:
+            raise DataError(f"'{path}' has no line for image {number} of images.txt")
+    return found

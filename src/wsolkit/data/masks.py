@@ -1,0 +1,55 @@
+"""Masks in image files: read when they are needed, and merged into one mask an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from wsolkit.data.records import read_grey
+from wsolkit.types import Mask
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """Masks of a split in image files; several of one image are merged.
+
+    Args:
+        root: folder that the paths are relative to.
+        objects: for each image, the files in which its objects are marked; none: the image has no mask.
+        ignored: for each image, the file in which regions to ignore are marked, "" for none; an object goes before.
+        threshold: a pixel is marked where its grey level, from 0 to 255, is above this.
+    """
+
+    root: Path
+    objects: Sequence[Sequence[str]]
+    ignored: Sequence[str] | None
+    threshold: int
+
+    def __call__(self, index: int) -> Mask | None:
+        """Read the mask of an image [h, w]: 0, 1, 255 to ignore.
+
+        Raises:
+            DataError: a file is missing, or cannot be decoded.
+        """
+        marked = [self._marked(name) for name in self.objects[index]]
+        if not marked:
+            return None
+        height, width = marked[0].shape
+        mask: Mask = np.stack([_at_size(part, width, height) for part in marked]).max(axis=0)
+        if self.ignored is not None and self.ignored[index]:
+            ignored = _at_size(self._marked(self.ignored[index]), width, height)
+            mask[(ignored == 1) & (mask == 0)] = 255
+        return mask
+
+    def _marked(self, name: str) -> Mask:
+        return (read_grey(self.root / name) > self.threshold).astype(np.uint8)
+
+
+def _at_size(mask: Mask, width: int, height: int) -> Mask:
+    if mask.shape == (height, width):
+        return mask
+    return np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)

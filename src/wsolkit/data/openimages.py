@@ -1,0 +1,64 @@
+"""OpenImages30k (Choe et al., CVPR 2020; from Open Images V5) as the WSOL benchmark publishes it.
+
+    ROOT/{train,val,test}/<class>/*.jpg       29,819 + 2,500 + 5,000 images of 100 classes
+    ROOT/{val,test}/<class>/*.png             their masks, beside them
+    ROOT/metadata/<split>/image_ids.txt       metadata/OpenImages of the benchmark's repository: path of an image
+                          class_labels.txt    path,label
+                          localization.txt    path,mask,ignore; a line for each mask, "ignore" in one line at most
+
+Classes are named by their Open Images codes, which are the folders' names. There are no boxes: localization is measured
+by masks alone. All masks of an image make its object; what the ignore file marks beside it does not count, and an image
+may have no such file. Masks may come in another size than their image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from wsolkit.data.listed import read_fields, read_labels
+from wsolkit.data.masks import MaskFiles
+from wsolkit.data.records import FileRecords, Split, check_count, file_records, require_folder
+from wsolkit.errors import DataError
+
+
+def openimages_records(split: Split, root: str, num_classes: int, expected: Mapping[str, int] | None) -> FileRecords:
+    """Read one split.
+
+    Args:
+        split: which.
+        root: folder of the data set.
+        num_classes: labels are below this.
+        expected: expected numbers of images, see `check_count`.
+
+    Raises:
+        DataError: a file is missing, or a line of it is wrong; the message names both.
+    """
+    base = require_folder(root, "metadata/<split>/image_ids.txt and the images of OpenImages30k")
+    ids, labels = read_labels(base / "metadata" / split, base, num_classes)
+    check_count(split, len(ids), expected, "OpenImages30k")
+    classes = [str(label) for label in range(num_classes)]
+    for name, label in zip(ids, labels, strict=True):
+        classes[label] = PurePosixPath(name).parent.name
+    masks = None if split == "train" else _masks(base, base / "metadata" / split / "localization.txt", ids)
+    return file_records(base, ids, labels, classes, {}, None, masks)
+
+
+def _masks(base: Path, path: Path, ids: list[str]) -> MaskFiles:
+    objects: dict[str, list[str]] = {name: [] for name in ids}
+    ignored = dict.fromkeys(ids, "")
+    for where, (name, mask, ignore) in read_fields(path, 3):
+        if name not in objects:
+            raise DataError(f"{where}: '{name}' is not in image_ids.txt")
+        for file in (mask, ignore) if ignore else (mask,):
+            if not (base / file).is_file():
+                raise DataError(f"{where}: mask '{base / file}' does not exist")
+        objects[name].append(mask)
+        ignored[name] = ignored[name] or ignore
+    without = [name for name in ids if not objects[name]]
+    if without:
+        raise DataError(
+            f"'{path}' has no mask for {len(without)} of {len(ids)} images, such as '{without[0]}': every image "
+            "that is evaluated needs one"
+        )
+    return MaskFiles(base, list(objects.values()), list(ignored.values()), 0)
