@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
@@ -23,14 +24,14 @@ class Sample(TypedDict):
     uncropped, uncropped_mask: the same after the second transform, where there is one.
     """
 
-    image: Tensor
+    image: Pixels
     label: int
     index: int
     boxes: Boxes
     mask: Mask | None
     original_boxes: Boxes
     size: tuple[int, int]
-    uncropped: Tensor | None
+    uncropped: Pixels | None
     uncropped_mask: Mask | None
 
 
@@ -80,7 +81,7 @@ class WSOLDataset(Dataset[Sample]):
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
     """Collate what losses need."""
     return {
-        "image": torch.stack([sample["image"] for sample in samples]),
+        "image": normalised_batch([sample["image"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
 
@@ -94,7 +95,7 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
         "size": torch.tensor([sample["size"] for sample in samples]),
         "mask": _stack_masks([sample["mask"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
-        "uncropped": torch.stack(uncropped) if uncropped else None,
+        "uncropped": normalised_batch(uncropped) if uncropped else None,
         "uncropped_mask": _stack_masks([sample["uncropped_mask"] for sample in samples]),
     }
 

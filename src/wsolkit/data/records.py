@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Image, Mask
@@ -118,11 +120,21 @@ def read_image(path: Path) -> Image:
     """
     try:
         with PIL.Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            pixels = _decode_jpeg(path) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+            return np.asarray(image.convert("RGB")) if pixels is None else pixels
     except FileNotFoundError as error:
         raise DataError(f"image '{path}' does not exist, but the data set's lists name it") from error
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise DataError(f"image '{path}' cannot be decoded ({error}): replace it or take it off the list") from error
+
+
+def _decode_jpeg(path: Path) -> Image | None:
+    """Decode a JPEG by the decoder that PIL uses too, without PIL's copies of the image; None if it is damaged."""
+    try:
+        pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), mode=ImageReadMode.RGB)
+    except RuntimeError:  # PIL decides what to make of it
+        return None
+    return np.asarray(pixels.permute(1, 2, 0))  # [3, H, W] → [H, W, 3], as it lies in memory
 
 
 def require_folder(root: str, what: str) -> Path:
