@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from wsolkit.cores import available_cores
+from wsolkit.data.cache import ImageCache
 from wsolkit.data.dataset import (
     EachOnce,
     GlobalBatches,
@@ -18,7 +20,7 @@ from wsolkit.data.dataset import (
     one_thread,
     training_batch,
 )
-from wsolkit.data.records import Records, Split
+from wsolkit.data.records import FileRecords, Records, Split
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import ConfigError, DataError
 
@@ -38,6 +40,8 @@ class WSOLDataModule(LightningDataModule):
         held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
+        cache: folder for a file of the training images at `resize`, made as they are read; None: they are decoded anew
+            in each epoch. Evaluation always decodes.
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
     """
 
@@ -53,6 +57,7 @@ class WSOLDataModule(LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        cache: str | None,
         uncropped: bool,
     ) -> None:
         super().__init__()
@@ -72,6 +77,7 @@ class WSOLDataModule(LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self._read = records
+        self.cache = cache
         self.uncropped = uncropped
         self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
@@ -97,11 +103,20 @@ class WSOLDataModule(LightningDataModule):
             uncropped = None
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
-            dataset = WSOLDataset(self._read(split), transform, self.seed, uncropped)
+            records = self._read(split)
+            cache = self._open_cache(records) if train and self.cache is not None else None
+            dataset = WSOLDataset(records, transform, self.seed, uncropped, cache)
             if len(dataset) == 0:
                 raise DataError(f"the {split} split is empty")
             self._datasets[split] = dataset
         return self._datasets[split]
+
+    def _open_cache(self, records: Records) -> ImageCache:
+        if not isinstance(records, FileRecords):
+            raise ConfigError(
+                f"dataset.cache={self.cache}: this data set's images are in memory already: leave it null"
+            )
+        return ImageCache(Path(str(self.cache)), records, self.resize)
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: read what the stage needs, so that errors come before the first step."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wsolkit.data.cache import ImageCache
 from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
 from wsolkit.seeding import derive_seed
-from wsolkit.types import Boxes, EvaluationBatch, Mask, TrainingBatch
+from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
 
 
 class Sample(TypedDict):
@@ -46,25 +47,34 @@ class WSOLDataset(Dataset[Sample]):
         transform: from an image as read to what the network takes.
         seed: of the augmentations.
         uncropped: a second transform of the same image.
+        cache: the images at a size that loses nothing for the transforms.
     """
 
-    def __init__(self, records: Records, transform: Transform, seed: int, uncropped: Transform | None = None) -> None:
+    def __init__(
+        self,
+        records: Records,
+        transform: Transform,
+        seed: int,
+        uncropped: Transform | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
         self.uncropped = uncropped
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.records.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, mask = self.records.image(index), self.records.mask(index)
-        if mask is not None and mask.shape != image.shape[:2]:
-            raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {image.shape[:2]}")
-        boxes = self.records.boxes(index)
-        transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index))
-        second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0)
+        image, (width, height) = self._image(index)
+        boxes, mask = self.records.boxes(index), self.records.mask(index)
+        if mask is not None and mask.shape != (height, width):
+            raise DataError(f"mask of '{self.records.name(index)}' is {mask.shape}, its image {(height, width)}")
+        transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index), (width, height))
+        second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0, (width, height))
         return {
             "image": transformed.image,
             "label": int(self.records.labels[index]),
@@ -72,10 +82,17 @@ class WSOLDataset(Dataset[Sample]):
             "boxes": transformed.boxes,
             "mask": transformed.mask,
             "original_boxes": boxes,
-            "size": self.records.size(index) or (image.shape[1], image.shape[0]),
+            "size": self.records.size(index) or (width, height),
             "uncropped": None if second is None else second.image,
             "uncropped_mask": None if second is None else second.mask,
         }
+
+    def _image(self, index: int) -> tuple[Image, tuple[int, int]]:
+        """An image, perhaps resized, and the width and height that it has in the records."""
+        if self.cache is not None:
+            return self.cache.image(index)
+        image = self.records.image(index)
+        return image, (image.shape[1], image.shape[0])
 
 
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:

@@ -54,7 +54,9 @@ class Transform:
         self._train, self._resize, self._image_size = train, resize, image_size
         self._levels = normalised_levels(mean, std)
 
-    def __call__(self, image: Image, boxes: Boxes, mask: Mask | None, seed: int) -> Transformed:
+    def __call__(
+        self, image: Image, boxes: Boxes, mask: Mask | None, seed: int, size: tuple[int, int] | None = None
+    ) -> Transformed:
         """Apply the transform; equal seeds give equal results, in any process and any order.
 
         Images are scaled as the papers do, bilinearly with antialiasing; masks take the nearest pixel. Boxes that
@@ -65,6 +67,7 @@ class Transform:
             boxes: [n, 4] in its pixels, both corners inside.
             mask: [H, W] or None.
             seed: of the random choices.
+            size: width and height of the image that boxes and mask are of, where this is a resized one.
         """
         if self._train:
             self._compose.set_random_seed(seed)
@@ -72,16 +75,16 @@ class Transform:
         if mask is not None:
             given["mask"] = cv2.resize(mask, (self._resize, self._resize), interpolation=cv2.INTER_NEAREST)
         out = self._compose(**given)
-        moved = self._move(boxes, image.shape[1], image.shape[0], out["applied_transforms"])
+        moved = self._move(boxes, size or (image.shape[1], image.shape[0]), out["applied_transforms"])
         pixels = Pixels(out["image"], self._levels)
         return Transformed(pixels, moved, None if mask is None else np.ascontiguousarray(out["mask"]))
 
-    def _move(self, boxes: Boxes, width: int, height: int, steps: Sequence[tuple[str, dict[str, Any]]]) -> Boxes:
+    def _move(self, boxes: Boxes, size: tuple[int, int], steps: Sequence[tuple[str, dict[str, Any]]]) -> Boxes:
         """Boxes of an image of this size after the resizing and the steps, as albumentations says it took them."""
         if len(boxes) == 0:
             return boxes
         edges = boxes + np.array([0, 0, 1, 1])  # corners inside → edges, which is what scaling is exact for
-        edges = np.minimum(edges, [width, height] * 2) * (self._resize / np.array([width, height] * 2))
+        edges = np.minimum(edges, size * 2) * (self._resize / np.array(size * 2))
         for name, applied in steps:
             if name == "HorizontalFlip":
                 edges[:, [0, 2]] = self._image_size - edges[:, [2, 0]]
