@@ -145,6 +145,53 @@ def test_augmentations_differ_between_samples_epochs_and_seeds() -> None:
     assert not torch.equal(*two)
 
 
+class Positions(ShapesRecords):
+    """Equal images whose pixels tell where they were: what differs between samples is the augmentation alone."""
+
+    def image(self, index: int) -> np.ndarray:
+        rows, columns = np.mgrid[:256, :256].astype(np.uint8)
+        return np.stack([rows, columns, np.zeros_like(rows)], axis=-1)
+
+    def mask(self, index: int) -> None:  # type: ignore[override]
+        return None
+
+    def boxes(self, index: int) -> np.ndarray:
+        return np.zeros((0, 4), np.int64)
+
+
+def views(seed: int, epoch: int, rank: int, world_size: int, workers: int) -> list[list[tuple[float, ...]]]:
+    """Batches of (top left value, next value to its right) of each image: its crop and flip."""
+    dataset = WSOLDataset(
+        Positions("train", {"train": 256}, 64, 0), Transform(256, 224, True, (0,) * 3, (1,) * 3), seed
+    )
+    batches = GlobalBatches(len(dataset), 32, seed, rank, world_size, lambda: epoch)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=training_batch, num_workers=workers, worker_init_fn=one_thread
+    )
+    return [
+        [tuple((image[:2, 0, :2] * 255).round().flatten().tolist()) for image in batch["image"]] for batch in loader
+    ]
+
+
+def test_no_two_workers_ranks_epochs_or_seeds_share_random_numbers() -> None:
+    """Where they did, the crops of a batch would be those of another in the same place."""
+    runs = {
+        (seed, epoch, rank): views(seed, epoch, rank, 2, workers=2)
+        for seed, epoch, rank in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0))
+    }
+    batches = [
+        batch for run in runs.values() for batch in run
+    ]  # odd ones are made by one worker, even ones by the other
+    assert len(batches) == 5 * 8
+    for number, batch in enumerate(batches):
+        assert len(set(batch)) > 12  # of 16 images, with 33 · 33 · 2 views to have
+        for other in batches[:number]:
+            assert sum(mine == theirs for mine, theirs in zip(batch, other, strict=True)) <= 2
+    everything = [view for batch in batches for view in batch]
+    assert len(set(everything)) > 0.75 * len(everything)  # 640 drawn out of 2178 at random: 554 different ones
+    assert views(0, 0, 1, 2, workers=0) == runs[0, 0, 1] == views(0, 0, 1, 2, workers=3)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_processes_share_a_global_batch(world_size: int) -> None:
     def run(rank: int, world: int) -> list[list[tuple[int, int]]]:
