@@ -104,11 +104,10 @@ class WSOLDataModule(LightningDataModule):
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
             records = self._read(split)
-            cache = self._open_cache(records) if train and self.cache is not None else None
-            dataset = WSOLDataset(records, transform, self.seed, uncropped, cache)
-            if len(dataset) == 0:
+            if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
-            self._datasets[split] = dataset
+            cache = self._open_cache(records) if train and self.cache is not None else None
+            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache)
         return self._datasets[split]
 
     def _open_cache(self, records: Records) -> ImageCache:
