@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from torchvision import transforms
 
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import one_thread
-from wsolkit.data.records import FileRecords, file_records
+from wsolkit.data.pixels import Pixels, normalised_batch, normalised_levels, resize
+from wsolkit.data.records import FileRecords, file_records, read_image
 
 IMAGES, SIZE, BATCH, REPEATS = 384, (500, 375), 64, 9
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,6 +146,34 @@ class Timed:
         return IMAGES / (self.used - used), IMAGES / (time.perf_counter() - start)
 
 
+def steps(path: Path) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """What is done to an image, by the plain path and here."""
+    image = read_image(path)
+    picture, small = PIL.Image.fromarray(image), resize(image, 224, 224)
+    small_picture, levels = PIL.Image.fromarray(small), normalised_levels(MEAN, STD)
+    normalised = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+    def decode() -> None:
+        with PIL.Image.open(path) as opened:
+            opened.convert("RGB")
+
+    scale = transforms.functional.resize
+    return {
+        "read and decode": (decode, lambda: read_image(path)),
+        "resize to 256×256": (lambda: scale(picture, [256, 256]), lambda: resize(image, 256, 256)),
+        "resize to 224×224": (lambda: scale(picture, [224, 224]), lambda: resize(image, 224, 224)),
+        "normalise": (lambda: normalised(small_picture), lambda: normalised_batch([Pixels(small, levels)])),
+    }
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """Processor time of a call, the mean of ten."""
+    start = time.process_time()
+    for _ in range(10):
+        function()
+    return 100 * (time.process_time() - start)
+
+
 def main() -> None:
     """Print a Markdown table: medians over the repeats."""
     torch.set_num_threads(1)
@@ -172,6 +201,10 @@ def main() -> None:
         for _ in range(REPEATS):
             for name, loader in loaders.items():
                 rates[name].append(loader.rates())
+        times: dict[str, list[tuple[float, float]]] = {}
+        for path in paths[::8]:
+            for name, (by_plain, here) in steps(path).items():
+                times.setdefault(name, []).append((milliseconds(by_plain), milliseconds(here)))
     print(f"{IMAGES} images of {SIZE[0]}×{SIZE[1]}, {kib:.0f} KiB each")
     print("| loader | plain, images/s of one core | here | ratio | ratio by the clock |")
     print("|---|---|---|---|---|")
@@ -180,6 +213,10 @@ def main() -> None:
         mine, theirs = np.array(rates[name]), np.array(rates[other])
         core, clock = np.median(mine / theirs, axis=0)
         print(f"| {name} | {np.median(theirs[:, 0]):.0f} | {np.median(mine[:, 0]):.0f} | {core:.2f} | {clock:.2f} |")
+    print("\n| step | plain, ms an image | here |\n|---|---|---|")
+    for name, pairs_of_times in times.items():
+        theirs_ms, mine_ms = np.median(pairs_of_times, axis=0)
+        print(f"| {name} | {theirs_ms:.2f} | {mine_ms:.2f} |")
 
 
 if __name__ == "__main__":
