@@ -13,10 +13,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import io
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -24,6 +25,8 @@ import torch
 
 from wsolkit import load_config
 from wsolkit.build import build_protocols
+from wsolkit.data.pixels import normalised_batch
+from wsolkit.data.records import read_image
 from wsolkit.data.transforms import Transform
 from wsolkit.metrics.boxes import Verdicts
 from wsolkit.metrics.evaluation import ProtocolEvaluation
@@ -47,16 +50,12 @@ def loading() -> float:
     """Decode, resize and normalise a JPEG of 500×375 pixels."""
     rng = np.random.default_rng(0)
     coarse = PIL.Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    coarse.resize((500, 375), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     transform = Transform(224, 224, False, (0.5,) * 3, (0.5,) * 3)
     boxes = np.array([[10, 10, 300, 300]])
-
-    def load() -> None:
-        with PIL.Image.open(io.BytesIO(file.getvalue())) as image:
-            transform(np.asarray(image.convert("RGB")), boxes, None, 0)
-
-    return seconds(load)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.JPEG"
+        coarse.resize((500, 375), PIL.Image.Resampling.BICUBIC).save(path, quality=90)
+        return seconds(lambda: normalised_batch([transform(read_image(path), boxes, None, 0).image]))
 
 
 def score_maps() -> torch.Tensor:

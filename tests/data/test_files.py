@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -163,3 +164,48 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
             read_image(tmp_path / name)
     with pytest.raises(DataError, match=r"none.jpg' does not exist"):
         read_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}])
+def test_jpegs_have_the_pixels_that_pil_decodes(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (13, 17, 3), dtype=np.uint8))
+    coarse.resize((131, 97), PIL.Image.Resampling.BICUBIC).convert(mode).save(tmp_path / "x.jpg", **options)
+    expected = by_pil(tmp_path / "x.jpg")
+    assert expected is not None
+    assert np.array_equal(read_image(tmp_path / "x.jpg"), expected)
+
+
+def by_pil(path: Path) -> np.ndarray | None:
+    """An image as PIL decodes it; None where it refuses."""
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_are_read_where_pil_reads_them_and_named_where_not(tmp_path: Path, progressive: bool) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.jpg"
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (13, 17, 3), dtype=np.uint8))
+    coarse.resize((131, 97), PIL.Image.Resampling.BICUBIC).save(path, progressive=progressive)
+    whole = path.read_bytes()
+    damaged = [whole[: len(whole) - cut] for cut in (1, 2, 3, 100, 2000)]
+    for _ in range(80):
+        changed = bytearray(whole)
+        changed[rng.integers(2, len(whole))] ^= int(rng.integers(1, 256))
+        damaged.append(bytes(changed))
+    refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        expected = by_pil(path)
+        if expected is None:
+            refused += 1
+            with pytest.raises(DataError, match=r"x.jpg' cannot be decoded"):
+                read_image(path)
+        else:
+            assert np.array_equal(read_image(path), expected)
+    assert 5 <= refused < len(damaged) // 2

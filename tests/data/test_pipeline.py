@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from wsolkit import build_datamodule, load_config
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import EachOnce, GlobalBatches, WSOLDataset, one_thread, training_batch
+from wsolkit.data.pixels import Pixels, normalised_batch
+from wsolkit.data.records import read_image
 from wsolkit.data.shapes import CLASSES, ShapesRecords
 from wsolkit.data.transforms import Transform, denormalise
 from wsolkit.errors import ConfigError, DataError
@@ -33,13 +35,48 @@ def square(
     return np.repeat(255 * mask[..., None], 3, axis=2), np.array([box]), mask
 
 
+def normalised(image: Pixels) -> torch.Tensor:
+    return normalised_batch([image])[0]
+
+
+def plain_path(path: Path, size: int) -> torch.Tensor:
+    """PIL decodes and resizes, torchvision normalises."""
+    with Image.open(path) as image:
+        resized = TF.resize(image.convert("RGB"), [size, size])
+    expected: torch.Tensor = TF.normalize(TF.to_tensor(resized), list(MEAN), list(STD))
+    return expected
+
+
 def test_evaluation_pixels_are_those_of_torchvision() -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
-    out = Transform(224, 224, False, MEAN, STD)(image, np.zeros((0, 4), np.int64), None, 0).image
+    out = normalised(Transform(224, 224, False, MEAN, STD)(image, np.zeros((0, 4), np.int64), None, 0).image)
     resized = TF.resize(Image.fromarray(image), [224, 224])
-    expected = TF.normalize(TF.to_tensor(resized), list(MEAN), list(STD))
-    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.equal(out, TF.normalize(TF.to_tensor(resized), list(MEAN), list(STD)))
     assert np.array_equal(denormalise(out, MEAN, STD), np.asarray(resized))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (500, 375), (333, 500)])
+def test_real_images_are_evaluated_and_trained_on_as_by_the_plain_path(
+    shared: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    none = np.zeros((0, 4), np.int64)
+    evaluation, training = Transform(224, 224, False, MEAN, STD), Transform(256, 224, True, MEAN, STD)
+    for number, source in enumerate(sorted((shared / "data" / "ilsvrc10" / "val").rglob("*.JPEG"))[::30]):
+        path = tmp_path / f"{number}.JPEG"
+        Image.open(source).convert("RGB").resize(size).save(path, quality=95, subsampling="4:2:0")
+        image = read_image(path)
+        assert torch.equal(normalised(evaluation(image, none, None, 0).image), plain_path(path, 224))
+        out = normalised(training(image, none, None, number).image)
+        whole = plain_path(path, 256)
+        assert any(is_crop(out, view) for view in (whole, whole.flip(2)))
+
+
+def is_crop(image: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether an image is, value for value, a part of another."""
+    side = image.shape[-1]
+    starts = whole.unfold(2, side, 1) == image[:, :1, None]  # where its first row is found [3, H, places, side]
+    places = starts.all(-1).all(0).nonzero().tolist()
+    return any(torch.equal(whole[:, y : y + side, x : x + side], image) for y, x in places)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -47,7 +84,7 @@ def test_boxes_and_masks_follow_the_image(seed: int) -> None:
     image, boxes, mask = square()
     out = Transform(128, 112, True, (0.0,) * 3, (1.0,) * 3)(image, boxes, mask, seed)
     assert out.mask is not None
-    bright = out.image[0].numpy() > 0.5
+    bright = normalised(out.image)[0].numpy() > 0.5
     assert (bright == (out.mask == 1)).mean() > 0.99
     rows, columns = np.nonzero(out.mask)
     seen = [columns.min(), rows.min(), columns.max(), rows.max()]
@@ -96,17 +133,63 @@ def test_augmentations_differ_between_samples_epochs_and_seeds() -> None:
     """albumentations alone would repeat them in every worker and every epoch."""
     dataset = shapes()
     views = [dataset[epoch, 3]["image"] for epoch in range(8)]
-    assert len({view.numpy().tobytes() for view in views}) >= 6
+    assert len({view.image.tobytes() for view in views}) >= 6
     image, boxes, mask = square()
     transform = dataset.transform
     assert (
-        len({transform(image, boxes, mask, derive_seed(0, 0, index)).image.numpy().tobytes() for index in range(8)})
-        >= 6
+        len({transform(image, boxes, mask, derive_seed(0, 0, index)).image.image.tobytes() for index in range(8)}) >= 6
     )
     other = WSOLDataset(dataset.records, transform, seed=1)
-    assert any(not torch.equal(dataset[0, i]["image"], other[0, i]["image"]) for i in range(8))
+    assert any((dataset[0, i]["image"].image != other[0, i]["image"].image).any() for i in range(8))
     two = epoch_of(dataset, 0, workers=2), epoch_of(dataset, 1, workers=2)
     assert not torch.equal(*two)
+
+
+class Positions(ShapesRecords):
+    """Equal images whose pixels tell where they were: what differs between samples is the augmentation alone."""
+
+    def image(self, index: int) -> np.ndarray:
+        rows, columns = np.mgrid[:256, :256].astype(np.uint8)
+        return np.stack([rows, columns, np.zeros_like(rows)], axis=-1)
+
+    def mask(self, index: int) -> None:  # type: ignore[override]
+        return None
+
+    def boxes(self, index: int) -> np.ndarray:
+        return np.zeros((0, 4), np.int64)
+
+
+def views(seed: int, epoch: int, rank: int, world_size: int, workers: int) -> list[list[tuple[float, ...]]]:
+    """Batches of (top left value, next value to its right) of each image: its crop and flip."""
+    dataset = WSOLDataset(
+        Positions("train", {"train": 256}, 64, 0), Transform(256, 224, True, (0,) * 3, (1,) * 3), seed
+    )
+    batches = GlobalBatches(len(dataset), 32, seed, rank, world_size, lambda: epoch)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=training_batch, num_workers=workers, worker_init_fn=one_thread
+    )
+    return [
+        [tuple((image[:2, 0, :2] * 255).round().flatten().tolist()) for image in batch["image"]] for batch in loader
+    ]
+
+
+def test_no_two_workers_ranks_epochs_or_seeds_share_random_numbers() -> None:
+    """Where they did, the crops of a batch would be those of another in the same place."""
+    runs = {
+        (seed, epoch, rank): views(seed, epoch, rank, 2, workers=2)
+        for seed, epoch, rank in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0))
+    }
+    batches = [
+        batch for run in runs.values() for batch in run
+    ]  # odd ones are made by one worker, even ones by the other
+    assert len(batches) == 5 * 8
+    for number, batch in enumerate(batches):
+        assert len(set(batch)) > 12  # of 16 images, with 33 · 33 · 2 views to have
+        for other in batches[:number]:
+            assert sum(mine == theirs for mine, theirs in zip(batch, other, strict=True)) <= 2
+    everything = [view for batch in batches for view in batch]
+    assert len(set(everything)) > 0.75 * len(everything)  # 640 drawn out of 2178 at random: 554 different ones
+    assert views(0, 0, 1, 2, workers=0) == runs[0, 0, 1] == views(0, 0, 1, 2, workers=3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from wsolkit.compiled import compiled
 from wsolkit.localization import boxes_at_thresholds
 from wsolkit.localization.boxes import (
     MAXBOXACC_V2,
@@ -19,7 +20,6 @@ from wsolkit.localization.boxes import (
     matched_boxes,
     threshold_grid,
 )
-from wsolkit.localization.components import compiled
 from wsolkit.metrics.functional import box_iou
 
 

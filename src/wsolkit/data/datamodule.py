@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from wsolkit.cores import available_cores
+from wsolkit.data.cache import ImageCache
 from wsolkit.data.dataset import (
     EachOnce,
     GlobalBatches,
@@ -40,6 +42,8 @@ class WSOLDataModule(LightningDataModule):
         held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
+        cache: folder for a file of the training images at `resize`, made as they are read; None: they are decoded anew
+            in each epoch. Evaluation always decodes.
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
     """
 
@@ -59,6 +63,7 @@ class WSOLDataModule(LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        cache: str | None,
         uncropped: bool,
     ) -> None:
         super().__init__()
@@ -79,6 +84,7 @@ class WSOLDataModule(LightningDataModule):
         self.seed = seed
         self._read = records
         self.classes, self.fraction, self.shots, self.subset_seed = classes, fraction, shots, subset_seed
+        self.cache = cache
         self.uncropped = uncropped
         self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
@@ -105,10 +111,10 @@ class WSOLDataModule(LightningDataModule):
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
             records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed)
-            dataset = WSOLDataset(records, transform, self.seed, uncropped)
-            if len(dataset) == 0:
+            if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
-            self._datasets[split] = dataset
+            cache = ImageCache(Path(self.cache), records, self.resize) if train and self.cache is not None else None
+            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache)
         return self._datasets[split]
 
     def setup(self, stage: str) -> None:

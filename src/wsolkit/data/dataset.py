@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wsolkit.data.cache import ImageCache
+from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
@@ -23,14 +25,14 @@ class Sample(TypedDict):
     uncropped, uncropped_mask: the same after the second transform, where there is one.
     """
 
-    image: Tensor
+    image: Pixels
     label: int
     index: int
     boxes: Boxes
     mask: Mask | None
     original_boxes: Boxes
     size: tuple[int, int]
-    uncropped: Tensor | None
+    uncropped: Pixels | None
     uncropped_mask: Mask | None
 
 
@@ -45,25 +47,34 @@ class WSOLDataset(Dataset[Sample]):
         transform: from an image as read to what the network takes.
         seed: of the augmentations.
         uncropped: a second transform of the same image.
+        cache: the images at a size that loses nothing for the transforms.
     """
 
-    def __init__(self, records: Records, transform: Transform, seed: int, uncropped: Transform | None = None) -> None:
+    def __init__(
+        self,
+        records: Records,
+        transform: Transform,
+        seed: int,
+        uncropped: Transform | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
         self.uncropped = uncropped
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.records.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, mask = self.records.image(index), self.records.mask(index)
+        image, (width, height) = self._image(index)
+        boxes, mask = self.records.boxes(index), self.records.mask(index)
         if mask is not None:
-            _check_shape(self.records.name(index), mask, image)
-        boxes = self.records.boxes(index)
-        transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index))
-        second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0)
+            _check_shape(self.records.name(index), mask, width, height)
+        transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index), (width, height))
+        second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0, (width, height))
         return {
             "image": transformed.image,
             "label": int(self.records.labels[index]),
@@ -71,14 +82,21 @@ class WSOLDataset(Dataset[Sample]):
             "boxes": transformed.boxes,
             "mask": transformed.mask,
             "original_boxes": boxes,
-            "size": self.records.size(index) or (image.shape[1], image.shape[0]),
+            "size": self.records.size(index) or (width, height),
             "uncropped": None if second is None else second.image,
             "uncropped_mask": None if second is None else second.mask,
         }
 
+    def _image(self, index: int) -> tuple[Image, tuple[int, int]]:
+        """An image, perhaps resized, and the width and height that it has in the records."""
+        if self.cache is not None:
+            return self.cache.image(index)
+        image = self.records.image(index)
+        return image, (image.shape[1], image.shape[0])
 
-def _check_shape(name: str, mask: Mask, image: Image) -> None:
-    (height, width), (h, w) = image.shape[:2], mask.shape
+
+def _check_shape(name: str, mask: Mask, width: int, height: int) -> None:
+    h, w = mask.shape
     # Equal proportions, as far as sides in whole pixels can have them.
     if abs(h * width - w * height) > h + w + height + width:
         raise DataError(f"mask of '{name}' is {w}×{h}, its image {width}×{height}: expected the same proportions")
@@ -87,7 +105,7 @@ def _check_shape(name: str, mask: Mask, image: Image) -> None:
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
     """Collate what losses need."""
     return {
-        "image": torch.stack([sample["image"] for sample in samples]),
+        "image": normalised_batch([sample["image"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
 
@@ -101,7 +119,7 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
         "size": torch.tensor([sample["size"] for sample in samples]),
         "mask": _stack_masks([sample["mask"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
-        "uncropped": torch.stack(uncropped) if uncropped else None,
+        "uncropped": normalised_batch(uncropped) if uncropped else None,
         "uncropped_mask": _stack_masks([sample["uncropped_mask"] for sample in samples]),
     }
 

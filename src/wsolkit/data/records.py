@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Image, Mask
@@ -31,6 +33,9 @@ class Records(Protocol):
 
     def name(self, index: int) -> str:
         """What identifies an image to a person."""
+
+    def source(self, index: int) -> Path | None:
+        """The file that an image is read from; None: it is made in memory."""
 
     def image(self, index: int) -> Image:
         """Read an image [H, W, 3]."""
@@ -92,13 +97,17 @@ class FileRecords:
         """The image's id."""
         return self.ids[index]
 
+    def source(self, index: int) -> Path:
+        """See `Records.source`."""
+        return self.root / self.ids[index]
+
     def image(self, index: int) -> Image:
         """Read an image as RGB.
 
         Raises:
             DataError: it is missing, or cannot be decoded.
         """
-        return read_image(self.root / self.ids[index])
+        return read_image(self.source(index))
 
     def boxes(self, index: int) -> Boxes:
         """See `Records.boxes`."""
@@ -139,7 +148,9 @@ def read_image(path: Path) -> Image:
     Raises:
         DataError: the file is missing, or cannot be decoded.
     """
-    return _decode(path, "RGB", "image")
+    with _opened(path, "image") as image:
+        pixels = _decode_jpeg(path) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+        return np.asarray(image.convert("RGB")) if pixels is None else pixels
 
 
 def read_grey(path: Path) -> npt.NDArray[np.uint8]:
@@ -148,7 +159,8 @@ def read_grey(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         DataError: the file is missing, or cannot be decoded.
     """
-    return _decode(path, "L", "mask")
+    with _opened(path, "mask") as image:
+        return np.asarray(image.convert("L"))
 
 
 def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -165,11 +177,6 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def _decode(path: Path, mode: str, what: str) -> npt.NDArray[np.uint8]:
-    with _opened(path, what) as image:
-        return np.asarray(image.convert(mode))
-
-
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
     try:
@@ -179,6 +186,15 @@ def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
         raise DataError(f"{what} '{path}' does not exist, but the data set's lists name it") from error
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise DataError(f"{what} '{path}' cannot be decoded ({error}): replace it or take it off the list") from error
+
+
+def _decode_jpeg(path: Path) -> Image | None:
+    """Decode a JPEG by the decoder that PIL uses too, without PIL's copies of the image; None if it is damaged."""
+    try:
+        pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), mode=ImageReadMode.RGB)
+    except RuntimeError:  # PIL decides what to make of it
+        return None
+    return np.asarray(pixels.permute(1, 2, 0))  # [3, H, W] → [H, W, 3], as it lies in memory
 
 
 def require_folder(root: str, what: str) -> Path:

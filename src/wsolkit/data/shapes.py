@@ -62,6 +62,9 @@ class ShapesRecords:
         """See `Records.name`."""
         return f"{self._split}/{index:05d}"
 
+    def source(self, index: int) -> None:
+        """See `Records.source`."""
+
     def image(self, index: int) -> Image:
         """See `Records.image`."""
         return self._draw(index)[0]

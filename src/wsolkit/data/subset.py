@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,10 @@ class Subset:
     def name(self, index: int) -> str:
         """See `Records.name`."""
         return self._records.name(int(self._positions[index]))
+
+    def source(self, index: int) -> Path | None:
+        """See `Records.source`."""
+        return self._records.source(int(self._positions[index]))
 
     def image(self, index: int) -> Image:
         """See `Records.image`."""

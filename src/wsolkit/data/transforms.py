@@ -9,33 +9,23 @@ from typing import Any, NamedTuple
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for news
 
 import albumentations as A
+import cv2
 import numpy as np
 import numpy.typing as npt
-import PIL.Image
 import torch
 from torch import Tensor
 
+from wsolkit.data.pixels import Pixels, normalised_levels, resize
 from wsolkit.errors import ConfigError
 from wsolkit.types import Boxes, Image, Mask
 
 
 class Transformed(NamedTuple):
-    """image [3, S, S] float32, normalised; boxes [n, 4] in its pixels, both corners inside; mask [S, S] or None."""
+    """image [S, S, 3]; boxes [n, 4] in its pixels, both corners inside; mask [S, S] or None."""
 
-    image: Tensor
+    image: Pixels
     boxes: Boxes
     mask: Mask | None
-
-
-class Resize(A.Resize):  # type: ignore[misc]
-    """Resize images as the papers do: bilinear with antialiasing (PIL's). Masks take the nearest pixel."""
-
-    def apply(self, img: Image, **params: Any) -> Image:
-        """Resize an image [H, W, 3]."""
-        if img.shape[:2] == (self.height, self.width):
-            return img
-        resized = PIL.Image.fromarray(img).resize((self.width, self.height), PIL.Image.Resampling.BILINEAR)
-        return np.asarray(resized)
 
 
 class Transform:
@@ -57,34 +47,52 @@ class Transform:
                 f"cannot cut {image_size} pixels out of an image resized to {resize}: dataset.resize is too small"
             )
         crop = A.RandomCrop if train else A.CenterCrop
-        steps: list[Any] = [Resize(resize, resize)]
-        steps += [crop(image_size, image_size)] if image_size < resize else []
+        steps: list[Any] = [crop(image_size, image_size)] if image_size < resize else []
         steps += [A.HorizontalFlip(p=0.5)] if train else []
-        # Boxes shrunk below a pixel, or cropped away, are dropped.
-        box_params = A.BboxParams(format="pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1)
-        # Masks may come in another size than their image: the first step resizes both, each from its own pixels.
-        self._compose = A.Compose(steps, bbox_params=box_params, is_check_shapes=False)
-        self._scale = np.float32(1 / (255 * np.asarray(std, np.float32)))
-        self._shift = np.float32(-np.asarray(mean, np.float32) / np.asarray(std, np.float32))
+        # Its own way with boxes takes longer than all else that is done to an image here.
+        self._compose = A.Compose(steps, save_applied_params=True)
+        self._train, self._resize, self._image_size = train, resize, image_size
+        self._levels = normalised_levels(mean, std)
 
-    def __call__(self, image: Image, boxes: Boxes, mask: Mask | None, seed: int) -> Transformed:
+    def __call__(
+        self, image: Image, boxes: Boxes, mask: Mask | None, seed: int, size: tuple[int, int] | None = None
+    ) -> Transformed:
         """Apply the transform; equal seeds give equal results, in any process and any order.
+
+        Images are scaled as the papers do, bilinearly with antialiasing; masks take the nearest pixel. Boxes that
+        shrink below a pixel, or are cropped away, are dropped.
 
         Args:
             image: [H, W, 3].
             boxes: [n, 4] in its pixels, both corners inside.
             mask: [h, w] of the same proportions, or None.
             seed: of the random choices.
+            size: width and height of the image that boxes and mask are of, where this is a resized one.
         """
-        self._compose.set_random_seed(seed)
-        edges = boxes + np.array([0, 0, 1, 1])  # corners inside → edges, which is what scaling is exact for
-        edges = np.minimum(edges, [image.shape[1], image.shape[0]] * 2).astype(np.float64)
-        given: dict[str, Any] = {"image": image, "bboxes": edges} | ({} if mask is None else {"mask": mask})
+        if self._train:
+            self._compose.set_random_seed(seed)
+        given: dict[str, Any] = {"image": resize(image, self._resize, self._resize)}
+        if mask is not None:
+            given["mask"] = cv2.resize(mask, (self._resize, self._resize), interpolation=cv2.INTER_NEAREST)
         out = self._compose(**given)
-        pixels = out["image"].astype(np.float32) * self._scale + self._shift
-        moved = np.round(np.asarray(out["bboxes"]).reshape(-1, 4)).astype(np.int64) - np.array([0, 0, 1, 1])
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return Transformed(tensor, moved, None if mask is None else np.ascontiguousarray(out["mask"]))
+        moved = self._move(boxes, size or (image.shape[1], image.shape[0]), out["applied_transforms"])
+        pixels = Pixels(out["image"], self._levels)
+        return Transformed(pixels, moved, None if mask is None else np.ascontiguousarray(out["mask"]))
+
+    def _move(self, boxes: Boxes, size: tuple[int, int], steps: Sequence[tuple[str, dict[str, Any]]]) -> Boxes:
+        """Boxes of an image of this size after the resizing and the steps, as albumentations says it took them."""
+        if len(boxes) == 0:
+            return boxes
+        edges = boxes + np.array([0, 0, 1, 1])  # corners inside → edges, which is what scaling is exact for
+        edges = np.minimum(edges, size * 2) * (self._resize / np.array(size * 2))
+        for name, applied in steps:
+            if name == "HorizontalFlip":
+                edges[:, [0, 2]] = self._image_size - edges[:, [2, 0]]
+            else:  # a crop
+                edges -= np.tile(applied["crop_coords"][:2], 2)
+        edges = edges.clip(0, self._image_size)
+        edges = np.round(edges[(edges[:, 2:] - edges[:, :2] >= 1).all(axis=1)])
+        return np.asarray(edges.astype(np.int64) - np.array([0, 0, 1, 1]))
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.uint8]:

@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
+from wsolkit.compiled import compiled
 from wsolkit.localization.components import (
     AREA_GAIN,
     FIRST,
     PIXEL_GAIN,
     RANK,
     around_all_pixels,
-    compiled,
     components,
     fill_holes,
     highest,

@@ -16,23 +16,14 @@ branch. A *branch* begins with a pixel that no neighbour precedes and goes on un
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from wsolkit.compiled import compiled
+
 LOW, HIGH, RANK, FIRST, BRANCH = range(4, 9)  # columns of a table of nodes, after its box
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def compiled(function: _Function) -> _Function:
-    """Compile to machine code that runs outside Python's lock; kept on disk where there is a place for it."""
-    try:
-        return cast(_Function, numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:  # no folder that numba may write its cache to
-        return cast(_Function, numba.njit(nogil=True)(function))
 
 
 def _joins(diagonals: bool) -> npt.NDArray[np.int32]:

@@ -1,0 +1,111 @@
+"""Training images resized once and kept on disk, for data sets that are small beside it.
+
+One file for each list of images and each size: a slot for each image, with what is known of the source it was made of,
+and its pixels. A slot is valid while its source has the time and the length that it says. Its head is written after
+its pixels, so that one which is half written, by a process that was stopped, is filled again; processes that fill
+the same slot write the same. Readers map the file into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsolkit.data.pixels import resize
+from wsolkit.data.records import Records
+from wsolkit.errors import ConfigError, DataError
+from wsolkit.types import Image
+
+_FORMAT = 1  # of the file; belongs to its name
+
+
+class ImageCache:
+    """The images of some records at size×size.
+
+    Args:
+        folder: where the file lies, on a local disk; runs that read the same images share it.
+        records: which images.
+        size: side in pixels.
+
+    Raises:
+        ConfigError: the images do not come from files.
+        DataError: the folder cannot be written to, or has no room for all images.
+    """
+
+    def __init__(self, folder: Path, records: Records, size: int) -> None:
+        self._folder, self._records, self._size = folder, records, size
+        first = records.source(0)
+        if first is None:
+            raise ConfigError(f"dataset.cache={folder}: this data set's images are in memory already: leave it null")
+        # The first image's shape tells whether the data set cuts something off.
+        names = [records.name(index) for index in range(len(records.labels))]
+        what = [str(part) for part in (_FORMAT, size, records.image(0).shape, first.resolve())]
+        identity = hashlib.sha256("\n".join([*what, *names]).encode()).hexdigest()
+        self.path = folder / f"{size}_{identity[:16]}"
+        slot = np.dtype([("source", "<i8", 2), ("width_height", "<i8", 2), ("image", "u1", (size, size, 3))])
+        try:
+            self._make_room(len(names) * slot.itemsize)
+            self._slots = np.memmap(self.path, slot, "r", shape=len(names))
+        except OSError as error:
+            raise DataError(f"dataset.cache: cannot write '{self.path}' ({error}): choose another folder") from error
+
+    def __reduce__(self) -> Any:  # a process that is not forked opens the file anew
+        return ImageCache, (self._folder, self._records, self._size)
+
+    def image(self, index: int) -> tuple[Image, tuple[int, int]]:
+        """An image [size, size, 3], and the width and height that it had.
+
+        Raises:
+            DataError: it is missing or cannot be decoded, or the disk is full.
+        """
+        source = _status(self._records.source(index))
+        slot = self._slots[index]
+        width, height = slot["width_height"].tolist()
+        if width and slot["source"].tolist() == source:
+            return np.asarray(slot["image"]), (width, height)
+        image = self._records.image(index)
+        height, width = image.shape[:2]
+        resized = resize(image, self._size, self._size)
+        try:
+            self._write(index, np.array([*source, width, height], "<i8").tobytes(), resized.tobytes())
+        except OSError as error:
+            raise DataError(
+                f"dataset.cache: cannot write '{self.path}' ({error}): make room, or train without a cache"
+            ) from error
+        return resized, (width, height)
+
+    def _write(self, index: int, head: bytes, pixels: bytes) -> None:
+        start = index * self._slots.itemsize
+        with self.path.open("r+b") as file:
+            file.seek(start + len(head))
+            file.write(pixels)
+            file.flush()
+            file.seek(start)
+            file.write(head)
+
+    def _make_room(self, length: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            used = getattr(os.fstat(file.fileno()), "st_blocks", 0) * 512  # of a file with holes
+            free = shutil.disk_usage(self._folder).free
+            if free < length - used:
+                raise DataError(
+                    f"dataset.cache: {len(self._records.labels)} images of {self._size}×{self._size} take "
+                    f"{length / 2**30:.1f} GiB, and '{self._folder}' has {free / 2**30:.1f} GiB left: make room, "
+                    "choose another folder, or train without a cache"
+                )
+            file.truncate(length)  # longer, without touching what other processes have written
+
+
+def _status(path: Path | None) -> list[int]:
+    """What changes when a file does: its time in nanoseconds and its length."""
+    try:
+        status = os.stat(path or "")
+    except OSError:  # reading it says what is wrong
+        return [-1, -1]
+    return [status.st_mtime_ns, status.st_size]
