@@ -7,6 +7,7 @@ import inspect
 import logging
 import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.config import CONF, arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.data.index import Indexed
+from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
 from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Training, WSOLModule
@@ -36,7 +40,7 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
     mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
     node = arguments(cfg.dataset)
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
-    settings = {key: node[key] for key in known} | {"records": instantiate(node["records"], _convert_="all")}
+    settings = {key: node[key] for key in known} | {"records": _indexed(cfg)}
     protocols = build_protocols(cfg).values()
     settings["held_out"] = node["held_out"] and cfg.selection == "val"
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
@@ -47,6 +51,20 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
     )
     return datamodule
+
+
+def build_records(cfg: DictConfig) -> Callable[[Split], Records]:
+    """What reads a split of `cfg.dataset` from its official files."""
+    read: Callable[[Split], Records] = instantiate(cfg.dataset.records, _convert_="all")
+    return read
+
+
+def _indexed(cfg: DictConfig) -> Callable[[Split], Records]:
+    """The same, from the data set's index where it has one that fits."""
+    node, read = plain(cfg)["dataset"], build_records(cfg)
+    if node.get("index") is None:
+        return read
+    return Indexed(read, node["records"], Path(node["root"]), Path(node["index"]), rank_zero_warn)
 
 
 def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:

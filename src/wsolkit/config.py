@@ -194,6 +194,7 @@ class RunSettings(typing.TypedDict, total=False):
     save_maps: str | None
     num_examples: int
     examples: list[str]
+    progress: bool
 
 
 def check_config(cfg: DictConfig) -> None:

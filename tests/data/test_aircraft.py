@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.data.layouts import AIRCRAFT, BANNER, BOXES, write_aircraft
-from wsolkit.data.aircraft import AircraftRecords, aircraft_records
-from wsolkit.data.records import Split
+from wsolkit.data.aircraft import aircraft_records
+from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import ConfigError, DataError
 
 OFFICIAL = {"train": "train", "val": "val", "test": "test"}
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
     return write_aircraft(tmp_path / "fgvc-aircraft-2013b")
 
 
-def read(root: Path, split: Split, **changes: Any) -> AircraftRecords:
+def read(root: Path, split: Split, **changes: Any) -> FileRecords:
     expected = {"train": 3, "val": 3, "trainval": 6, "test": 3}
     settings: dict[str, Any] = {"splits": OFFICIAL, "banner": BANNER, "num_classes": 3, "expected": expected}
     return aircraft_records(split, str(root), **settings | changes)

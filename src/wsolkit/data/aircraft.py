@@ -18,7 +18,6 @@ off the images, whose size that of boxes refers to. SAT's released code leaves i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,21 +33,8 @@ from wsolkit.data.records import (
     require_folder,
 )
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.types import Image
 
 _NAME = "FGVC-Aircraft"
-
-
-@dataclass(frozen=True)
-class AircraftRecords(FileRecords):
-    """Images whose last rows, `banner` of them, are left out."""
-
-    banner: int
-
-    def image(self, index: int) -> Image:
-        """See `FileRecords.image`."""
-        image = super().image(index)
-        return image[: len(image) - self.banner]
 
 
 def aircraft_records(
@@ -58,7 +44,7 @@ def aircraft_records(
     banner: int,
     num_classes: int | None,
     expected: Mapping[str, int] | None,
-) -> AircraftRecords:
+) -> FileRecords:
     """Read one split.
 
     Args:
@@ -94,8 +80,7 @@ def aircraft_records(
     check_images(base / "images", ids, [where for where, _ in images.values()])
     classes = list(label_of)
     if split == "train":
-        records = file_records(base / "images", ids, labels, classes, {}, None)
-        return AircraftRecords(**vars(records), banner=banner)
+        return file_records(base / "images", ids, labels, classes, {}, None, banner=banner)
 
     lines = read_by_id(base / "images_box.txt", _NAME)
     sizes = read_sizes(base / "images", ids)
@@ -106,5 +91,4 @@ def aircraft_records(
         where, text = lines[number]
         box = [int(corner) - 1 for corner in numbers_of(where, text.split(), 4)]
         boxes[f"{number}.jpg"] = [clip_box(where, box, (width, height - banner), banner + 1)]
-    records = file_records(base / "images", ids, labels, classes, boxes, sizes - np.array([0, banner]))
-    return AircraftRecords(**vars(records), banner=banner)
+    return file_records(base / "images", ids, labels, classes, boxes, sizes - np.array([0, banner]), banner=banner)

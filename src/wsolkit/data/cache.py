@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from wsolkit.data.pixels import resize
-from wsolkit.data.records import Records
+from wsolkit.data.records import Records, Source
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Image
 
@@ -42,9 +42,8 @@ class ImageCache:
         first = records.source(0)
         if first is None:
             raise ConfigError(f"dataset.cache={folder}: this data set's images are in memory already: leave it null")
-        # The first image's shape tells whether the data set cuts something off.
         names = [records.name(index) for index in range(len(records.labels))]
-        what = [str(part) for part in (_FORMAT, size, records.image(0).shape, first.resolve())]
+        what = [str(part) for part in (_FORMAT, size, first.banner, first.path.resolve())]
         identity = hashlib.sha256("\n".join([*what, *names]).encode()).hexdigest()
         self.path = folder / f"{size}_{identity[:16]}"
         slot = np.dtype([("source", "<i8", 2), ("width_height", "<i8", 2), ("image", "u1", (size, size, 3))])
@@ -102,10 +101,11 @@ class ImageCache:
             file.truncate(length)  # longer, without touching what other processes have written
 
 
-def _status(path: Path | None) -> list[int]:
+def _status(source: Source | None) -> list[int]:
     """What changes when a file does: its time in nanoseconds and its length."""
+    assert source is not None
     try:
-        status = os.stat(path or "")
+        status = source.path.stat()
     except OSError:  # reading it says what is wrong
         return [-1, -1]
     return [status.st_mtime_ns, status.st_size]

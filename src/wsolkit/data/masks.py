@@ -45,6 +45,10 @@ class MaskFiles:
             mask[(ignored == 1) & (mask == 0)] = 255
         return mask
 
+    def count(self) -> int:
+        """How many images have a mask."""
+        return sum(len(files) > 0 for files in self.objects)
+
     def _marked(self, name: str) -> Mask:
         return (read_grey(self.root / name) > self.threshold).astype(np.uint8)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,13 @@ from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Image, Mask
 
 Split = Literal["train", "val", "test"]
+
+
+class Source(NamedTuple):
+    """What an image is read from: a file, and how many rows at its bottom are left out."""
+
+    path: Path
+    banner: int
 
 
 class Records(Protocol):
@@ -34,8 +41,8 @@ class Records(Protocol):
     def name(self, index: int) -> str:
         """What identifies an image to a person."""
 
-    def source(self, index: int) -> Path | None:
-        """The file that an image is read from; None: it is made in memory."""
+    def source(self, index: int) -> Source | None:
+        """What an image is read from; None: it is made in memory."""
 
     def image(self, index: int) -> Image:
         """Read an image [H, W, 3]."""
@@ -58,15 +65,22 @@ class Names:
 
     def __init__(self, names: Sequence[str]) -> None:
         encoded = [name.encode() for name in names]
-        self._block = np.frombuffer(b"".join(encoded), np.uint8)
-        self._starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
+        self.block = np.frombuffer(b"".join(encoded), np.uint8)
+        self.starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
+
+    @classmethod
+    def of_block(cls, block: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
+        """Names that lie in memory already: their UTF-8, one after another, and where each starts [n + 1]."""
+        names = cls.__new__(cls)
+        names.block, names.starts = block, starts
+        return names
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> str:
-        start, end = self._starts[index : index + 2]
-        return self._block[start:end].tobytes().decode()
+        start, end = self.starts[index : index + 2]
+        return self.block[start:end].tobytes().decode()
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class FileRecords:
         box_table: all boxes [m, 4], image after image.
         box_starts: where each image's boxes start in `box_table` [n + 1].
         masks: reads the mask of an image; None: the split has none.
+        banner: rows of pixels at the bottom of each file that are no part of the image.
     """
 
     root: Path
@@ -92,14 +107,15 @@ class FileRecords:
     box_table: Boxes
     box_starts: npt.NDArray[np.int64]
     masks: Callable[[int], Mask | None] | None
+    banner: int
 
     def name(self, index: int) -> str:
         """The image's id."""
         return self.ids[index]
 
-    def source(self, index: int) -> Path:
+    def source(self, index: int) -> Source:
         """See `Records.source`."""
-        return self.root / self.ids[index]
+        return Source(self.root / self.ids[index], self.banner)
 
     def image(self, index: int) -> Image:
         """Read an image as RGB.
@@ -107,7 +123,9 @@ class FileRecords:
         Raises:
             DataError: it is missing, or cannot be decoded.
         """
-        return read_image(self.source(index))
+        path, banner = self.source(index)
+        image = read_image(path)
+        return image[: len(image) - banner]
 
     def boxes(self, index: int) -> Boxes:
         """See `Records.boxes`."""
@@ -133,13 +151,14 @@ def file_records(
     boxes: Mapping[str, list[list[int]]],
     sizes: npt.NDArray[np.int64] | None,
     masks: Callable[[int], Mask | None] | None = None,
+    banner: int = 0,
 ) -> FileRecords:
     """Lay out images and their boxes by id in columns; see `FileRecords`."""
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return FileRecords(root, Names(ids), np.asarray(labels, np.int64), classes, sizes, table, starts, masks)
+    return FileRecords(root, Names(ids), np.asarray(labels, np.int64), classes, sizes, table, starts, masks, banner)
 
 
 def read_image(path: Path) -> Image:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from wsolkit.data.records import Records, Split
+from wsolkit.data.records import Records, Source, Split
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Boxes, Image, Mask
 
@@ -40,7 +39,7 @@ class Subset:
         """See `Records.name`."""
         return self._records.name(int(self._positions[index]))
 
-    def source(self, index: int) -> Path | None:
+    def source(self, index: int) -> Source | None:
         """See `Records.source`."""
         return self._records.source(int(self._positions[index]))
 
