@@ -16,6 +16,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.pretrained import normalization
@@ -148,23 +149,27 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         folder: run directory.
         continued_at: the step from which the run in it goes on; its log and its W&B run are then continued.
     """
-    rows = [] if continued_at is None else _rows_before(folder / "metrics.csv", continued_at)
+    log, earlier_log = folder / "metrics.csv", folder / "metrics.csv.earlier"
+    if getattr(rank_zero_only, "rank", 0):
+        continued_at = None
+    if continued_at is not None and log.is_file() and not earlier_log.is_file():
+        log.replace(earlier_log)
     loggers: list[Logger] = []
     for node in cfg.logger.values():
         earlier = {}
         if str(node._target_).endswith(".WandbLogger") and continued_at is not None:
             earlier = _earlier_wandb_run(folder)
         logger = instantiate(node, save_dir=str(folder), **earlier, _convert_="all")
-        if isinstance(logger, CSVLogger) and rows:
-            logger.experiment.metrics = rows  # it begins by deleting the file
+        if isinstance(logger, CSVLogger) and continued_at is not None and earlier_log.is_file():
+            logger.experiment.metrics = _rows_before(earlier_log, continued_at)  # it begins by deleting the log
+            logger.save()
+            earlier_log.unlink(missing_ok=True)
         loggers.append(logger)
     return loggers
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, Any]]:
     """Rows of a log up to a step; those after it will come again."""
-    if not path.is_file():
-        return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [row for row in rows if int(row["step"]) < step]

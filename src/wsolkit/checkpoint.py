@@ -26,10 +26,10 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.weights import StateDict
@@ -147,6 +147,8 @@ class LastCheckpoint(Checkpointing):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what comes before the checkpoint will not be logged again
         last = self.folder / LAST
         if trainer.is_global_zero and last.is_file():
             draft = self.folder / f".{PREVIOUS}.{os.getpid()}"

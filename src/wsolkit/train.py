@@ -6,6 +6,8 @@ and examples/.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
     from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
@@ -73,6 +76,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 f"trainer.max_epochs={cfg.trainer.max_epochs}"
             )
         trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # Lightning would leave with 0, as if all were done
     finally:
         finish(loggers)
     if trainer.is_global_zero:

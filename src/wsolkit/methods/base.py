@@ -112,9 +112,12 @@ class WSOLModule(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook: log the mean of each loss over the epoch."""
-        for name, (total, count) in self._summed_losses().items():
-            self.log(f"train/{name}_epoch", total / count)
+        means = {f"train/{name}_epoch": total / count for name, (total, count) in self._summed_losses().items()}
         self._loss_sums = {}
+        self.log_dict(means, logger=False)
+        for logger in self.loggers:  # now: Lightning would do it after the checkpoint is written
+            row = {"epoch": float(self.current_epoch)} | {name: mean.item() for name, mean in means.items()}
+            logger.log_metrics(row, step=self.global_step - 1)
 
     def _summed_losses(self) -> dict[str, Tensor]:
         """Sum and number of each loss's values in this epoch, over all processes."""
