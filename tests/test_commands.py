@@ -171,7 +171,7 @@ def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
 
 def test_place_of_the_data_set_is_the_checkpoint_s_unless_another_is_given() -> None:
     saved = plain(load_config("dataset=listed", "dataset.root=there"))
-    checkpoint = Checkpoint(Path("x.ckpt"), {}, saved, ["a", "b"], "")
+    checkpoint = Checkpoint(Path("x.ckpt"), {}, saved, ["a", "b"], "", 0)
     with pytest.raises(ConfigError, match=r"dataset\.root"):
         check_config(load_config("dataset=listed"))
     restored = restore(load_config("dataset=listed"), checkpoint, [])

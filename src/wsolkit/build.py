@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import inspect
 import logging
@@ -14,12 +15,14 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.pretrained import normalization
+from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.config import CONF, arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
@@ -156,9 +159,44 @@ def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
     return {}
 
 
-def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """The loggers of `cfg.logger`, writing into the run directory."""
-    return [instantiate(node, save_dir=str(folder), _convert_="all") for node in cfg.logger.values()]
+def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None) -> list[Logger]:
+    """The loggers of `cfg.logger`, writing into the run directory.
+
+    Args:
+        cfg: settings.
+        folder: run directory.
+        continued_at: the step from which the run in it goes on; its log and its W&B run are then continued.
+    """
+    log, earlier_log = folder / "metrics.csv", folder / "metrics.csv.earlier"
+    if getattr(rank_zero_only, "rank", 0):
+        continued_at = None
+    if continued_at is not None and log.is_file() and not earlier_log.is_file():
+        log.replace(earlier_log)
+    loggers: list[Logger] = []
+    for node in cfg.logger.values():
+        earlier = {}
+        if str(node._target_).endswith(".WandbLogger") and continued_at is not None:
+            earlier = _earlier_wandb_run(folder)
+        logger = instantiate(node, save_dir=str(folder), **earlier, _convert_="all")
+        if isinstance(logger, CSVLogger) and continued_at is not None and earlier_log.is_file():
+            logger.experiment.metrics = _rows_before(earlier_log, continued_at)  # it begins by deleting the log
+            logger.save()
+            earlier_log.unlink(missing_ok=True)
+        loggers.append(logger)
+    return loggers
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of a log up to a step; those after it will come again."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) < step]
+
+
+def _earlier_wandb_run(folder: Path) -> dict[str, str]:
+    """How to continue the W&B run in a run directory, if there is one."""
+    runs = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    return {"id": runs[-1].name.rpartition("-")[2], "resume": "allow"} if runs else {}
 
 
 def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
@@ -174,6 +212,7 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
             default_root_dir=str(folder),
             callbacks=callbacks,
             logger=loggers,
+            plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
             enable_model_summary=False,
         )

@@ -1,4 +1,7 @@
-"""Read wsolkit's checkpoints, and compose the settings of the model in one.
+"""Write and read wsolkit's checkpoints, and compose the settings of the model in one.
+
+A checkpoint is there as a whole or not at all: it is written beside its place and then moved there. The last one
+stands beside the one before it, in case its disk damages it.
 
 A checkpoint may come from anywhere, and a setting named `_target_` makes code run. So a checkpoint says only the names
 of its method, backbone and data set, which must be YAML files of this installation, and plain values for the settings
@@ -7,8 +10,13 @@ that those files have.
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import subprocess
+import time
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +24,17 @@ from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from wsolkit.backbones.weights import StateDict
-from wsolkit.errors import CheckpointError
+from wsolkit.config import plain
+from wsolkit.errors import CheckpointError, ConfigError
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -44,6 +58,161 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state)
 
 
+_STEPS_BETWEEN_LOOKS = 16  # at the clock: to agree upon it, processes wait for each other
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and moves it there when it is on the disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Lightning's hook.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there before stays.
+        """
+        place = Path(path)
+        draft = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(place)
+        except (OSError, RuntimeError) as error:  # torch's writer says of a full disk that it failed to write
+            draft.unlink(missing_ok=True)
+            reason, free = str(error).splitlines()[0], shutil.disk_usage(place.parent).free / 2**20
+            raise CheckpointError(
+                f"checkpoint '{place}' cannot be written ({reason}); {free:.0f} MiB are free there. Make room and "
+                "continue from the checkpoint before with resume=auto"
+            ) from error
+
+
+class LastCheckpoint(Checkpointing):
+    """Keeps checkpoints from which a run goes on exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
+
+    Written at the end of each epoch, after its validation; in between, now and then and when SIGTERM asks the run to
+    stop, as a cluster does that needs the machine.
+
+    Args:
+        folder: of the checkpoints.
+        every_n_steps: also after so many optimizer steps.
+        every_n_minutes: also after so many minutes.
+        requeue: a run that SIGTERM stops puts its job back into SLURM's queue, if it is one.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None, every_n_minutes: float | None, requeue: bool) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "every_n_minutes": every_n_minutes}.items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"checkpoints.{name}={value}: expected more than 0, or null")
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.requeue = requeue
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if _between_steps(trainer) and self._is_due(trainer):
+            self._save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            return True
+        if self.every_n_minutes is None or step % _STEPS_BETWEEN_LOOKS:
+            return False
+        late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return bool(trainer.strategy.broadcast(late))  # the clocks of processes differ
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning's hook."""
+        if not isinstance(exception, SIGTERMException):
+            return
+        if trainer.training and _between_steps(trainer) and trainer.global_step > self._saved_step:
+            self._save(trainer)
+        if self.requeue and trainer.is_global_zero:
+            _requeue()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what comes before the checkpoint will not be logged again
+        last = self.folder / LAST
+        if trainer.is_global_zero and last.is_file():
+            draft = self.folder / f".{PREVIOUS}.{os.getpid()}"
+            draft.unlink(missing_ok=True)
+            os.link(last, draft)  # so that last.ckpt is there at any moment
+            draft.replace(self.folder / PREVIOUS)
+        trainer.save_checkpoint(last)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def _between_steps(trainer: Trainer) -> bool:
+    """Whether a run could go on exactly from here.
+
+    Not at the end of an epoch: it would leave out its validation. Nor where gradients of several batches are being
+    gathered: they are no part of a checkpoint.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    return not loop.batch_progress.is_last_batch and loop._accumulated_batches_reached()
+
+
+def _requeue() -> None:
+    """Put this job back into SLURM's queue."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        rank_zero_warn(f"SLURM did not take job {job} back into its queue: {reason}")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint from which the run in a directory goes on; None: it has not come to any.
+
+    A damaged one is left out, with a warning.
+
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    there = [path for path in (folder / "checkpoints" / LAST, folder / "checkpoints" / PREVIOUS) if path.is_file()]
+    for path in there:
+        if is_whole(path):
+            return path
+        rank_zero_warn(f"'{path}' is damaged or was cut short: the checkpoint before it is used, if there is one")
+    if there:
+        raise CheckpointError(
+            f"no checkpoint in '{folder / 'checkpoints'}' is whole: delete them to begin anew, or give another one as "
+            "resume=PATH"
+        )
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every part of a checkpoint has the check sum that was written with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error):
+        return False
+
+
 GROUPS = ("method", "backbone", "dataset", "postprocess")
 
 
@@ -56,6 +225,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     class_names: list[str]
     version: str
+    step: int
 
     def names(self) -> dict[str, str]:
         """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
@@ -95,11 +265,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     own = content.get("wsolkit") if isinstance(content, dict) else None
     if own is None:
         raise CheckpointError(f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`")
-    return Checkpoint(path, content["state_dict"], own["config"], own["class_names"], own["version"])
+    return Checkpoint(
+        path, content["state_dict"], own["config"], own["class_names"], own["version"], content["global_step"]
+    )
 
 
-def check_resumable(path: str, cfg: DictConfig) -> None:
-    """Check that a checkpoint continues a run of these settings' method, backbone and part of the same data set.
+def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
+    """Read a checkpoint and check that it continues a run of these settings' method, backbone and part of a data set.
+
+    Where the run in a directory goes on by itself (resume=auto), all settings have to be its own that make a difference
+    to what it learns.
 
     Raises:
         CheckpointError: it does not, or cannot be read.
@@ -113,6 +288,41 @@ def check_resumable(path: str, cfg: DictConfig) -> None:
         saved, given = checkpoint.config["dataset"].get(key), cfg.dataset[key]
         if saved != given:
             raise CheckpointError(f"resume={path} is of a run with dataset.{key}={saved}, these settings say {given}")
+    if cfg.resume == "auto":
+        now, before = _flat(plain(cfg)), _flat(checkpoint.config)
+        changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+        if changed:
+            difference = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed)
+            raise CheckpointError(
+                f"the run that '{path}' is of was begun with other settings: {difference}. Give the run another place "
+                f"with hydra.run.dir=DIR, or go on all the same with resume={path}"
+            )
+    return checkpoint
+
+
+# Where and how a run goes, not what it learns.
+_FREE = (
+    "resume",
+    "checkpoints",
+    "logger",
+    "trainer",
+    "num_examples",
+    "examples",
+    "dataset.num_workers",
+    "dataset.cache",
+    "sweep",
+)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings that are to stay, by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if name in _FREE:
+            continue
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:

@@ -182,6 +182,14 @@ def _choices(wrong: str, options: Iterable[str]) -> str:
     return (f" (did you mean '{close[0]}'?)" if close else "") + f"; choose from: {', '.join(options)}"
 
 
+class Checkpoints(typing.TypedDict):
+    """See `wsolkit.checkpoint.LastCheckpoint`."""
+
+    every_n_steps: int | None
+    every_n_minutes: float | None
+    requeue: bool
+
+
 class RunSettings(typing.TypedDict, total=False):
     """Types of the settings that belong to no group."""
 
@@ -189,6 +197,7 @@ class RunSettings(typing.TypedDict, total=False):
     selection: typing.Literal["val", "test"]
     monitor: str | None
     resume: str | None
+    checkpoints: Checkpoints
     checkpoint: str | None
     score_maps: str | None
     save_maps: str | None

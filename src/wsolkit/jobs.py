@@ -97,7 +97,7 @@ def read_job(folder: Path) -> Job | None:
 
 def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
-    own = sorted(override for override in overrides if not override.startswith("hydra"))
+    own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
     own.sort(key=lambda override: not override.startswith(_FIRST))
     readable = []
     for override in own:
@@ -108,8 +108,14 @@ def job_name(overrides: Sequence[str]) -> str:
     return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
 
 
+def run_name(resume: str | None, overrides: Sequence[str], now: str) -> str:
+    """A directory name for a run: by its time, or one under which the same command finds it again."""
+    return job_name(overrides) if resume == "auto" else now
+
+
 # hydra.sweep.subdir: ${job_name:${hydra.overrides.task}}
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def run_job(

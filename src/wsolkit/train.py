@@ -6,6 +6,8 @@ and examples/; train_images.txt, where only a part of the training images was us
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,17 +27,18 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
-    from wsolkit.checkpoint import BestCheckpoint, check_resumable
+    from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
 
     check_config(cfg)
-    if cfg.resume is not None:
-        check_resumable(cfg.resume, cfg)
+    resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
+    continued = None if resume is None else check_resumable(resume, cfg)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
@@ -54,13 +57,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         mode="max",
         enable_version_counter=False,
     )
-    # At the end of each epoch, after its validation: from there a run continues exactly.
-    last = ModelCheckpoint(
-        folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [best, last, pictures]
-    loggers = build_loggers(cfg, folder)
+    loggers = build_loggers(cfg, folder, continued.step if continued and cfg.resume == "auto" else None)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if cfg.trainer.enable_progress_bar:
@@ -75,13 +75,15 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
-        trainer.fit(module, datamodule, ckpt_path=cfg.resume, weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
         if not best.best_model_path:
             raise CheckpointError(
                 "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
                 f"trainer.max_epochs={cfg.trainer.max_epochs}"
             )
         trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # Lightning would leave with 0, as if all were done
     finally:
         finish(loggers)
     if trainer.is_global_zero:

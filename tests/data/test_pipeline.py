@@ -10,11 +10,10 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from wsolkit import build_datamodule, load_config
 from wsolkit.data.datamodule import WSOLDataModule
-from wsolkit.data.dataset import EachOnce, GlobalBatches, WSOLDataset, one_thread, training_batch
+from wsolkit.data.dataset import EachOnce, GlobalBatches, TrainingLoader, WSOLDataset, one_thread
 from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import read_image
 from wsolkit.data.shapes import CLASSES, ShapesRecords
@@ -114,12 +113,42 @@ def shapes(count: int = 24) -> WSOLDataset:
     return WSOLDataset(records, Transform(72, 64, True, MEAN, STD), seed=0)
 
 
-def epoch_of(dataset: WSOLDataset, epoch: int, workers: int) -> torch.Tensor:
-    batches = GlobalBatches(len(dataset), 8, seed=0, rank=0, world_size=1, epoch=lambda: epoch)
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=training_batch, num_workers=workers, worker_init_fn=one_thread
+def training_loader(dataset: WSOLDataset, workers: int) -> TrainingLoader:
+    batches = GlobalBatches(len(dataset), 8, seed=0, rank=0, world_size=1)
+    return TrainingLoader(
+        dataset,
+        batches,
+        len(batches),
+        num_workers=workers,
+        worker_init_fn=one_thread,
+        persistent_workers=workers > 0,
     )
+
+
+def epoch_of(dataset: WSOLDataset, epoch: int, workers: int) -> torch.Tensor:
+    loader = training_loader(dataset, workers)
+    loader.load_state_dict({"epoch": epoch, "taken": 0})
     return torch.cat([batch["image"] for batch in loader])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("taken", range(7))
+def test_loader_goes_on_where_it_was(workers: int, taken: int) -> None:
+    """After any batch of two epochs of three, whatever its workers have prepared by then; and into a third epoch."""
+    loader, seen = training_loader(shapes(), workers), list[torch.Tensor]()
+    expected = [epoch_of(shapes(), epoch, 0) for epoch in range(3)]
+    state = loader.state_dict()
+    for _ in range(2):
+        for batch in loader:
+            if len(seen) == taken:
+                break
+            seen.append(batch["image"])
+            state = loader.state_dict()
+    resumed = training_loader(shapes(), workers)
+    resumed.load_state_dict(state)
+    for _ in range(3 - taken // 3):
+        seen += [batch["image"] for batch in resumed]
+    assert torch.equal(torch.cat(seen), torch.cat(expected))
 
 
 def test_augmentations_do_not_depend_on_the_number_of_workers() -> None:
@@ -164,10 +193,9 @@ def views(seed: int, epoch: int, rank: int, world_size: int, workers: int) -> li
     dataset = WSOLDataset(
         Positions("train", {"train": 256}, 64, 0), Transform(256, 224, True, (0,) * 3, (1,) * 3), seed
     )
-    batches = GlobalBatches(len(dataset), 32, seed, rank, world_size, lambda: epoch)
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=training_batch, num_workers=workers, worker_init_fn=one_thread
-    )
+    batches = GlobalBatches(len(dataset), 32, seed, rank, world_size)
+    loader = TrainingLoader(dataset, batches, len(batches), num_workers=workers, worker_init_fn=one_thread)
+    loader.load_state_dict({"epoch": epoch, "taken": 0})
     return [
         [tuple((image[:2, 0, :2] * 255).round().flatten().tolist()) for image in batch["image"]] for batch in loader
     ]
@@ -195,7 +223,7 @@ def test_no_two_workers_ranks_epochs_or_seeds_share_random_numbers() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_processes_share_a_global_batch(world_size: int) -> None:
     def run(rank: int, world: int) -> list[list[tuple[int, int]]]:
-        return list(GlobalBatches(29, 8, seed=3, rank=rank, world_size=world, epoch=lambda: 5))
+        return list(GlobalBatches(29, 8, seed=3, rank=rank, world_size=world))
 
     single = [set(batch) for batch in run(0, 1)]
     parts = [run(rank, world_size) for rank in range(world_size)]
@@ -207,16 +235,14 @@ def test_processes_share_a_global_batch(world_size: int) -> None:
 
 
 def test_order_changes_with_the_epoch_and_small_sets_make_one_batch() -> None:
-    small = GlobalBatches(6, 8, seed=0, rank=0, world_size=4, epoch=lambda: 0)
+    small = GlobalBatches(6, 8, seed=0, rank=0, world_size=4)
     assert [len(batch) for batch in small] == [1]
-    orders = []
-    for epoch in range(2):
-        batches = GlobalBatches(16, 8, seed=0, rank=0, world_size=1, epoch=lambda epoch=epoch: epoch)  # type: ignore[misc]
-        orders.append([index for _, index in chain.from_iterable(batches)])
+    batches = GlobalBatches(16, 8, seed=0, rank=0, world_size=1)
+    orders = [[index for _, index in chain.from_iterable(batches)] for _ in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
     assert orders[0] != orders[1]
     with pytest.raises(DataError, match="2 training images cannot be spread over 3 processes"):
-        GlobalBatches(2, 8, seed=0, rank=0, world_size=3, epoch=lambda: 0)
+        GlobalBatches(2, 8, seed=0, rank=0, world_size=3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -15,10 +15,10 @@ from wsolkit.data.dataset import (
     EachOnce,
     GlobalBatches,
     Sample,
+    TrainingLoader,
     WSOLDataset,
     evaluation_batch,
     one_thread,
-    training_batch,
 )
 from wsolkit.data.records import Records, Split
 from wsolkit.data.subset import choose
@@ -86,8 +86,9 @@ class WSOLDataModule(LightningDataModule):
         self.classes, self.fraction, self.shots, self.subset_seed = classes, fraction, shots, subset_seed
         self.cache = cache
         self.uncropped = uncropped
-        self._epoch = 0
         self._datasets: dict[Split, WSOLDataset] = {}
+        self._training: TrainingLoader | None = None
+        self._position: dict[str, int] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -131,10 +132,24 @@ class WSOLDataModule(LightningDataModule):
                 f"{world_size} devices × {accumulate} accumulated batches"
             )
         dataset = self.dataset("train")
-        batches = GlobalBatches(
-            len(dataset), self.batch_size // accumulate, self.seed, rank, world_size, self._next_epoch
-        )
-        return self._loader(dataset, collate_fn=training_batch, batch_sampler=batches)
+        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        taken = limit if isinstance(limit, int) else int(limit * len(batches))
+        self._training = TrainingLoader(dataset, batches, min(taken, len(batches)), **self._options())
+        if self._position is not None:
+            self._training.load_state_dict(self._position)
+        return self._training
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning's hook: where training is.
+
+        Lightning keeps the loader's state too, but restores it only within an epoch.
+        """
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lightning's hook: go on from there."""
+        self._position = state_dict
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Lightning's hook."""
@@ -152,37 +167,26 @@ class WSOLDataModule(LightningDataModule):
                 f"{len(dataset)} {split} images on {world_size} processes: use at most as many devices as images"
             )
         order = EachOnce(len(dataset), rank, world_size)
-        return self._loader(dataset, collate_fn=evaluation_batch, sampler=order, batch_size=self.eval_batch_size)
-
-    def _next_epoch(self) -> int:
-        self._epoch += 1
-        return self._epoch - 1
-
-    def state_dict(self) -> dict[str, int]:
-        """Lightning's hook: how many training epochs have begun.
-
-        Counted here: a trainer that resumes starts to load its first epoch before it knows that epoch's number.
-        """
-        return {"epoch": self._epoch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lightning's hook: go on with the next epoch."""
-        self._epoch = state_dict["epoch"]
+        return DataLoader(
+            dataset,
+            sampler=order,
+            batch_size=self.eval_batch_size,
+            collate_fn=evaluation_batch,
+            **self._options(),
+        )
 
     def _place(self) -> tuple[int, int, int]:
         if self.trainer is None:
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
-    def _loader(self, dataset: WSOLDataset, **options: object) -> DataLoader[Sample]:
+    def _options(self) -> dict[str, Any]:
         devices = self.trainer.num_devices if self.trainer is not None else 1
         automatic = min(_MAX_AUTO_WORKERS, available_cores() // devices)
         workers = automatic if self.num_workers == "auto" else self.num_workers
-        return DataLoader(
-            dataset,
-            num_workers=workers,
-            worker_init_fn=one_thread,
-            persistent_workers=workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            **options,  # type: ignore[arg-type]
-        )
+        return {
+            "num_workers": workers,
+            "worker_init_fn": one_thread,
+            "persistent_workers": workers > 0,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }

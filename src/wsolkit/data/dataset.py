@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.pixels import Pixels, normalised_batch
@@ -145,30 +145,64 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         batch_size: images per forward pass, over all processes.
         seed: of the permutations.
         rank, world_size: which process this is, of how many.
-        epoch: says the number of the epoch that begins; asked once for each.
+
+    Attributes:
+        epoch: number of the next epoch.
+        skip: how many batches at its start are left out, since they were trained on before an interruption.
 
     Raises:
         DataError: there are fewer images than processes.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int, world_size: int, epoch: Callable[[], int]
-    ) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         size = min(batch_size, length) // world_size * world_size
         if size == 0:
             raise DataError(f"{length} training images cannot be spread over {world_size} processes: use fewer devices")
         self.length, self.size, self.seed, self.rank, self.world_size = length, size, seed, rank, world_size
-        self.epoch = epoch
+        self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
         return self.length // self.size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch()
+        epoch, skip = self.epoch, self.skip
+        self.epoch, self.skip = epoch + 1, 0
         order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-        for start in range(0, len(self) * self.size, self.size):
+        for start in range(skip * self.size, len(self) * self.size, self.size):
             part = order[start + self.rank : start + self.size : self.world_size]
             yield [(epoch, index) for index in part.tolist()]
+
+
+class TrainingLoader(DataLoader[Sample]):
+    """Loads training batches, and says and restores where in which epoch it is.
+
+    Counts the batches that were taken, not those that its workers have prepared.
+
+    Args:
+        dataset, batches: what is loaded, in which order.
+        limit: batches of an epoch, if the trainer takes fewer than there are.
+        options: see `DataLoader`.
+    """
+
+    def __init__(self, dataset: WSOLDataset, batches: GlobalBatches, limit: int, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, collate_fn=training_batch, **options)
+        self._batches, self._limit = batches, limit
+        self._epoch, self._taken = -1, limit
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._epoch, self._taken = self._batches.epoch, self._batches.skip
+        for batch in super().__iter__():
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning's hook: number of the epoch, and of batches that were taken in it."""
+        return {"epoch": self._epoch, "taken": self._taken}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lightning's hook: go on within the epoch, or with the next one."""
+        epoch, taken = state_dict["epoch"], state_dict["taken"]
+        self._batches.epoch, self._batches.skip = (epoch + 1, 0) if taken >= self._limit else (epoch, taken)
 
 
 class EachOnce(Sampler[tuple[int, int]]):

@@ -58,6 +58,7 @@ class WSOLModule(LightningModule, ABC):
         """Numbers of the latest validation or test pass, by name."""
         self.curves: dict[str, list[Any]] = {}
         """Curves and tables of that pass, by name."""
+        self._loss_sums: dict[str, Tensor] = {}
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
@@ -103,15 +104,28 @@ class WSOLModule(LightningModule, ABC):
         """Lightning's hook: compute and log the losses."""
         losses = self.losses(batch)
         for name, value in losses.items():
-            self.log(
-                f"train/{name}",
-                value.detach(),
-                prog_bar=name == "loss",
-                on_step=True,
-                on_epoch=True,
-                batch_size=len(batch["label"]),
-            )
+            self.log(f"train/{name}_step", value.detach(), prog_bar=name == "loss")
+            # Lightning's own means over an epoch are no part of its checkpoints.
+            term = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+            self._loss_sums[name] = term + self._loss_sums.get(name, torch.zeros(2)).to(term.device)
         return losses["loss"]
+
+    def on_train_epoch_end(self) -> None:
+        """Lightning's hook: log the mean of each loss over the epoch."""
+        means = {f"train/{name}_epoch": total / count for name, (total, count) in self._summed_losses().items()}
+        self._loss_sums = {}
+        self.log_dict(means, logger=False)
+        for logger in self.loggers:  # now: Lightning would do it after the checkpoint is written
+            row = {"epoch": float(self.current_epoch)} | {name: mean.item() for name, mean in means.items()}
+            logger.log_metrics(row, step=self.global_step - 1)
+
+    def _summed_losses(self) -> dict[str, Tensor]:
+        """Sum and number of each loss's values in this epoch, over all processes."""
+        sums = {name: value.clone() for name, value in self._loss_sums.items()}
+        if distributed.is_available() and distributed.is_initialized():
+            for value in sums.values():
+                distributed.all_reduce(value)
+        return sums
 
     def on_validation_start(self) -> None:
         """Lightning's hook: all processes evaluate one network, with the BatchNorm statistics of the first."""
@@ -172,11 +186,14 @@ class WSOLModule(LightningModule, ABC):
             "config": self.training_settings.config,
             "class_names": list(self.training_settings.class_names),
             "thresholds": self.evaluation.thresholds,
+            "losses": self._summed_losses(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: take over the thresholds that validation selected."""
+        """Lightning's hook: take over the thresholds that were selected, and the losses of an epoch's first steps."""
         self.evaluation.thresholds = checkpoint["wsolkit"]["thresholds"]
+        sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]  # over all processes; here it is one's own
+        self._loss_sums = sums if self.global_rank == 0 else {name: torch.zeros(2) for name in sums}
 
 
 def choose_classes(classes: Classes, logits: Tensor) -> Tensor:
