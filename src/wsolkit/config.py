@@ -105,10 +105,13 @@ def as_override(argument: str) -> str:
     """What is given on the command line, in Hydra's grammar.
 
     The value of `setting=path` is quoted where there is such a path, since = , [ ] mean something to Hydra; and a
-    post-process may be added with + as if it were not among the settings.
+    post-process may be added with + as if it were not among the settings. `dataset.batch_size=auto` keeps the global
+    batch, and divides it.
     """
     if argument.startswith("+postprocess="):
         return argument[1:]
+    if argument == "dataset.batch_size=auto":
+        return "fit_memory=true"
     if argument.startswith("-"):
         return argument
     setting, equals, value = argument.partition("=")
@@ -198,6 +201,7 @@ class RunSettings(typing.TypedDict, total=False):
     monitor: str | None
     resume: str | None
     checkpoints: Checkpoints
+    fit_memory: bool
     checkpoint: str | None
     score_maps: str | None
     save_maps: str | None

@@ -17,5 +17,9 @@ class CheckpointError(WsolkitError, ValueError):
     """A checkpoint or weight file cannot be read or does not fit the model."""
 
 
+class TrainingError(WsolkitError, RuntimeError):
+    """Training cannot go on: a loss is not finite, memory is full, a loader's process died."""
+
+
 class JobError(WsolkitError, RuntimeError):
     """A job of a sweep failed, or its record cannot be used."""

@@ -35,6 +35,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
 
     check_config(cfg)
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
@@ -59,13 +60,15 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     )
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), method_name(cfg))
-    callbacks: list[Callback] = [best, last, pictures]
+    callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
     loggers = build_loggers(cfg, folder, continued.step if continued and cfg.resume == "auto" else None)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
+    if cfg.fit_memory:
+        trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         save_config(cfg, folder)
         training = datamodule.dataset("train").records
@@ -75,7 +78,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
-        trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+        with named_trouble(cfg.dataset.batch_size):
+            trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
         if not best.best_model_path:
             raise CheckpointError(
                 "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "

@@ -151,6 +151,14 @@ class WSOLDataModule(LightningDataModule):
         """Lightning's hook: go on from there."""
         self._position = state_dict
 
+    def training_images(self, epoch: int, batch: int) -> list[str]:
+        """Names of the images of a training batch, over all processes."""
+        dataset = self.dataset("train")
+        accumulate = self._place()[2]
+        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, 0, 1)
+        batches.epoch, batches.skip = epoch, batch
+        return [dataset.records.name(index) for _, index in next(iter(batches))]
+
     def val_dataloader(self) -> DataLoader[Sample]:
         """Lightning's hook."""
         return self._evaluation_loader("val")

@@ -1,0 +1,177 @@
+"""What goes wrong in training, named: losses that are not finite, memory that is full, loaders that die."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
+
+from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.errors import TrainingError
+from wsolkit.methods.base import WSOLModule
+
+_NAMED = 5
+_NONE = torch.iinfo(torch.int64).max
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose loss is not finite, before a checkpoint of it is written.
+
+    Whether it is finite stays on the device until somebody has to wait for it anyway: every `every_n_steps` steps, when
+    losses are logged, and before a checkpoint.
+
+    Args:
+        every_n_steps: see above.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._first: Tensor | None = None
+        """Number of the first batch of this epoch whose loss is not finite."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        self._first = torch.full((), _NONE, device=pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if self._first is None:  # a run that goes on within an epoch
+            self._first = torch.full((), _NONE, device=pl_module.device)
+        here = torch.where(outputs["loss"].detach().isfinite(), _NONE, batch_idx)
+        self._first = torch.minimum(self._first, here)
+        if trainer.global_step % self.every_n_steps == 0:
+            self.check(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: what is not finite is not saved."""
+        self.check(trainer)
+        weights = torch.stack([parameter.detach().isfinite().all() for parameter in pl_module.parameters()])
+        if not weights.all():
+            raise TrainingError(
+                f"weights are not finite after step {trainer.global_step}: the loss was, its gradient not. {_ADVICE}"
+            )
+
+    def check(self, trainer: Trainer) -> None:
+        """Stop if a loss was not finite, in any process.
+
+        Raises:
+            TrainingError: it was; the message names the step and the images.
+        """
+        if self._first is None:
+            return
+        first = self._first
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(first, distributed.ReduceOp.MIN)
+        number = int(first.item())
+        if number == _NONE:
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, WSOLDataModule)
+        images = datamodule.training_images(trainer.current_epoch, number)
+        named = ", ".join(images[:_NAMED]) + (f" and {len(images) - _NAMED} more" if len(images) > _NAMED else "")
+        raise TrainingError(
+            f"the loss is not finite in epoch {trainer.current_epoch}, batch {number} (images {named}). {_ADVICE}"
+        )
+
+
+class FitMemory(Callback):
+    """Accumulates gradients over so many parts of a batch that each part fits into the device's memory.
+
+    The part is found by trying before training, each process for its device; all then take the smallest part.
+
+    Args:
+        parts: into how many a batch is divided, from `parts_that_fit`.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        parts = torch.tensor(self.parts, device=pl_module.device)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(parts, distributed.ReduceOp.MAX)
+        trainer.accumulate_grad_batches = int(parts.item())
+
+
+def parts_that_fit(module: WSOLModule, datamodule: WSOLDataModule, trainer: Trainer) -> int:
+    """Into how many parts a global batch has to be divided so that a training step fits into this device's memory.
+
+    Raises:
+        TrainingError: not even a single image fits.
+    """
+    module.to(trainer.strategy.root_device)
+    module = trainer.precision_plugin.convert_module(module)  # type: ignore[assignment]
+    share = datamodule.batch_size // trainer.world_size
+    for parts in range(1, share + 1):
+        if share % parts == 0 and _fits(module, share // parts, datamodule.image_size, trainer):
+            return parts
+    raise TrainingError(
+        f"not even one image of {datamodule.image_size} pixels fits into the memory of {trainer.strategy.root_device}: "
+        "choose a smaller backbone, or trainer.precision=bf16-mixed"
+    )
+
+
+def _fits(module: WSOLModule, count: int, side: int, trainer: Trainer) -> bool:
+    """Whether a step on some images, black ones, fits; leaves the module as it was."""
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    device = trainer.strategy.root_device
+    try:
+        precision = trainer.precision_plugin
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), precision.forward_context():
+            image = precision.convert_input(torch.zeros(count, 3, side, side, device=device))
+            label = torch.zeros(count, dtype=torch.long, device=device)
+            module.losses({"image": image, "label": label})["loss"].backward()
+        for parameter in module.parameters():  # AdamW's two moments, and DDP's copy of the gradients
+            parameter.new_zeros((3, *parameter.shape))
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        module.zero_grad(set_to_none=True)
+        for name, value in module.named_buffers():
+            value.copy_(buffers[name])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_ADVICE = (
+    "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; the last checkpoint in "
+    "checkpoints/ is from before"
+)
+
+
+@contextmanager
+def named_trouble(batch_size: int) -> Iterator[None]:
+    """Say what a user can do where torch says only what happened.
+
+    Args:
+        batch_size: of the run.
+
+    Raises:
+        TrainingError: memory is full, or a process of a loader died.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device has no memory left with dataset.batch_size={batch_size}: trainer.accumulate_grad_batches=2 "
+            "holds half as many images at a time and keeps the batch of each step, dataset.batch_size=auto finds out "
+            f"how many; trainer.precision=bf16-mixed needs less, too ({str(error).splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        if dead is None:
+            raise
+        raise TrainingError(
+            f"a process that loads images died (number {dead[1]}): often the machine's memory, or /dev/shm in a "
+            "container, is full. Set a smaller dataset.num_workers (0 loads in the main process) and continue with "
+            "resume=auto"
+        ) from error
