@@ -15,7 +15,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -178,12 +178,29 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         if str(node._target_).endswith(".WandbLogger") and continued_at is not None:
             earlier = _earlier_wandb_run(folder)
         logger = instantiate(node, save_dir=str(folder), **earlier, _convert_="all")
+        if isinstance(logger, WandbLogger) and not _reaches_wandb(logger):
+            logger = instantiate(node, save_dir=str(folder), **earlier, mode="offline", _convert_="all")
         if isinstance(logger, CSVLogger) and continued_at is not None and earlier_log.is_file():
             logger.experiment.metrics = _rows_before(earlier_log, continued_at)  # it begins by deleting the log
             logger.save()
             earlier_log.unlink(missing_ok=True)
         loggers.append(logger)
     return loggers
+
+
+def _reaches_wandb(logger: WandbLogger) -> bool:
+    """Whether W&B takes the run; otherwise says why, and how to send it later."""
+    from wandb.errors import CommError, UsageError
+
+    try:
+        _ = logger.experiment
+    except (CommError, UsageError) as error:
+        rank_zero_warn(
+            f"W&B cannot be reached, or does not know you ({str(error).splitlines()[0]}): the run is logged offline; "
+            f"`wandb sync {logger.save_dir}/wandb/offline-run-*` sends it later"
+        )
+        return False
+    return True
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, Any]]:
