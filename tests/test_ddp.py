@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
+from torch.utils.data import DataLoader
 
-from wsolkit import build_module, load_config
+from tests.test_resume import FRESH
+from wsolkit import build_datamodule, build_module, load_config
+from wsolkit.data.dataset import EachOnce, evaluation_batch
 from wsolkit.methods.sat import batch_area_loss, global_mean
+from wsolkit.metrics.evaluation import outcome
 
 SETTINGS = ("method=sat", "backbone.drop_path_rate=0", "method.area_prior=0.3")
 
@@ -64,6 +68,69 @@ def test_area_loss_is_over_the_global_batch_gradient_included(world_size: int, t
         expected, actual = parameter.grad, saved["gradients"][name]
         assert expected is not None
         assert (actual - expected).abs().max() <= 1e-5 + 1e-4 * expected.abs().max(), name
+
+
+# Each with what is drawn at random taken out: processes draw differently. BatchNorm sees parts of a batch, so it rests.
+METHODS = {
+    "sat": ["backbone.drop_path_rate=0"],
+    "ts_cam": ["backbone.drop_path_rate=0"],
+    "scm": ["backbone.drop_path_rate=0"],
+    "cam": ["backbone.batch_norm=frozen"],
+    "spa": ["backbone.batch_norm=frozen", "method.start_epoch=0"],
+    "bridging_gap": ["backbone.batch_norm=frozen", "method.warmup_epochs=0", "method.drop_probability=1"],
+}
+
+
+def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) -> None:
+    """One process's part of a training batch and of an evaluation; each saves what it comes to."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world_size > 1:
+        distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    cfg = load_config(f"method={method}", *METHODS[method], "dataset.records.sizes={train: 16, val: 16, test: 21}")
+    module, datamodule = build_module(cfg), build_datamodule(cfg)
+    part = {name: value[rank::world_size] for name, value in batch().items()}
+    losses = {name: value.detach().clone() for name, value in module.train().losses(part).items()}  # type: ignore[arg-type]
+    for value in losses.values() if world_size > 1 else ():
+        distributed.all_reduce(value)
+    dataset = datamodule.dataset("test")
+    order = EachOnce(len(dataset), rank, world_size)  # of 21 images: 6, 5, 5 and 5, so one process has one more step
+    module.eval()
+    with torch.inference_mode():
+        # One by one: the last bits of a map depend on the place of its image among those computed together.
+        for images in DataLoader(dataset, sampler=order, batch_size=1, collate_fn=evaluation_batch):
+            module.validation_step(images, 0)
+        computed = outcome(module.evaluation.compute())
+    averaged = {name: value / world_size for name, value in losses.items()}
+    torch.save([averaged, computed.results, computed.curves], folder / f"{method}_{world_size}_{rank}.pt")
+    if world_size > 1:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_same_on_any_number_of_processes(method: str, tmp_path: Path) -> None:
+    """Losses of a global batch to 1e-5; metrics exactly, of images that four processes do not divide evenly."""
+    found = {}
+    for world_size in (1, 2, 4):
+        port = free_port()
+        processes = [
+            FRESH.Process(target=run_apart, args=(rank, world_size, port, method, tmp_path))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        for rank in range(world_size):
+            found[world_size, rank] = torch.load(tmp_path / f"{method}_{world_size}_{rank}.pt", weights_only=False)
+    losses, results, curves = found.pop((1, 0))
+    for key, (others, other_results, other_curves) in found.items():
+        assert others.keys() == losses.keys()
+        for name, value in losses.items():
+            assert others[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), (key, name)
+        assert other_results == results, key
+        assert other_curves == curves, key
 
 
 def statistics(rank: int, port: str, folder: Path) -> None:
