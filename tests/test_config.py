@@ -250,3 +250,9 @@ def test_imports_point_along_the_path_of_an_image() -> None:
                 if line.startswith(("from wsolkit.", "import wsolkit.")):
                     imported = line.split()[1].split(".")[1]
                     assert imported in may_import, f"{path.relative_to(source)}: {line}"
+
+
+@pytest.mark.parametrize("trainer", ["ddp_multinode", "slurm"])
+def test_processes_of_a_cluster_have_one_run_directory(trainer: str) -> None:
+    cfg = load_config(f"trainer={trainer}", "trainer.num_nodes=2")
+    assert (cfg.resume, cfg.trainer.strategy, cfg.trainer.num_nodes, cfg.trainer.devices) == ("auto", "ddp", 2, -1)

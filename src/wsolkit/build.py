@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -229,13 +230,18 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
             default_root_dir=str(folder),
             callbacks=callbacks,
             logger=loggers,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *_environment()],
             use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
     return trainer
+
+
+def _environment() -> list[SLURMEnvironment]:
+    """SLURM, if a job of it runs this; `LastCheckpoint` does what Lightning would do when the job is to stop."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def quieten_libraries() -> None:
@@ -248,6 +254,8 @@ def quieten_libraries() -> None:
         ".*does not have many workers",  # the built-in data set needs none
         ".*treespec, LeafSpec.*",
         "The number of training batches",
+        ".*sync_dist=True",  # what is logged is of all processes already
+        "`broadcast_buffers` is deprecated",
         ".*compute.*method of metric .* was called before",  # a process may get no image of a small split
     ):
         warnings.filterwarnings("ignore", message=message)

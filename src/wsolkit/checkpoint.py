@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
+import threading
 import time
 import zipfile
 import zlib
@@ -115,6 +117,8 @@ class LastCheckpoint(Checkpointing):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
+        if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # "your time is nearly over"
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
