@@ -69,7 +69,10 @@ def test_commands_say_it_in_one_message(name: str, arguments: list[str], message
             "there is no dataset 'imagnet' (did you mean 'imagenet'?); choose from: ",
         ),
         (["backbone=deit"], "there is no backbone 'deit'"),
-        (["trainer=tpu"], "there is no trainer 'tpu' (did you mean 'gpu'?); choose from: auto, cpu, ddp, ddp_multinode, gpu"),
+        (
+            ["trainer=tpu"],
+            "there is no trainer 'tpu' (did you mean 'gpu'?); choose from: auto, cpu, ddp, ddp_multinode, gpu",
+        ),
         (["protocol=[maxbox]"], "there is no protocol 'maxbox' (did you mean 'maxboxacc'?)"),
         (["method.area_priors=0.3"], "there is no setting 'method.area_priors' (did you mean 'area_prior'?)"),
         (["method=ts_cam", "method.area_prior=0.3"], "there is no setting 'method.area_prior'; choose from: "),

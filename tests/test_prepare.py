@@ -297,7 +297,7 @@ def test_two_processes_do_not_prepare_the_same_folder(root: Path, tmp_path: Path
 
     write_listed(root, {"train": 4, "val": 2})
     (root / ".wsolkit").mkdir()
-    with FileLock(root / ".wsolkit" / "lock"):
+    with FileLock(root / ".wsolkit" / ".index.arrow.lock"):
         done = prepare("dataset=listed", f"dataset.root={root}")
     assert done.returncode == 1
     assert f"error: another process is preparing '{root}': wait until it ends" in done.stderr
@@ -315,3 +315,14 @@ def test_killed_and_run_again_it_finishes(root: Path, tmp_path: Path, prepare: P
     done = prepare(*call[3:])
     assert done.returncode == 0, done.stderr
     assert tree(root) == tree(write_cub(tmp_path / "expected"))
+
+
+def test_nothing_is_written_where_a_data_set_lies_if_its_index_goes_elsewhere(
+    root: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    write_listed(root, {"train": 4, "val": 2})
+    before = sorted(root.rglob("*"))
+    done = prepare("dataset=listed", f"dataset.root={root}", f"dataset.index={tmp_path}/own/index.arrow")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own" / "index.arrow").is_file()
+    assert sorted(root.rglob("*")) == before

@@ -36,26 +36,26 @@ def prepare(cfg: DictConfig, _: Path) -> None:
     from wsolkit.data.index import write_index
 
     root = Path(cfg.dataset.root)
-    state = root / STATE
     archives = needed_archives(cfg)
+    index = Path(cfg.dataset.index or root / STATE / "index.arrow")
     if not archives and not root.is_dir():
         raise DataError(f"dataset.root: there is no folder '{root}'; dataset={name} reads what you put there")
     todo = {name: archive for name, archive in archives.items() if not archive.finished(root)}
     check_there(todo, cfg, root)
+    # A data set that is only indexed may lie where nobody can write.
+    place = root / STATE / "lock" if todo else index.with_name(f".{index.name}.lock")
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(state / "lock").acquire(blocking=False)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place).acquire(blocking=False)
     except Timeout as error:
         raise DataError(f"another process is preparing '{root}': wait until it ends") from error
     except OSError as error:
-        raise DataError(f"'{root}' cannot be written to ({error})") from error
+        raise DataError(f"'{place.parent}' cannot be written to ({error}); dataset.index=FILE is elsewhere") from error
     with lock:
         install(todo, root, cfg.progress)
         splits: list[Split] = ["train", "val", "test"] if cfg.dataset.held_out else ["train", "test"]
-        node = plain(cfg)["dataset"]
-        index = Path(node["index"] or state / "index.arrow")
         print(f"Reading {', '.join(splits)} of {name} and writing the index", flush=True)
-        records = write_index(index, splits, build_records(cfg), node["records"], root)
+        records = write_index(index, splits, build_records(cfg), plain(cfg)["dataset"]["records"], root)
     files = [root / archive.file for archive in archives.values()]
     show(cfg, records, index, [path for path in files if path.is_file()])
 
