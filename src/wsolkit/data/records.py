@@ -52,7 +52,7 @@ class Names:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        encoded = [name.encode() for name in names]
+        encoded = [name.encode(errors="surrogateescape") for name in names]
         self._block = np.frombuffer(b"".join(encoded), np.uint8)
         self._starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
 
@@ -61,7 +61,7 @@ class Names:
 
     def __getitem__(self, index: int) -> str:
         start, end = self._starts[index : index + 2]
-        return self._block[start:end].tobytes().decode()
+        return self._block[start:end].tobytes().decode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,15 @@ def read_image(path: Path) -> Image:
     Raises:
         DataError: the file is missing, or cannot be decoded.
     """
-    return _decode(path, "RGB", "image")
+    with _opened(path, "image") as image:
+        return rgb(image)
+
+
+def rgb(image: PIL.Image.Image) -> Image:
+    """Pixels [H, W, 3] of an image in any mode: 16 bits are scaled to 8, opacity is left out."""
+    if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
+        image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def read_grey(path: Path) -> npt.NDArray[np.uint8]:
@@ -148,7 +156,8 @@ def read_grey(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         DataError: the file is missing, or cannot be decoded.
     """
-    return _decode(path, "L", "mask")
+    with _opened(path, "mask") as image:
+        return np.asarray(image.convert("L"))
 
 
 def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -163,11 +172,6 @@ def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
 def _size(path: Path) -> tuple[int, int]:
     with _opened(path, "image") as image:
         return image.size
-
-
-def _decode(path: Path, mode: str, what: str) -> npt.NDArray[np.uint8]:
-    with _opened(path, what) as image:
-        return np.asarray(image.convert(mode))
 
 
 @contextmanager
