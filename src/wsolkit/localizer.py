@@ -273,10 +273,7 @@ class Localizer:
             threshold, select: see `__call__`.
             images: kept in the predictions.
         """
-        if not 1 <= top_k <= len(self.class_names):
-            raise ConfigError(f"top_k={top_k}: expected 1 to {len(self.class_names)}, the number of classes")
-        if select not in get_args(Select):
-            raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
+        self.check(top_k, select)
         tau = self.tau(threshold, given=labels is not None)
         classes, scores, maps = self._forward(batch, labels, top_k)
         for row, (width, height) in enumerate(batch["size"].tolist()):
@@ -285,6 +282,17 @@ class Localizer:
             yield [
                 self._prediction(raw, label, score, width, height, tau, select, picture) for raw, label, score in found
             ]
+
+    def check(self, top_k: int, select: Select) -> None:
+        """Check what `localize` is asked for.
+
+        Raises:
+            ConfigError: it is not to be had.
+        """
+        if not 1 <= top_k <= len(self.class_names):
+            raise ConfigError(f"top_k={top_k}: expected 1 to {len(self.class_names)}, the number of classes")
+        if select not in get_args(Select):
+            raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
 
     def tau(self, threshold: float | None, given: bool) -> float:
         """The threshold τ of the boxes.

@@ -58,7 +58,7 @@ def enlarge(score_map: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> 
 def enlarge_labels(labels: npt.NDArray[np.int32], size: tuple[int, int]) -> npt.NDArray[np.int32]:
     """Resize regions [h, w], 0 outside and numbered from 1, to size (H, W), with smooth outlines."""
     if labels.shape == size:
-        return labels.copy()
+        return np.array(labels)
     inside = enlarge((labels > 0).astype(np.float32), size) >= 0.5
     # A smooth outline reaches half a pixel of the map beyond its region: those pixels take the neighbour's number.
     spread = cv2.dilate(labels.astype(np.float32), np.ones((3, 3), np.uint8))
