@@ -44,7 +44,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.data.records import file_records
-    from wsolkit.interop.coco import FAILED, PredictionFiles, Source
+    from wsolkit.interop.coco import FAILED, Source, prediction_files
     from wsolkit.localizer import Localizer
 
     lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name)]
@@ -63,26 +63,24 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
     threshold = localizer.tau(cfg.threshold, given=labels is not None)
     localizer.check(cfg.top_k, cfg.select)
-    files = PredictionFiles(folder, localizer.class_names, _settings(cfg, threshold))
     sources = [
         Source(name, _stamp(base / name), None if labels is None else labels[place]) for place, name in enumerate(names)
     ]
-    missing = files.missing(sources, lambda name: not cfg.overlays or _overlay_path(folder, name).is_file())
-    chosen = [names[place] for place in missing]
-    dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), localizer.class_names, {}, None))
     failed: dict[str, str] = {}
-    batches = -(-len(missing) // cfg.batch_size)
-    progress = track(_load(dataset, cfg, localizer), "Predicting", total=batches, disable=not cfg.progress_bar)
-    for batch, places, reasons in progress:
-        failed |= {chosen[place]: reason for place, reason in reasons.items()}
-        if batch is None:
-            continue
-        of_batch = [sources[missing[place]] for place in places]
-        given = None if labels is None else [labels[missing[place]] for place in places]
-        predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
-        files.add(_each(of_batch, predictions, base, folder if cfg.overlays else None))
-    count = files.write(sources, failed)
-    files.close()
+    with prediction_files(folder, localizer.class_names, _settings(cfg, threshold)) as files:
+        missing = files.missing(sources, lambda name: not cfg.overlays or _overlay_path(folder, name).is_file())
+        chosen = [names[place] for place in missing]
+        dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), localizer.class_names, {}, None))
+        batches = -(-len(missing) // cfg.batch_size)
+        loaded = _load(dataset, cfg, localizer)
+        for batch, places, reasons in track(loaded, "Predicting", batches, disable=not cfg.progress_bar):
+            failed |= {chosen[place]: reason for place, reason in reasons.items()}
+            if batch is not None:
+                given = None if labels is None else [labels[missing[place]] for place in places]
+                predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
+                of_batch = [sources[missing[place]] for place in places]
+                files.add(_each(of_batch, predictions, base, folder if cfg.overlays else None))
+        count = files.write(sources, failed)
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
     )
@@ -193,9 +191,12 @@ def _settings(cfg: DictConfig, threshold: float) -> dict[str, Any]:
         while block := file.read(2**20):
             digest.update(block)
     kept: dict[str, Any] = {"checkpoint": digest.hexdigest(), "source": str(Path(cfg.source).absolute())}
-    kept |= {key: values[key] for key in ("classes", "top_k", "select", "precision")} | {"threshold": threshold}
-    for group in ("method", "backbone", "postprocess", "protocol"):
+    (protocol, rules), *_ = values["protocol"].items()
+    kept |= {key: values[key] for key in ("classes", "top_k", "select", "precision")}
+    kept |= {"protocol": protocol, "threshold": threshold}
+    for group in ("method", "backbone", "postprocess"):
         kept |= dict(_flat(values.get(group) or {}, group))
+    kept |= dict(_flat(rules, "rules"))
     return kept
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from pycocotools import mask as rle_masks
@@ -54,24 +54,32 @@ def encoded(prediction: Prediction) -> dict[str, Any]:
     return {"category_id": prediction.label_index + 1, "score": prediction.score, "objects": objects}
 
 
-class PredictionFiles:
-    """The files of a folder of predictions.
+@contextmanager
+def prediction_files(
+    folder: Path, class_names: Sequence[str], settings: Mapping[str, Any]
+) -> Iterator[PredictionFiles]:
+    """Open a folder of predictions.
 
     Args:
-        folder: theirs.
+        folder: theirs; made if there is none.
         class_names: by label.
         settings: on which the predictions depend, flat.
 
     Raises:
         DataError: the folder holds predictions under other settings, or is being written to by another process.
     """
-
-    def __init__(self, folder: Path, class_names: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self.folder, self.class_names = folder, class_names
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / PROGRESS).open("a+b")
-        _lock(self._file.fileno(), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / PROGRESS).open("a+b") as progress:
+        _lock(progress.fileno(), folder)
         _check_settings(folder / SETTINGS, settings)
+        yield PredictionFiles(folder, class_names, progress)
+
+
+class PredictionFiles:
+    """The files of a folder of predictions; see `prediction_files`."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str], progress: BinaryIO) -> None:
+        self.folder, self.class_names, self._file = folder, class_names, progress
         self._lines = dict(self._read())
 
     def missing(self, sources: Sequence[Source], complete: Callable[[str], bool]) -> list[int]:
@@ -164,10 +172,6 @@ class PredictionFiles:
             with _draft(self.folder / FAILED) as file:
                 csv.writer(file).writerows([("file_name", "reason"), *failed.items()])
         return len(known)
-
-    def close(self) -> None:
-        """Let others write here."""
-        self._file.close()
 
     def _line(self, name: str) -> dict[str, Any]:
         self._file.seek(self._lines[name][0])
