@@ -207,8 +207,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
+        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
+        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),

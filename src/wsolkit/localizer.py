@@ -11,7 +11,7 @@ Boxes are those that an evaluation under the same protocol draws, carried over t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.records import Records, read_image, rgb
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
-from wsolkit.localization.boxes import Select, regions
+from wsolkit.localization.boxes import Levels, Select, regions
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import network_input, ten_crop_probabilities
@@ -275,13 +275,13 @@ class Localizer:
         """
         self.check(top_k, select)
         tau = self.tau(threshold, given=labels is not None)
-        classes, scores, maps = self._forward(batch, labels, top_k)
-        for row, (width, height) in enumerate(batch["size"].tolist()):
+        classes, scores, raw = self._forward(batch, labels, top_k)
+        sizes = batch["size"].tolist()
+        found = self._maps_and_levels(raw, sizes, tau)
+        for row, (width, height) in enumerate(sizes):
             picture = None if images is None else images[row]
-            found = zip(maps[row], classes[row].tolist(), scores[row].tolist(), strict=True)
-            yield [
-                self._prediction(raw, label, score, width, height, tau, select, picture) for raw, label, score in found
-            ]
+            each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
+            yield [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
 
     def check(self, top_k: int, select: Select) -> None:
         """Check what `localize` is asked for.
@@ -333,9 +333,29 @@ class Localizer:
             classes = choose(logits)
             return classes.cpu(), probabilities.gather(1, classes).cpu(), maps
 
+    def _maps_and_levels(
+        self, raw: Tensor, sizes: Sequence[tuple[int, int]], tau: float
+    ) -> Iterator[tuple[npt.NDArray[np.float32], Levels]]:
+        """Localization maps, and their levels at τ, of raw maps [B, K, h, w], of image after image."""
+        rules, at = self.rules, np.array([tau])
+        parts: Iterable[tuple[Tensor, tuple[int, int] | None]] = [(raw.flatten(0, 1), None)]
+        if rules.frame == "original":
+            parts = ((maps, (height, width)) for maps, (width, height) in zip(raw, sizes, strict=True))
+        for maps, size in parts:
+            if size is not None and max(size) > _MAX_SIDE:
+                raise DataError(
+                    f"an image of {size[1]}×{size[0]} pixels: protocol {self.protocol} draws boxes at the image's "
+                    f"size, up to {_MAX_SIDE} pixels a side; choose another protocol"
+                )
+            with torch.inference_mode():
+                score_maps = rules.localization_maps(maps, size)
+                levels = rules.levels(score_maps, at)
+            yield from zip(score_maps.cpu().numpy(), levels, strict=True)
+
     def _prediction(
         self,
-        raw: Tensor,
+        score_map: npt.NDArray[np.float32],
+        levels: Levels,
         label: int,
         score: float,
         width: int,
@@ -344,25 +364,15 @@ class Localizer:
         select: Select,
         image: Image | None,
     ) -> Prediction:
-        """Boxes and masks of a raw map [h, w], by the protocol's rules."""
-        rules = self.rules
-        if rules.frame == "original" and max(width, height) > _MAX_SIDE:
-            raise DataError(
-                f"an image of {width}×{height} pixels: protocol {self.protocol} draws boxes at the image's size, up "
-                f"to {_MAX_SIDE} pixels a side; choose another protocol"
-            )
-        with torch.inference_mode():
-            size = (height, width) if rules.frame == "original" else None
-            score_map = rules.localization_maps(raw[None], size)
-            levels = rules.levels(score_map, np.array([tau]))[0]
-        found = regions(levels, rules.box_rule, select)
-        shown, carried = rules.on_image(score_map[0].cpu().numpy(), found, width, height)
+        """What a localization map holds above τ, in pixels of its image."""
+        found = regions(levels, self.rules.box_rule, select)
+        score_map, carried = self.rules.on_image(score_map, found, width, height)
         return Prediction(
             label=self.class_names[label],
             label_index=label,
             score=score,
             boxes=carried.boxes,
-            score_map=shown.clip(0, 1),
+            score_map=score_map.clip(0, 1),
             regions=carried.labels,
             threshold=tau,
             image=image,

@@ -60,6 +60,8 @@ def enlarge_labels(labels: npt.NDArray[np.int32], size: tuple[int, int]) -> npt.
     if labels.shape == size:
         return np.array(labels)
     inside = enlarge((labels > 0).astype(np.float32), size) >= 0.5
+    if labels.max() <= 1:
+        return inside.astype(np.int32)
     # A smooth outline reaches half a pixel of the map beyond its region: those pixels take the neighbour's number.
     spread = cv2.dilate(labels.astype(np.float32), np.ones((3, 3), np.uint8))
     numbers = np.where(labels > 0, labels, spread.astype(np.int32))

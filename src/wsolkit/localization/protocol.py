@@ -216,7 +216,8 @@ class Protocol:
         near = np.clip(edges[:, :2], 0, last)
         boxes = np.concatenate([near, np.clip(edges[:, 2:] - 1, near, last)], axis=1)
         labels = enlarge_labels(found.labels, (height, width))
-        for number in set(range(1, len(boxes) + 1)) - set(np.unique(labels).tolist()):  # smaller than a pixel
-            x0, y0, x1, y1 = boxes[number - 1]
-            labels[y0 : y1 + 1, x0 : x1 + 1] = number
+        for number, (x0, y0, x1, y1) in enumerate(boxes.tolist(), start=1):
+            inside = labels[y0 : y1 + 1, x0 : x1 + 1]
+            if (scale < 1).any() and not (inside == number).any():  # smaller than a pixel
+                inside[...] = number
         return enlarge(score_map, (height, width)), Regions(boxes, labels)
