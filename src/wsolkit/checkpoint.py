@@ -135,7 +135,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if checkpoint.version != wsolkit.__version__:
         warnings.warn(
             f"'{path}' was written by wsolkit {checkpoint.version}, this is {wsolkit.__version__}: if its results are "
-            f"not those of then, install wsolkit=={checkpoint.version}",
+            "not those of then, use that version",
             stacklevel=1,
         )
     return checkpoint
@@ -163,7 +163,9 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
     """
     path = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")][-1]
     several = not Path(path).exists() and "," in path  # a sweep over checkpoints, of one method
-    checkpoint = read_checkpoint((path.split(",")[0] if several else path).strip("'"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who builds the model says it
+        checkpoint = read_checkpoint((path.split(",")[0] if several else path).strip("'"))
     names = checkpoint.names()
     with suppress(ConfigError):  # a method of the user's own, in another folder
         if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
