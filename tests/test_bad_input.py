@@ -244,9 +244,9 @@ class Evil:
     ("content", "message"),
     [
         (b"PK\x03\x04 cut short", "cannot be read, perhaps it was cut short"),
-        (b"no checkpoint", "holds pickled code, or is damaged"),
+        (b"no checkpoint", "holds something else than tensors and plain containers, or is damaged"),
         ({"state_dict": {}}, "is not a checkpoint of wsolkit"),
-        ({"state_dict": Evil()}, "holds pickled code, or is damaged; it is not read"),
+        ({"state_dict": Evil()}, r"holds pickled code \(posix.system\), or is damaged; it is not read"),
     ],
 )
 def test_broken_checkpoints(content: Any, message: str, in_tmp: Path) -> None:
