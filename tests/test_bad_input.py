@@ -210,8 +210,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp): the split is empty"),
+        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
+        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),
@@ -247,9 +247,9 @@ class Evil:
     ("content", "message"),
     [
         (b"PK\x03\x04 cut short", "cannot be read, perhaps it was cut short"),
-        (b"no checkpoint", "holds pickled code, or is damaged"),
+        (b"no checkpoint", "holds something else than tensors and plain containers, or is damaged"),
         ({"state_dict": {}}, "is not a checkpoint of wsolkit"),
-        ({"state_dict": Evil()}, "holds pickled code, or is damaged; it is not read"),
+        ({"state_dict": Evil()}, r"holds pickled code \(posix.system\), or is damaged; it is not read"),
     ],
 )
 def test_broken_checkpoints(content: Any, message: str, in_tmp: Path) -> None:

@@ -10,15 +10,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from wsolkit.build import build_datamodule, build_module
     from wsolkit.config import load_config
+    from wsolkit.localizer import Localizer, Prediction
 
 # Loaded on first use, so that `--help` and `--cfg job` answer without importing torch.
 _HOME = {
     "load_config": "wsolkit.config",
     "build_module": "wsolkit.build",
     "build_datamodule": "wsolkit.build",
+    "Localizer": "wsolkit.localizer",
+    "Prediction": "wsolkit.localizer",
 }
 
-__all__ = ["__version__", "build_datamodule", "build_module", "load_config"]
+__all__ = ["Localizer", "Prediction", "__version__", "build_datamodule", "build_module", "load_config"]
 
 
 def __getattr__(name: str) -> Any:

@@ -112,12 +112,15 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
     if class_names is None:
         known = None if cfg.dataset.classes else cfg.dataset.num_classes
         class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
+    mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
     training = Training(
         optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),
         schedule=instantiate(cfg.schedule, _convert_="all"),
         seed=cfg.seed,
         config=plain(cfg),
         class_names=class_names,
+        mean=mean,
+        std=std,
     )
     evaluation = Evaluation(build_protocols(cfg), len(class_names))
     method, backbone = locate(cfg.method._target_, "method."), locate(cfg.backbone._target_, "backbone.")

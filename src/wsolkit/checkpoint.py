@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import plain
+from wsolkit.config import load_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
 
 
@@ -222,7 +226,12 @@ GROUPS = ("method", "backbone", "dataset", "postprocess")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds beside the trainer's state."""
+    """What a checkpoint holds beside the trainer's state.
+
+    config: settings of its run, resolved; class_names: by label; version: of wsolkit; thresholds: τ that validation
+    selected, as `<protocol>/<condition>`, {} where there were no boxes; metrics: numbers of its last validation;
+    mean, std: of the network's input, () in early checkpoints.
+    """
 
     path: Path
     state_dict: StateDict
@@ -230,10 +239,19 @@ class Checkpoint:
     class_names: list[str]
     version: str
     step: int
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
     def names(self) -> dict[str, str]:
         """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
         return choices(self.config)
+
+    @property
+    def protocol(self) -> str:
+        """Name of the first protocol that it was evaluated under."""
+        return str(next(iter(self.config.get("protocol") or ["maxboxacc"])))
 
 
 def choices(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
@@ -249,6 +267,8 @@ def _name(config: Mapping[str, Any] | DictConfig, group: str) -> str:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of `python -m wsolkit.train`, without executing anything in it.
 
+    Warns where it is of another version of wsolkit.
+
     Raises:
         CheckpointError: the file is missing, damaged, of another program, or holds pickled code.
     """
@@ -260,18 +280,86 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"pickled code ({code[1]})" if code else "something else than tensors and plain containers"
         raise CheckpointError(
-            f"'{path}' holds pickled code, or is damaged; it is not read: {str(error).splitlines()[0]}"
+            f"'{path}' holds {found}, or is damaged; it is not read, since that could run anything on this machine"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).split(". ")[0]
         raise CheckpointError(f"'{path}' cannot be read, perhaps it was cut short ({reason})") from error
     own = content.get("wsolkit") if isinstance(content, dict) else None
     if own is None:
-        raise CheckpointError(f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`")
-    return Checkpoint(
-        path, content["state_dict"], own["config"], own["class_names"], own["version"], content["global_step"]
-    )
+        raise CheckpointError(
+            f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`, found "
+            f"{_described(content)}"
+        )
+    try:
+        if not all(isinstance(own["config"][group], dict) for group in ("method", "backbone", "dataset")):
+            raise TypeError("its settings are incomplete")
+        checkpoint = Checkpoint(
+            path,
+            content["state_dict"],
+            own["config"],
+            list(own["class_names"]),
+            str(own["version"]),
+            int(content["global_step"]),
+        )
+        known = {key: own[key] for key in ("thresholds", "metrics", "mean", "std") if key in own}
+        checkpoint = replace(checkpoint, **known)
+        checkpoint.names()
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"'{path}' is a damaged checkpoint of wsolkit ({error})") from error
+    if checkpoint.version != wsolkit.__version__:
+        warnings.warn(
+            f"'{path}' was written by wsolkit {checkpoint.version}, this is {wsolkit.__version__}: if its results are "
+            "not those of then, use that version",
+            stacklevel=1,
+        )
+    return checkpoint
+
+
+def _described(content: object) -> str:
+    """What a file holds that is not ours, in a few words."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = ", ".join(list(map(str, content))[:4])
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return f"{len(content)} tensors alone, such as {keys}"
+    return f"a file of another program, with the entries {keys}" if content else "nothing"
+
+
+def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str]:
+    """A command line with the groups of its checkpoint before `checkpoint=…`, so that the user's settings prevail.
+
+    Args:
+        given: arguments, one of them `checkpoint=…`.
+        with_protocol: whether the first protocol of the checkpoint is chosen too.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or another method or backbone than its own is given.
+    """
+    path = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")][-1]
+    several = not Path(path).exists() and "," in path  # a sweep over checkpoints, of one method
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who builds the model says it
+        checkpoint = read_checkpoint((path.split(",")[0] if several else path).strip("'"))
+    names = checkpoint.names()
+    with suppress(ConfigError):  # a method of the user's own, in another folder
+        if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
+            del names["postprocess"]  # comes with the method, unless a ready grid has another
+    if with_protocol:
+        names["protocol"] = f"[{checkpoint.protocol}]"
+    parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
+    chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
+    for group in ("method", "backbone"):
+        if chosen.get(group, names[group]) != names[group]:
+            raise CheckpointError(
+                f"{group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
+            )
+    first = next(index for index, argument in enumerate(given) if argument.startswith("checkpoint="))
+    added = [f"{group}={name}" for group, name in names.items() if group not in chosen]
+    return [*given[:first], *added, *given[first:]]
 
 
 def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
@@ -329,22 +417,30 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str]) -> DictConfig:
+def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], protocols: bool = False) -> DictConfig:
     """Put a checkpoint's values into settings composed for its method, backbone and data set.
 
     Args:
         cfg: settings as composed.
         checkpoint: whose model is to be built. Values of its data set count only if `cfg` has the same data set.
         overrides: what the user gave on the command line, which prevails.
+        protocols: whether the rules of evaluation are the checkpoint's too, where it has protocols of these names.
     """
     cfg = cfg.copy()
     saved = checkpoint.config
     groups = [group for group in GROUPS if cfg.get(group) and _name(cfg, group) == _name(saved, group)]
+    nodes = [(cfg[group], saved[group]) for group in groups]
+    if protocols:
+        known = saved.get("protocol") or {}
+        nodes += [(rules, known[name]) for name, rules in cfg.protocol.items() if name in known]
+        cfg.dataset.resize = saved["dataset"]["resize"]
     for derived in (False, True):
-        for group in groups:
-            _merge(cfg[group], saved[group], derived)
+        for node, values in nodes:
+            _merge(node, values, derived)
     cfg.dataset.image_size = saved["dataset"]["image_size"]
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
+    if checkpoint.mean:
+        cfg.backbone.mean, cfg.backbone.std = list(checkpoint.mean), list(checkpoint.std)
     for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
         key, value = override.key_or_group, override.value()
         present = OmegaConf.select(cfg, key, default=cfg)  # a choice from a group that adds nothing, as sweep=…, is not

@@ -104,9 +104,9 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
 def as_override(argument: str) -> str:
     """What is given on the command line, in Hydra's grammar.
 
-    The value of `setting=path` is quoted where there is such a path, since = , [ ] mean something to Hydra; and a
-    post-process may be added with + as if it were not among the settings. `dataset.batch_size=auto` keeps the global
-    batch, and divides it.
+    The value of `setting=path` is quoted where there is such a path, since = , [ ] mean something to Hydra, and so are
+    patterns and names of classes; and a post-process may be added with + as if it were not among the settings.
+    `dataset.batch_size=auto` keeps the global batch, and divides it.
     """
     if argument.startswith("+postprocess="):
         return argument[1:]
@@ -116,7 +116,9 @@ def as_override(argument: str) -> str:
         return argument
     setting, equals, value = argument.partition("=")
     special = set("=,[]{}()#$' \t") & set(value)
-    if not (equals and special and "/" in value and Path(value).exists()):
+    is_path = special and "/" in value and Path(value).exists()
+    is_text = setting in ("source", "output") or (setting == "classes" and special)
+    if value == "null" or not (equals and value and (is_path or (is_text and value[0] not in "'\""))):
         return argument
     escaped = value.replace("'", "\\'")
     return f"{setting}='{escaped}'"
@@ -208,6 +210,17 @@ class RunSettings(typing.TypedDict, total=False):
     num_examples: int
     examples: list[str]
     progress: bool
+    source: str
+    output: str
+    classes: str | int | None
+    top_k: int
+    threshold: float | None
+    select: typing.Literal["largest", "all"]
+    overlays: bool
+    batch_size: int
+    num_workers: int | typing.Literal["auto"]
+    device: str
+    precision: typing.Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -8,11 +8,10 @@ score_maps=DIR dataset=…: the maps are read from files.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, load_config, run_command
+from wsolkit.config import check_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
 from wsolkit.train import finish, method_name, report, save_config, title
 
@@ -185,29 +184,13 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Entry point of the command: the checkpoint's method, backbone and data set come before the user's settings."""
-    given = sys.argv[1:]
-    paths = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")]
-    if paths:
-        from wsolkit.checkpoint import choices, read_checkpoint
+    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
+        from wsolkit.checkpoint import choose_groups
 
-        several = not Path(paths[-1]).exists() and "," in paths[-1]  # a sweep over checkpoints, of one method
         try:
-            names = read_checkpoint((paths[-1].split(",")[0] if several else paths[-1]).strip("'")).names()
+            sys.argv[1:] = choose_groups(sys.argv[1:])
         except WsolkitError as error:
             sys.exit(f"error: {error}")
-        with suppress(ConfigError):  # a method of the user's own, in another folder
-            if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
-                del names["postprocess"]  # comes with the method, unless a ready grid has another
-        parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
-        chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
-        for group in ("method", "backbone"):
-            if chosen.get(group, names[group]) != names[group]:
-                sys.exit(
-                    f"error: {group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
-                )
-        first = next(index for index, argument in enumerate(given) if argument.startswith("checkpoint="))
-        given[first:first] = [f"{group}={name}" for group, name in names.items() if group not in chosen]
-        sys.argv[1:] = given
     run_command("evaluate", evaluate)
 
 

@@ -111,9 +111,13 @@ def remove(pattern: str) -> Callable[[Path], None]:
         (
             remove("train/grey cat/**/*"),
             {},
-            "train/grey cat' holds no images (.jpeg, .jpg, .png, .bmp, .webp) to train",
+            "train/grey cat' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) to train",
         ),
-        (remove("val/*/**/*"), {}, "/val' holds no images (.jpeg, .jpg, .png, .bmp, .webp) in its classes' folders"),
+        (
+            remove("val/*/**/*"),
+            {},
+            "/val' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) in its classes' folders",
+        ),
         (lambda root: None, {"num_classes": 3}, "/train' names 2 classes, dataset.num_classes says 3"),
         (lambda root: None, {"annotations": "a/val.json"}, "dataset.annotations: there is no file '"),
         (lambda root: None, {"splits": {**OWN, "train": "train/grey cat/more of them"}}, "holds no folders: expected"),

@@ -18,6 +18,7 @@ from wsolkit.localization.boxes import (
     Levels,
     grey_levels,
     matched_boxes,
+    regions,
     threshold_grid,
 )
 from wsolkit.metrics.functional import box_iou
@@ -227,3 +228,30 @@ def test_without_a_place_for_a_cache_functions_are_compiled_each_time(monkeypatc
 
     monkeypatch.setattr(numba, "njit", refuse)
     assert compiled(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.parametrize("component", ["largest_outline", "all_outlines", "most_pixels", "all_pixels"])
+@pytest.mark.parametrize("far_corner", ["clipped", "half_open", "inclusive"])
+def test_regions_are_what_the_boxes_are_drawn_around(component: Any, far_corner: Any) -> None:
+    rng = np.random.default_rng(3)
+    rule = BoxRule(component, far_corner, "zero")
+    one = rule._replace(component="largest_outline") if component == "all_outlines" else rule
+    past = int(far_corner != "inclusive")
+    for _ in range(200):
+        score_map = rng.random((int(rng.integers(1, 20)), int(rng.integers(1, 20)))).round(1)
+        height, width = score_map.shape
+        levels = grey_levels(score_map, np.array([rng.choice([0.0, 0.4, 0.8])]))
+        above = levels.level > levels.cuts[0]
+        for select in ("largest", "all"):
+            found = regions(levels, rule, select)
+            assert found.labels.max() == len(found.boxes)
+            for number, box in enumerate(found.boxes, start=1):
+                rows, columns = np.nonzero(found.labels == number)
+                tight = np.array([columns.min(), rows.min(), columns.max() + past, rows.max() + past])
+                last = [width - 1, height - 1] * 2 if far_corner == "clipped" else [width, height] * 2
+                np.testing.assert_array_equal(box, np.minimum(tight, last))
+            if select == "all":
+                np.testing.assert_array_equal(found.labels > 0, above)
+                assert len(found.boxes) == cv2.connectedComponents(above.astype(np.uint8), connectivity=8)[0] - 1
+            elif above.any():
+                np.testing.assert_array_equal(found.boxes, matched_boxes(levels, one, np.zeros((1, 4), int))[0])

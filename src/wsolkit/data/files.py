@@ -13,7 +13,7 @@ from scipy.io import loadmat
 
 from wsolkit.errors import DataError
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 # Looking for each file costs about ten microseconds on a local disk, far more on a network's.
 _MAX_FILES_TO_LOOK_FOR = 100_000

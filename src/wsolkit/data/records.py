@@ -64,7 +64,7 @@ class Names:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        encoded = [name.encode() for name in names]
+        encoded = [name.encode(errors="surrogateescape") for name in names]
         self.block = np.frombuffer(b"".join(encoded), np.uint8)
         self.starts = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
 
@@ -80,7 +80,7 @@ class Names:
 
     def __getitem__(self, index: int) -> str:
         start, end = self.starts[index : index + 2]
-        return self.block[start:end].tobytes().decode()
+        return self.block[start:end].tobytes().decode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,14 @@ def read_image(path: Path) -> Image:
     """
     with _opened(path, "image") as image:
         pixels = _decode_jpeg(path) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
-        return np.asarray(image.convert("RGB")) if pixels is None else pixels
+        return rgb(image) if pixels is None else pixels
+
+
+def rgb(image: PIL.Image.Image) -> Image:
+    """Pixels [H, W, 3] of an image in any mode: 16 bits are scaled to 8, opacity is left out."""
+    if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
+        image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def read_grey(path: Path) -> npt.NDArray[np.uint8]:

@@ -14,6 +14,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -182,6 +183,45 @@ def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, n
     else:
         boxes = _one_box(levels, rule)
     return boxes[levels.cuts], best_iou(boxes, truth)[levels.cuts]
+
+
+class Regions(NamedTuple):
+    """What lies above a threshold: boxes [n, 4] in pixels of the map; labels [H, W], 0 outside, i + 1 for box i."""
+
+    boxes: Boxes
+    labels: npt.NDArray[np.int32]
+
+
+def regions(levels: Levels, rule: BoxRule, select: Select) -> Regions:
+    """Boxes, and the pixels that they are drawn around, at the first threshold.
+
+    Args:
+        levels: of a map [H, W].
+        rule: how boxes are drawn; where nothing lies above the threshold there is none, whatever it says of that.
+        select: "largest": the one box of the rule; if it draws several, that around the outline of largest area. "all":
+            one around each 8-connected component, that with the most pixels first.
+    """
+    cut = levels.cuts[0]
+    above = (levels.level > cut).astype(np.uint8)
+    if not above.any():
+        return Regions(np.zeros((0, 4), np.int64), above.astype(np.int32))
+    tight = rule._replace(far_corner="inclusive")
+    if select == "largest" and rule.component == "all_pixels":
+        return Regions(_far_corners(_one_box(levels, tight)[cut][None], rule, levels), above.astype(np.int32))
+    count, components_of, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+    corner, size = stats[:, [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP]], stats[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]]
+    around = np.concatenate([corner, corner + size - 1], axis=1)
+    around[0] = -1  # the background
+    if select == "largest":
+        if rule.component == "all_outlines":
+            tight = tight._replace(component="largest_outline")
+        # No two components have the same box: one that touches all its sides leaves no way across for another.
+        order = np.flatnonzero((around == _one_box(levels, tight)[cut]).all(axis=1))
+    else:
+        order = 1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")
+    number = np.zeros(count, np.int32)
+    number[order] = np.arange(1, len(order) + 1)
+    return Regions(_far_corners(around[order], rule, levels), number[components_of])
 
 
 def _one_box(levels: Levels, rule: BoxRule) -> Boxes:

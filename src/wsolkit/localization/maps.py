@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,3 +44,27 @@ def ten_crops(images: Tensor, size: int) -> Sequence[Tensor]:
     ends = slice(size), slice(-size, None)
     crops = [images[..., rows, columns] for rows in ends for columns in ends] + [central_crop(images, size)]
     return crops + [crop.flip(-1) for crop in crops]
+
+
+def enlarge(score_map: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Resize a map [h, w] to size (H, W): bilinear, and by area where it shrinks."""
+    given = np.ascontiguousarray(score_map, np.float32)
+    if given.shape == size:
+        return given
+    shrinks = given.shape[0] > size[0] or given.shape[1] > size[1]
+    return np.asarray(cv2.resize(given, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR))
+
+
+def enlarge_labels(labels: npt.NDArray[np.int32], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+    """Resize regions [h, w], 0 outside and numbered from 1, to size (H, W), with smooth outlines."""
+    if labels.shape == size:
+        return np.array(labels)
+    inside = enlarge((labels > 0).astype(np.float32), size) >= 0.5
+    if labels.max() <= 1:
+        return inside.astype(np.int32)
+    # A smooth outline reaches half a pixel of the map beyond its region: those pixels take the neighbour's number.
+    spread = cv2.dilate(labels.astype(np.float32), np.ones((3, 3), np.uint8))
+    numbers = np.where(labels > 0, labels, spread.astype(np.int32))
+    nearest = cv2.resize(numbers, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    found: npt.NDArray[np.int32] = np.where(inside, nearest, 0)
+    return found

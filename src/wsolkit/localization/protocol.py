@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,16 +18,21 @@ from wsolkit.localization.boxes import (
     Component,
     Empty,
     FarCorner,
+    FloatArray,
     Levels,
+    Regions,
     grey_cuts,
     threshold_grid,
 )
-from wsolkit.localization.maps import Interpolation, min_max, upsample
+from wsolkit.localization.maps import Interpolation, enlarge, enlarge_labels, min_max, upsample
 from wsolkit.types import Boxes
 
 Input = Literal["resize", "center_crop"]
 Comparison = Literal["at_least", "above"]
 WhoseMap = Literal["label", "predicted"]
+
+UNKNOWN_THRESHOLD = 0.3
+"""The τ for maps to look at where none has been chosen, for want of boxes: papers' values lie around it."""
 
 _GRID_TOLERANCE = 1e-9
 _MAX_THRESHOLDS = 10_000
@@ -158,18 +164,24 @@ class Protocol:
             return upsample(min_max(maps, self.epsilon), side, self.interpolation)
         return min_max(upsample(maps, side, self.interpolation), self.epsilon)
 
-    def levels(self, maps: Tensor) -> list[Levels]:
-        """Cut localization maps [B, H, W] in [0, 1] into levels, on the device they are on, one entry a map."""
+    def levels(self, maps: Tensor, thresholds: npt.NDArray[np.float64] | None = None) -> list[Levels]:
+        """Cut localization maps [B, H, W] in [0, 1] into levels, on the device they are on, one entry a map.
+
+        Args:
+            thresholds: rising τ [T] in [0, 1); None: the grid.
+        """
+        if thresholds is None:
+            thresholds = self.thresholds
         if self.threshold_rule == "relative_8_bit":
             grey = (maps * 255).to(torch.uint8).cpu().numpy()
-            return [Levels(g, grey_cuts(int(g.max()), self.thresholds), GREY_LEVELS) for g in grey]
+            return [Levels(g, grey_cuts(int(g.max()), thresholds), GREY_LEVELS) for g in grey]
         if maps.device.type == "mps":  # no float64 there, and thresholds need it
             maps = maps.cpu()
-        grid = torch.from_numpy(self.thresholds).to(maps.device)
+        grid = torch.from_numpy(thresholds).to(maps.device)
         # The number of thresholds that each pixel passes.
         passed = torch.bucketize(maps.double(), grid, right=self.threshold_rule == "from", out_int32=True)
-        cuts = np.arange(self.num_thresholds)
-        return [Levels(level, cuts, self.num_thresholds) for level in passed.cpu().numpy().astype(np.uint16)]
+        cuts = np.arange(len(thresholds))
+        return [Levels(level, cuts, len(thresholds)) for level in passed.cpu().numpy().astype(np.uint16)]
 
     def truth(self, boxes: Boxes, width: int, height: int) -> Boxes:
         """Ground-truth boxes [n, 4] in pixels of the original image → in pixels of the map, truncated."""
@@ -182,3 +194,30 @@ class Protocol:
                 boxes = boxes - (self.resize - self.resolution) // 2
             last[:] = self.resolution - 1
         return np.clip(boxes, 0, last) if self.clip_truth else boxes
+
+    def on_image(self, score_map: FloatArray, found: Regions, width: int, height: int) -> tuple[FloatArray, Regions]:
+        """Carry a localization map [H, W], and what was found in it, over to the pixels of the original image.
+
+        Of an image that the network saw the centre of, the map is 0 around it. Boxes keep both corners inside, and
+        are cut off at the edges of the image.
+        """
+        if self.frame == "original":
+            canvas, shift = np.array([width, height]), 0
+        else:
+            canvas = np.array([self.resize if self.input == "center_crop" else self.resolution] * 2)
+            shift = (int(canvas[0]) - self.resolution) // 2
+            if shift:
+                margin = shift, int(canvas[0]) - self.resolution - shift
+                score_map = np.pad(score_map, [margin] * 2)
+                found = found._replace(labels=np.pad(found.labels, [margin] * 2))
+        scale = np.tile([width, height] / canvas, 2)
+        edges = np.floor((found.boxes + shift + np.array([0, 0, 1, 1])) * scale + 0.5).astype(np.int64)
+        last = np.array([width, height]) - 1
+        near = np.clip(edges[:, :2], 0, last)
+        boxes = np.concatenate([near, np.clip(edges[:, 2:] - 1, near, last)], axis=1)
+        labels = enlarge_labels(found.labels, (height, width))
+        for number, (x0, y0, x1, y1) in enumerate(boxes.tolist(), start=1):
+            inside = labels[y0 : y1 + 1, x0 : x1 + 1]
+            if (scale < 1).any() and not (inside == number).any():  # smaller than a pixel
+                inside[...] = number
+        return enlarge(score_map, (height, width)), Regions(boxes, labels)

@@ -25,7 +25,7 @@ class Training:
     """How a module is trained and what its checkpoints say of it.
 
     optimizer: parameter groups → optimizer; seed: of the noise in each step (dropout, stochastic depth);
-    config, class_names: stored in checkpoints as plain containers.
+    config, class_names, and mean and std of the network's input: stored in checkpoints as plain containers.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -33,6 +33,8 @@ class Training:
     seed: int
     config: PlainConfig = field(default_factory=dict)
     class_names: Sequence[str] = ()
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
 
 class WSOLModule(LightningModule, ABC):
@@ -185,6 +187,9 @@ class WSOLModule(LightningModule, ABC):
             "version": wsolkit.__version__,
             "config": self.training_settings.config,
             "class_names": list(self.training_settings.class_names),
+            "mean": list(self.training_settings.mean),
+            "std": list(self.training_settings.std),
+            "metrics": self.results,
             "thresholds": self.evaluation.thresholds,
             "losses": self._summed_losses(),
         }

@@ -11,6 +11,7 @@ from torch import Tensor
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.transforms import denormalise
 from wsolkit.localization.boxes import matched_boxes
+from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, network_input
 from wsolkit.metrics.functional import box_iou
@@ -41,8 +42,8 @@ def localize_with(module: WSOLModule) -> Localize:
 
 
 def shown_threshold(results: Mapping[str, float], protocol: str) -> float:
-    """Where a protocol's boxes are drawn for people to look at: at its τ, or at 0.5 where none is known yet."""
-    return results.get(f"{protocol}/threshold", 0.5)
+    """Where a protocol's boxes are drawn for people to look at: at its τ, or at `UNKNOWN_THRESHOLD`."""
+    return results.get(f"{protocol}/threshold", UNKNOWN_THRESHOLD)
 
 
 def show(

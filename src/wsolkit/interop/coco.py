@@ -1,0 +1,246 @@
+"""Predictions in files: COCO's results, a COCO data set of pseudo-labels, and CSV, written as images come in.
+
+What is known of each image is a line of `progress.jsonl`, appended batch by batch; the other files are made of it at
+the end, each in one step, so that whenever a run is killed there is no broken file and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+import numpy as np
+from pycocotools import mask as rle_masks
+
+import wsolkit
+from wsolkit.errors import DataError
+from wsolkit.localizer import Prediction
+
+PROGRESS, SETTINGS = "progress.jsonl", "settings.json"
+RESULTS, LABELS, TABLE, FAILED = "predictions.json", "pseudo_labels.json", "predictions.csv", "failed.csv"
+
+COLUMNS = ("image_id", "file_name", "image_width", "image_height", "category_id", "label", "score")
+BOX_COLUMNS = ("x", "y", "width", "height")
+
+
+class Source(NamedTuple):
+    """An image file: its name in the output; a stamp of its content, size in bytes and time of change; given label."""
+
+    name: str
+    stamp: list[int]
+    given: int | None
+
+
+def encoded(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain containers: its class, and for each box COCO's `bbox`, `area` and `segmentation`.
+
+    `category_id` is the label + 1, since detectors keep 0 for the background; `bbox` is x, y, width, height in pixels.
+    """
+    objects = []
+    for number, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist(), start=1):
+        rle = rle_masks.encode(np.asfortranarray(prediction.regions == number, np.uint8))
+        objects.append(
+            {
+                "bbox": [x0, y0, x1 - x0 + 1, y1 - y0 + 1],
+                "area": int(rle_masks.area(rle)),
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            }
+        )
+    return {"category_id": prediction.label_index + 1, "score": prediction.score, "objects": objects}
+
+
+@contextmanager
+def prediction_files(
+    folder: Path, class_names: Sequence[str], settings: Mapping[str, Any]
+) -> Iterator[PredictionFiles]:
+    """Open a folder of predictions.
+
+    Args:
+        folder: theirs; made if there is none.
+        class_names: by label.
+        settings: on which the predictions depend, flat.
+
+    Raises:
+        DataError: the folder holds predictions under other settings, or is being written to by another process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / PROGRESS).open("a+b") as progress:
+        _lock(progress.fileno(), folder)
+        _check_settings(folder / SETTINGS, settings)
+        yield PredictionFiles(folder, class_names, progress)
+
+
+class PredictionFiles:
+    """The files of a folder of predictions; see `prediction_files`."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str], progress: BinaryIO) -> None:
+        self.folder, self.class_names, self._file = folder, class_names, progress
+        self._lines = dict(self._read())
+
+    def missing(self, sources: Sequence[Source], complete: Callable[[str], bool]) -> list[int]:
+        """Positions of the images that have no line yet, or changed since, or are not complete.
+
+        Args:
+            complete: whether everything else about an image that has a line is there.
+        """
+        return [
+            place
+            for place, source in enumerate(sources)
+            if self._lines.get(source.name, (0, None))[1] != (source.stamp, source.given) or not complete(source.name)
+        ]
+
+    def add(self, found: Iterable[tuple[Source, Sequence[Prediction]]]) -> None:
+        """Append the lines of a batch of images, and have them on the disk before this returns."""
+        for source, predictions in found:
+            height, width = predictions[0].score_map.shape
+            line = {
+                "file_name": source.name,
+                "stamp": source.stamp,
+                "given": source.given,
+                "width": width,
+                "height": height,
+                "predictions": [encoded(prediction) for prediction in predictions],
+            }
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._lines[source.name] = place, (source.stamp, source.given)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def write(self, sources: Sequence[Source], failed: Mapping[str, str]) -> int:
+        """Write everything that is made of the lines.
+
+        Args:
+            sources: all images, in the order of their ids; those without a line are left out.
+            failed: why images could not be read, by name.
+
+        Returns:
+            how many images there are predictions for.
+        """
+        known = [source.name for source in sources if source.name in self._lines and source.name not in failed]
+
+        def images() -> Iterator[dict[str, Any]]:
+            for number, name in enumerate(known, start=1):
+                yield {"id": number} | self._line(name)
+
+        def annotations() -> Iterator[dict[str, Any]]:
+            count = 0
+            for image in images():
+                best = image["predictions"][0]
+                for part in best["objects"]:
+                    count += 1
+                    annotation = {"id": count, "image_id": image["id"], "category_id": best["category_id"]}
+                    yield annotation | part | {"iscrowd": 0, "score": best["score"]}
+
+        with _draft(self.folder / RESULTS) as file:
+            _write_list(
+                file,
+                (
+                    {"image_id": image["id"], "category_id": each["category_id"], "bbox": part["bbox"]}
+                    | {"score": each["score"], "segmentation": part["segmentation"]}
+                    for image in images()
+                    for each in image["predictions"]
+                    for part in each["objects"]
+                ),
+            )
+        with _draft(self.folder / LABELS) as file:
+            file.write('{"info": ' + json.dumps({"description": f"wsolkit {wsolkit.__version__}"}) + ',\n"images": ')
+            _write_list(
+                file, ({key: image[key] for key in ("id", "file_name", "width", "height")} for image in images())
+            )
+            file.write(',\n"annotations": ')
+            _write_list(file, annotations())
+            file.write(',\n"categories": ')
+            _write_list(file, ({"id": label + 1, "name": name} for label, name in enumerate(self.class_names)))
+            file.write("}\n")
+        with _draft(self.folder / TABLE) as file:
+            table = csv.writer(file)
+            table.writerow((*COLUMNS, *BOX_COLUMNS))
+            for image in images():
+                for each in image["predictions"]:
+                    label = self.class_names[each["category_id"] - 1]
+                    head = [image[key] for key in ("id", "file_name", "width", "height")]
+                    for box in [part["bbox"] for part in each["objects"]] or [[""] * 4]:
+                        table.writerow((*head, each["category_id"], label, each["score"], *box))
+        (self.folder / FAILED).unlink(missing_ok=True)
+        if failed:
+            with _draft(self.folder / FAILED) as file:
+                csv.writer(file).writerows([("file_name", "reason"), *failed.items()])
+        return len(known)
+
+    def _line(self, name: str) -> dict[str, Any]:
+        self._file.seek(self._lines[name][0])
+        line: dict[str, Any] = json.loads(self._file.readline())
+        return line
+
+    def _read(self) -> Iterator[tuple[str, tuple[int, tuple[list[int], int | None]]]]:
+        """Where each image's line is, and what it is of; a line that was not finished is cut off."""
+        place = self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(place)
+                break
+            try:
+                content = json.loads(line)
+                yield content["file_name"], (place, (content["stamp"], content["given"]))
+            except (ValueError, KeyError, TypeError) as error:
+                path = self.folder / PROGRESS
+                raise DataError(f"{path}:{number}: the line is damaged ({error}): delete it, or the folder") from error
+            place += len(line)
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Compare with the settings of what a folder holds; in a new folder, write them."""
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        with _draft(path) as file:
+            file.write(json.dumps(settings, indent=1) + "\n")
+        return
+    try:
+        earlier = json.loads(path.read_bytes())
+        keys = [key for key in {**earlier, **settings} if earlier.get(key) != settings.get(key)]
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"'{path}' is damaged ({error}): choose another output, or delete that folder") from error
+    if keys:
+        differences = "; ".join(f"{key}: {earlier.get(key)} there, {settings.get(key)} here" for key in keys[:5])
+        raise DataError(
+            f"'{path.parent}' holds predictions under other settings ({differences}): choose another output, or delete "
+            "that folder"
+        )
+
+
+def _lock(file: int, folder: Path) -> None:
+    """Keep other processes from writing here, until this one ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise DataError(f"another process is writing to '{folder}': wait for it, or choose another output") from error
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when it is complete."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _write_list(file: TextIO, entries: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON list, an entry a line."""
+    separator = "[\n"
+    for entry in entries:
+        file.write(separator + json.dumps(entry))
+        separator = ",\n"
+    file.write("]" if separator == ",\n" else "[]")

@@ -1,0 +1,482 @@
+"""A trained model at work: images in, boxes, masks, classes and scores out.
+
+    localizer = wsolkit.Localizer.from_checkpoint("best.ckpt")
+    found = localizer("bird.jpg")
+    found.label, found.score, found.boxes, found.mask, found.score_map
+    found.plot().savefig("bird.png")
+
+Boxes are those that an evaluation under the same protocol draws, carried over to the pixels of the original image.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from torch import Tensor
+
+from wsolkit.build import build_module, build_protocols, quieten_libraries
+from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
+from wsolkit.config import CONF, load_config
+from wsolkit.data.dataset import WSOLDataset, evaluation_batch
+from wsolkit.data.records import Records, read_image, rgb
+from wsolkit.data.transforms import Transform
+from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.localization.boxes import Levels, Select, regions
+from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
+from wsolkit.methods.base import WSOLModule
+from wsolkit.metrics.evaluation import network_input, ten_crop_probabilities
+from wsolkit.reporting.overlay import prediction_figure
+from wsolkit.types import Boxes, EvaluationBatch, Image
+
+ImageLike = str | Path | PIL.Image.Image | npt.NDArray[Any] | Tensor
+"""A file; or a PIL image in any mode; or pixels, uint8 or from 0 to 1: an array [H, W] or [H, W, C], a tensor [C, H, W]
+or [H, W], C = 1, 3 or 4, the last of 4 being opacity, which is left out."""
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+_BATCH_SIZE = 32
+_MAX_SIDE = 32767
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction:
+    """Where an image shows a class, in pixels of that image as it lies in its file (EXIF rotation is not applied).
+
+    label, label_index: name and number of the class; score: its probability, in [0, 1]; boxes [n, 4]: x0, y0, x1, y1,
+    both corners inside, n = 0 where nothing is above the threshold; score_map [H, W] in [0, 1]; regions [H, W]: 0
+    outside, i + 1 in the object of box i; threshold: τ of the boxes; image [H, W, 3], None if it was not kept.
+    """
+
+    label: str
+    label_index: int
+    score: float
+    boxes: Boxes
+    score_map: npt.NDArray[np.float32]
+    regions: npt.NDArray[np.int32]
+    threshold: float
+    image: Image | None
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Where the objects are: bool [H, W]."""
+        return self.regions > 0
+
+    def plot(self) -> Figure:
+        """The image, and the same under the score map with boxes, side by side."""
+        title = f"{self.label}, {self.score:.2f}"
+        return prediction_figure(self.image, self.score_map, self.boxes, title)
+
+    def __repr__(self) -> str:
+        height, width = self.score_map.shape
+        boxes = self.boxes.tolist()
+        return f"Prediction(label={self.label!r}, score={self.score:.3f}, boxes={boxes}, size={width}×{height})"
+
+
+class Localizer:
+    """A trained model that finds the object of a class in images.
+
+    Attributes:
+        class_names: by label.
+        method, backbone: their names.
+        protocol, rules: name and rules of the evaluation by which maps become boxes.
+        threshold: τ of the boxes; None: none was selected, for want of boxes in validation, and
+            `wsolkit.localization.protocol.UNKNOWN_THRESHOLD` is taken.
+        image_size: side of the network's input; mean, std: by which it is normalised.
+        metrics: numbers of the last validation before the checkpoint was written, in percent.
+        version: of wsolkit, which wrote the checkpoint.
+        device: on which the network is.
+    """
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        protocol: str | None = None,
+        precision: Precision = "32-true",
+    ) -> Localizer:
+        """Build the model of a checkpoint of `python -m wsolkit.train`; nothing that is in it is executed.
+
+        Args:
+            path: of the checkpoint.
+            device: "auto": a GPU if there is one; or PyTorch's name, such as "cpu" or "cuda:1".
+            protocol: by whose rules maps become boxes, see conf/protocol; None: the first one of its training.
+            precision: as Lightning has it.
+
+        Raises:
+            CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
+        """
+        checkpoint = read_checkpoint(path)
+        names = checkpoint.names()
+        groups = [f"{group}={name}" for group, name in names.items()]
+        if not (CONF / "dataset" / f"{names['dataset']}.yaml").is_file():  # one's own, of which nothing is read
+            groups += ["dataset=folder", "dataset.root=."]
+        cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]")
+        quieten_libraries()
+        return cls(restore(cfg, checkpoint, (), protocols=True), checkpoint, device, precision)
+
+    def __init__(self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision) -> None:
+        """Build the model of restored settings; `from_checkpoint` is for everybody else."""
+        self.class_names = checkpoint.class_names
+        self.method, self.backbone = str(cfg.method.name), str(cfg.backbone.name)
+        self.protocol, self.rules = next(iter(build_protocols(cfg).items()))
+        self.metrics, self.version = dict(checkpoint.metrics), checkpoint.version
+        self.image_size: int = cfg.dataset.image_size
+        self.device = _device(device)
+        self._module = _loaded(build_module(cfg, self.class_names), checkpoint).to(self.device)
+        settings = self._module.training_settings
+        self.mean, self.std = tuple(settings.mean), tuple(settings.std)
+        self._thresholds = {
+            condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}")
+            if self.rules.threshold is None
+            else self.rules.threshold
+            for condition in ("gt_known_loc", "gt_known_loc_predicted_class")
+        }
+        self._autocast = _autocast(precision, self.device)
+        self._transform = Transform(self.image_size, self.image_size, False, self.mean, self.std)
+        self._uncropped = None
+        self._ten_crop = self.rules.classification == "ten_crop"
+        if self.rules.input != "resize" or self._ten_crop:
+            self._uncropped = Transform(cfg.dataset.resize, cfg.dataset.resize, False, self.mean, self.std)
+
+    @property
+    def threshold(self) -> float | None:
+        """See the class; of the predicted class's maps, where the protocol has another for given classes."""
+        return self._thresholds["gt_known_loc_predicted_class"]
+
+    def __repr__(self) -> str:
+        return (
+            f"Localizer(method={self.method}, backbone={self.backbone}, classes={len(self.class_names)}, "
+            f"protocol={self.protocol}, threshold={self.threshold}, device={self.device}, wsolkit={self.version})"
+        )
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a path is a sequence of strings too
+        self,
+        images: ImageLike,
+        classes: str | int | None = None,
+        *,
+        top_k: None = None,
+        threshold: float | None = None,
+        select: Select = "largest",
+    ) -> Prediction: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[ImageLike],
+        classes: str | int | Sequence[str | int] | None = None,
+        *,
+        top_k: None = None,
+        threshold: float | None = None,
+        select: Select = "largest",
+    ) -> list[Prediction]: ...
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, images: ImageLike, *, top_k: int, threshold: float | None = None, select: Select = "largest"
+    ) -> list[Prediction]: ...
+
+    @overload
+    def __call__(
+        self, images: Sequence[ImageLike], *, top_k: int, threshold: float | None = None, select: Select = "largest"
+    ) -> list[list[Prediction]]: ...
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        classes: str | int | Sequence[str | int] | None = None,
+        *,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        select: Select = "largest",
+    ) -> Prediction | list[Prediction] | list[list[Prediction]]:
+        """Find the object in an image, or in each of a list.
+
+        Args:
+            images: one, or a list; see `ImageLike`.
+            classes: names or numbers of the classes to look for: one for all images, or one for each; None: the
+                predicted ones.
+            top_k: the most probable classes of each image, as a list, the most probable one first.
+            threshold: τ in [0, 1); None: that of the protocol or the checkpoint, see `threshold`.
+            select: one box, or one around each component above the threshold.
+
+        Returns:
+            a `Prediction`; for a list of images a list; with `top_k` a list for each image.
+
+        Raises:
+            DataError: an image cannot be read. ConfigError: another argument is wrong.
+        """
+        single = isinstance(images, str | Path | PIL.Image.Image | np.ndarray | Tensor)
+        given = cast("list[ImageLike]", [images] if single else list(cast("Sequence[ImageLike]", images)))
+        labels = None if classes is None else self._labels(classes, len(given))
+        if labels is not None and top_k is not None:
+            raise ConfigError("top_k chooses classes by their probability: it does not go with given classes")
+        found: list[list[Prediction]] = []
+        for start in range(0, len(given), _BATCH_SIZE):
+            pictures = [as_rgb(image) for image in given[start : start + _BATCH_SIZE]]
+            dataset = self.dataset(_Pictures(self.class_names, pictures))
+            batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
+            part = None if labels is None else labels[start : start + _BATCH_SIZE]
+            found += self.localize(batch, part, top_k or 1, threshold, select, pictures)
+        results = found if top_k is not None else [each[0] for each in found]
+        return results[0] if single else results
+
+    def dataset(self, records: Records) -> WSOLDataset:
+        """Samples of images, transformed as this model's evaluation does."""
+        return WSOLDataset(records, self._transform, 0, self._uncropped)
+
+    def label(self, name: str | int) -> int:
+        """Number of a class, by its name or its number.
+
+        Raises:
+            ConfigError: there is no such class.
+        """
+        text = str(name)
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if text.isdecimal() and int(text) < len(self.class_names):
+            return int(text)
+        close = difflib.get_close_matches(text, self.class_names, n=1)
+        raise ConfigError(
+            f"there is no class '{text}'"
+            + (f" (did you mean '{close[0]}'?)" if close else "")
+            + f"; the model knows {len(self.class_names)}, by name or from 0 to {len(self.class_names) - 1}: "
+            + ", ".join(self.class_names[:8])
+            + (", …" if len(self.class_names) > 8 else "")
+        )
+
+    def localize(
+        self,
+        batch: EvaluationBatch,
+        labels: Sequence[int] | None,
+        top_k: int,
+        threshold: float | None,
+        select: Select,
+        images: Sequence[Image] | None = None,
+    ) -> Iterator[list[Prediction]]:
+        """Predictions of a batch of `dataset`, image by image, so that few large maps are in memory at a time.
+
+        Args:
+            labels: whose maps, one for each image; None: of the `top_k` most probable classes.
+            threshold, select: see `__call__`.
+            images: kept in the predictions.
+        """
+        self.check(top_k, select)
+        tau = self.tau(threshold, given=labels is not None)
+        classes, scores, raw = self._forward(batch, labels, top_k)
+        sizes = batch["size"].tolist()
+        found = self._maps_and_levels(raw, sizes, tau)
+        for row, (width, height) in enumerate(sizes):
+            picture = None if images is None else images[row]
+            each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
+            yield [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
+
+    def check(self, top_k: int, select: Select) -> None:
+        """Check what `localize` is asked for.
+
+        Raises:
+            ConfigError: it is not to be had.
+        """
+        if not 1 <= top_k <= len(self.class_names):
+            raise ConfigError(f"top_k={top_k}: expected 1 to {len(self.class_names)}, the number of classes")
+        if select not in get_args(Select):
+            raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
+
+    def tau(self, threshold: float | None, given: bool) -> float:
+        """The threshold τ of the boxes.
+
+        Args:
+            threshold: the user's.
+            given: whether classes are given, not predicted.
+
+        Raises:
+            ConfigError: it is not in [0, 1).
+        """
+        if threshold is None:
+            known = self._thresholds["gt_known_loc" if given else "gt_known_loc_predicted_class"]
+            threshold = UNKNOWN_THRESHOLD if known is None else known
+        if not 0 <= threshold < 1:
+            raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
+        place = self.rules.index_of(threshold)
+        return threshold if place is None else float(self.rules.thresholds[place])
+
+    def _forward(
+        self, batch: EvaluationBatch, labels: Sequence[int] | None, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Classes [B, K], their probabilities [B, K], and raw score maps [B, K, h, w]."""
+        weights = next(self._module.parameters())
+        uncropped = None if batch["uncropped"] is None else batch["uncropped"].to(weights)
+        batch = {**batch, "image": batch["image"].to(weights), "uncropped": uncropped}
+        image, _ = network_input(batch, self.rules.input)
+        with torch.inference_mode(), self._autocast:
+            pooled = ten_crop_probabilities(batch, self._module) if self._ten_crop else None
+
+            def choose(logits: Tensor) -> Tensor:
+                if labels is not None:
+                    return torch.tensor(labels, device=logits.device)[:, None]
+                return (logits if pooled is None else pooled).topk(top_k, dim=1).indices
+
+            logits, maps = self._module.localize(image, choose)
+            probabilities = logits.float().softmax(dim=1) if pooled is None else pooled
+            classes = choose(logits)
+            return classes.cpu(), probabilities.gather(1, classes).cpu(), maps
+
+    def _maps_and_levels(
+        self, raw: Tensor, sizes: Sequence[tuple[int, int]], tau: float
+    ) -> Iterator[tuple[npt.NDArray[np.float32], Levels]]:
+        """Localization maps, and their levels at τ, of raw maps [B, K, h, w], of image after image."""
+        rules, at = self.rules, np.array([tau])
+        parts: Iterable[tuple[Tensor, tuple[int, int] | None]] = [(raw.flatten(0, 1), None)]
+        if rules.frame == "original":
+            parts = ((maps, (height, width)) for maps, (width, height) in zip(raw, sizes, strict=True))
+        for maps, size in parts:
+            if size is not None and max(size) > _MAX_SIDE:
+                raise DataError(
+                    f"an image of {size[1]}×{size[0]} pixels: protocol {self.protocol} draws boxes at the image's "
+                    f"size, up to {_MAX_SIDE} pixels a side; choose another protocol"
+                )
+            with torch.inference_mode():
+                score_maps = rules.localization_maps(maps, size)
+                levels = rules.levels(score_maps, at)
+            yield from zip(score_maps.cpu().numpy(), levels, strict=True)
+
+    def _prediction(
+        self,
+        score_map: npt.NDArray[np.float32],
+        levels: Levels,
+        label: int,
+        score: float,
+        width: int,
+        height: int,
+        tau: float,
+        select: Select,
+        image: Image | None,
+    ) -> Prediction:
+        """What a localization map holds above τ, in pixels of its image."""
+        found = regions(levels, self.rules.box_rule, select)
+        score_map, carried = self.rules.on_image(score_map, found, width, height)
+        return Prediction(
+            label=self.class_names[label],
+            label_index=label,
+            score=score,
+            boxes=carried.boxes,
+            score_map=score_map.clip(0, 1),
+            regions=carried.labels,
+            threshold=tau,
+            image=image,
+        )
+
+    def _labels(self, classes: str | int | Sequence[str | int], count: int) -> list[int]:
+        if isinstance(classes, str | int):
+            return [self.label(classes)] * count
+        if len(classes) != count:
+            raise ConfigError(f"{len(classes)} classes for {count} images: give one for all, or one for each")
+        return [self.label(name) for name in classes]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Images in memory, as records."""
+
+    classes: Sequence[str]
+    pictures: Sequence[Image]
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return np.zeros(len(self.pictures), np.int64)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def source(self, index: int) -> None:
+        return None
+
+    def image(self, index: int) -> Image:
+        return self.pictures[index]
+
+    def boxes(self, index: int) -> Boxes:
+        return np.zeros((0, 4), np.int64)
+
+    def size(self, index: int) -> None:
+        return None
+
+    def mask(self, index: int) -> None:
+        return None
+
+
+def as_rgb(image: ImageLike) -> Image:
+    """Pixels [H, W, 3] uint8 of an image in any of the forms of `ImageLike`.
+
+    Raises:
+        DataError: it cannot be read, or is in none of them.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, PIL.Image.Image):
+        return rgb(image)
+    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+    if isinstance(image, Tensor) and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] → [H, W, C]
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+        kind, form = ("tensor", "[C, H, W]") if isinstance(image, Tensor) else ("array", "[H, W, C]")
+        raise DataError(
+            f"an image came as a {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
+            "4; several images go in a list"
+        )
+    pixels = np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3))
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype == np.uint16:
+        return np.ascontiguousarray(pixels // 257).astype(np.uint8)
+    if not np.issubdtype(pixels.dtype, np.floating) or not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
+        raise DataError(
+            f"an image came as {pixels.dtype} with values from {pixels.min()} to {pixels.max()}: expected uint8 from "
+            "0 to 255, or floating point from 0 to 1"
+        )
+    return np.asarray((pixels * 255).round(), np.uint8)
+
+
+def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
+    """A module with a checkpoint's weights, for inference."""
+    try:
+        module.load_state_dict(checkpoint.state_dict)
+    except RuntimeError as error:
+        raise CheckpointError(f"'{checkpoint.path}' does not fit the model it names: {error}") from error
+    return module.eval().requires_grad_(False)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return gpu or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={name}: not to be had here ({reason}); expected auto, cpu, cuda, cuda:1, mps, …"
+        ) from error
+    return device
+
+
+def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}")
+    if precision == "32-true":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)

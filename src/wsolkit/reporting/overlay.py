@@ -1,0 +1,60 @@
+"""Pictures of predictions: an image under its score map, with boxes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import PIL.ImageDraw
+from matplotlib.figure import Figure
+
+from wsolkit.reporting.charts import PREDICTED, SCORE_COLOURS
+from wsolkit.types import Boxes, Image
+
+_MAX_SIDE = 1024
+ScoreMap = npt.NDArray[np.floating[Any]]
+
+
+def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
+    """The image under its score map, with boxes: [h, w, 3], of the image's proportions, up to 1,024 pixels a side.
+
+    Args:
+        image: [H, W, 3]; None: the map alone.
+        score_map: [H, W] in [0, 1].
+        boxes: [n, 4] in pixels of both.
+    """
+    height, width = score_map.shape
+    scale = min(1, _MAX_SIDE / max(height, width))
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    scores = _resized(PIL.Image.fromarray(np.asarray(score_map, np.float32)), size).clip(0, 1)
+    colours = 255 * matplotlib.colormaps[SCORE_COLOURS](scores)[..., :3]  # [h, w] → [h, w, 3]
+    if image is not None:
+        colours = 0.5 * colours + 0.5 * _resized(PIL.Image.fromarray(image), size)
+    picture = PIL.Image.fromarray(colours.astype(np.uint8))
+    draw = PIL.ImageDraw.Draw(picture)
+    line = max(1, round(max(size) / 200))
+    for box in boxes:
+        x0, y0, x1, y1 = (box + np.array([0, 0, 1, 1])) * np.tile(np.array(size) / [width, height], 2)
+        corners = x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)  # the last pixel is drawn too
+        draw.rectangle(corners, outline="#ffffff", width=line + 2)
+        draw.rectangle(corners, outline=PREDICTED, width=line)
+    return np.asarray(picture)
+
+
+def prediction_figure(image: Image | None, score_map: ScoreMap, boxes: Boxes, title: str) -> Figure:
+    """The image, if there is one, and beside it its overlay."""
+    drawn = overlay(image, score_map, boxes)
+    pictures = [drawn] if image is None else [image, drawn]
+    figure = Figure(figsize=(4 * len(pictures), 4.3), layout="constrained")
+    for axes, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        axes.imshow(picture)
+        axes.set_axis_off()
+    figure.suptitle(title)
+    return figure
+
+
+def _resized(picture: PIL.Image.Image, size: tuple[int, int]) -> npt.NDArray[Any]:
+    return np.array(picture.resize(size, PIL.Image.Resampling.BILINEAR))

@@ -1,0 +1,386 @@
+"""From a checkpoint to boxes in Python: the boxes of an evaluation, whatever an image comes as."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import wsolkit
+from tests.conftest import write_listed
+from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
+from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.localization.boxes import matched_boxes
+from wsolkit.localization.protocol import Protocol
+from wsolkit.metrics import evaluation
+from wsolkit.train import train
+from wsolkit.types import Boxes
+
+PROTOCOLS = ("maxboxacc", "maxboxacc_v2", "ts_cam", "scm", "sat", "spa")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images of 100×80 pixels, of which the network sees 64×64."""
+    folder = tmp_path_factory.mktemp("localizer")
+    write_listed(folder / "data", {"train": 12, "val": 7}, (100, 80))
+    cfg = load_config(
+        *("method=ts_cam", "dataset=listed", f"dataset.root={folder / 'data'}", "backbone=vit_micro", "logger=none"),
+        *("dataset.image_size=64", "dataset.resize=72", "dataset.batch_size=4", "dataset.num_workers=0"),
+        *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),
+        "protocol=[" + ",".join(PROTOCOLS) + "]",
+        "dataset.eval_batch_size=7",
+    )
+    train(cfg, folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path) -> Path:
+    return run / "run" / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def localizer(checkpoint: Path) -> Localizer:
+    return Localizer.from_checkpoint(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def paths(run: Path) -> list[Path]:
+    return [run / "data" / "val" / f"image {number}, x.png" for number in range(7)]
+
+
+def evaluated(run: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Protocol, list[Boxes], Any]:
+    """The rules of an evaluation of the test split, the label's boxes it draws [T, 4], and the images' sizes."""
+    saved = read_checkpoint(run / "run" / "checkpoints" / "best.ckpt")
+    cfg = restore(
+        load_config("method=ts_cam", "dataset=listed", "backbone=vit_micro", f"protocol=[{protocol}]"), saved, []
+    )
+    datamodule = build_datamodule(cfg)
+    datamodule.setup("test")
+    module = build_module(cfg, saved.class_names).eval()
+    module.load_state_dict(saved.state_dict)
+    boxes: list[Boxes] = []
+    submit = evaluation._submit_levels
+
+    def remember(metric: Any, batch: Any, rows: Any, levels: Any, *rest: Any) -> Any:
+        truths = metric.truths(batch, rows)
+        boxes.extend(matched_boxes(a, metric.protocol.box_rule, b)[0] for a, b in zip(levels, truths, strict=True))
+        return submit(metric, batch, rows, levels, *rest)
+
+    monkeypatch.setattr(evaluation, "_submit_levels", remember)
+    (batch,) = list(datamodule.test_dataloader())
+    with torch.inference_mode():
+        module.evaluation.update(batch, module.localize, module)
+    return module.evaluation.protocols[protocol].protocol, boxes, batch["size"].tolist()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7, 0.9])
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "maxboxacc_v2"])
+def test_boxes_are_those_of_the_evaluation(
+    name: str, threshold: float | None, run: Path, checkpoint: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the test threshold, and others, exactly; where boxes meet at the network's input, once scaled back to it."""
+    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    rules, expected, sizes = evaluated(run, name, monkeypatch)
+    found = localizer(paths, [number % 2 for number in range(7)], threshold=threshold)
+    place = rules.index_of(found[0].threshold)
+    assert place is not None
+    for prediction, drawn, (width, height) in zip(found, expected, sizes, strict=True):
+        box, (own,) = drawn[place], prediction.boxes
+        assert prediction.score_map.shape == prediction.mask.shape == (height, width)
+        if rules.frame == "input":
+            side, shift = (72, 4) if rules.input == "center_crop" else (64, 0)
+            corners = np.array([0, 0, 1, 1])
+            edges = (own + corners) * side / np.array([width, height, width, height])
+            own = np.round(edges).astype(int) - corners - shift
+            box = np.minimum(box, side - 1 - shift)  # ts_cam's may end past the last pixel
+        np.testing.assert_array_equal(own, box)
+    if threshold:
+        assert len({tuple(drawn[place].tolist()) for drawn in expected}) > 2
+
+
+def test_images_of_the_network_s_size_have_the_boxes_of_the_maps(localizer: Localizer) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for threshold in (0.2, 0.5, 0.8):
+        found = localizer(image, threshold=threshold)
+        expected = wsolkit.localization.boxes_at_thresholds(found.score_map, np.array([threshold]), "largest")
+        np.testing.assert_array_equal(found.boxes, expected)
+        grey = (found.score_map * 255).astype(np.uint8)
+        everything = localizer(image, threshold=threshold, select="all")
+        np.testing.assert_array_equal(everything.mask, grey > int(threshold * grey.max()))
+        assert found.mask.sum() == max(np.bincount(everything.regions.ravel())[1:])
+
+
+def picture() -> Any:
+    return np.random.default_rng(1).integers(0, 255, (50, 90, 3), dtype=np.uint8)
+
+
+def same(a: Prediction, b: Prediction) -> None:
+    assert (a.label, a.label_index, a.score) == (b.label, b.label_index, b.score)
+    np.testing.assert_array_equal(a.boxes, b.boxes)
+    np.testing.assert_array_equal(a.score_map, b.score_map)
+
+
+def test_an_image_may_come_in_any_form(localizer: Localizer, tmp_path: Path) -> None:
+    pixels = picture()
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.png")
+    opaque = np.concatenate([pixels, np.full((50, 90, 1), 255, np.uint8)], axis=2)
+    expected = localizer(pixels)
+    for form in (
+        tmp_path / "x.png",
+        str(tmp_path / "x.png"),
+        PIL.Image.fromarray(pixels),
+        pixels.astype(np.float32) / 255,
+        opaque,
+        PIL.Image.fromarray(opaque),
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+    ):
+        same(localizer(form), expected)
+    grey = pixels[..., 0]
+    expected = localizer(np.stack([grey] * 3, axis=2))
+    for form in (
+        grey,
+        grey[..., None],
+        grey / 255,
+        grey.astype(np.uint16) * 257,
+        torch.from_numpy(grey),
+        torch.from_numpy(grey)[None],
+        PIL.Image.fromarray(grey),
+        PIL.Image.fromarray(grey.astype(np.uint16) * 257),
+        PIL.Image.fromarray(grey).convert("P"),
+    ):
+        same(localizer(form), expected)
+
+
+def test_a_list_gives_a_list(localizer: Localizer, paths: list[Path]) -> None:
+    found = localizer(paths)
+    assert [type(each) for each in found] == [Prediction] * 7
+    assert localizer([]) == []
+    ranked = localizer(paths, top_k=2)
+    assert [len(each) for each in ranked] == [2] * 7
+    for best, (first, second) in zip(found, ranked, strict=True):
+        assert first.label == best.label != second.label
+        assert first.score >= second.score
+        assert first.score + second.score == pytest.approx(1)
+    first, second = localizer(paths[0], top_k=2)
+    assert first.label == found[0].label
+
+
+def test_classes_are_given_by_name_or_number(localizer: Localizer, paths: list[Path]) -> None:
+    names = localizer.class_names
+    assert localizer(paths[0], names[1]).label_index == localizer(paths[0], 1).label_index == 1
+    found = localizer(paths[:2], [names[1], 0])
+    assert [each.label for each in found] == [names[1], names[0]]
+
+
+def test_result_is_small_frozen_and_can_be_drawn(localizer: Localizer, paths: list[Path], tmp_path: Path) -> None:
+    found = localizer(paths[0])
+    assert found.boxes.shape == (1, 4)
+    assert found.boxes.dtype == np.int64
+    assert found.score_map.dtype == np.float32
+    assert 0 <= found.score_map.min() <= found.score_map.max() <= 1
+    assert found.mask.dtype == bool
+    assert found.mask.any()
+    figure = found.plot()
+    assert isinstance(figure, Figure)
+    figure.savefig(tmp_path / "x.png")
+    with pytest.raises(AttributeError):
+        found.label = "other"  # type: ignore[misc]
+    assert repr(found).startswith(f"Prediction(label='{found.label}', score=0.")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (3000, 2), (5, 7), (64, 64), (3000, 2000)])
+@pytest.mark.parametrize("name", ["maxboxacc", "sat", "spa"])
+def test_boxes_and_masks_lie_in_images_of_any_size(
+    size: tuple[int, int], name: str, checkpoint: Path, localizer: Localizer
+) -> None:
+    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    height, width = size
+    image = np.random.default_rng(2).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    found = localizer(image, select="all", threshold=0.3)
+    assert found.score_map.shape == found.regions.shape == size
+    for number, (x0, y0, x1, y1) in enumerate(found.boxes.tolist(), start=1):
+        assert 0 <= x0 <= x1 < width
+        assert 0 <= y0 <= y1 < height
+        rows, columns = np.nonzero(found.regions == number)
+        assert len(rows)
+        if min(size) < 64:  # the map shrinks: what covers less than half a pixel is lost
+            assert x0 - 1 <= columns.min() <= columns.max() <= x1 + 1
+            assert y0 - 1 <= rows.min() <= rows.max() <= y1 + 1
+            continue
+        near = 1 + np.ceil(np.array([width, height]) / 64)  # of a map's pixel
+        assert (np.abs([columns.min() - x0, columns.max() - x1]) <= near[0]).all()
+        assert (np.abs([rows.min() - y0, rows.max() - y1]) <= near[1]).all()
+
+
+def test_rotation_in_exif_data_is_not_applied(localizer: Localizer, tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(picture()).save(tmp_path / "turned.jpg", exif=exif)
+    assert localizer(tmp_path / "turned.jpg").mask.shape == (50, 90)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("gone.png", "image 'gone.png' does not exist"),
+        (__file__, "cannot be decoded"),
+        (np.zeros((2, 3, 8, 8), np.uint8), "array of shape (2, 3, 8, 8): expected [H, W] or [H, W, C] with C = 1, 3"),
+        (np.zeros((3, 8, 8), np.uint8), "array of shape (3, 8, 8)"),
+        (torch.zeros(8, 8, 3), "tensor of shape (8, 8, 3): expected [H, W] or [C, H, W]"),
+        (np.zeros((0, 8, 3), np.uint8), "array of shape (0, 8, 3)"),
+        (np.full((8, 8, 3), 2.0), "float64 with values from 2.0 to 2.0: expected uint8"),
+        (np.full((8, 8, 3), np.nan), "float64 with values from nan"),
+        (np.zeros((8, 8), np.int64), "int64 with values from 0 to 0"),
+    ],
+)
+def test_what_is_no_image_is_named(image: Any, message: str, localizer: Localizer) -> None:
+    with pytest.raises(DataError) as caught:
+        localizer(image)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": "bird"}, "there is no class 'bird'; the model knows 2, by name or from 0 to 1: 0, 1"),
+        ({"classes": 2}, "there is no class '2'"),
+        ({"classes": -1}, "there is no class '-1'"),
+        ({"classes": [0, 1]}, "2 classes for 1 images"),
+        ({"classes": 0, "top_k": 2}, "it does not go with given classes"),
+        ({"top_k": 3}, "top_k=3: expected 1 to 2"),
+        ({"threshold": 1.0}, "threshold=1.0: expected a number from 0 to less than 1"),
+        ({"select": "some"}, "select='some': expected 'largest' or 'all'"),
+    ],
+)
+def test_wrong_calls_are_named(settings: dict[str, Any], message: str, localizer: Localizer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        localizer([picture()], **settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda:77"}, "device=cuda:77: not to be had here"),
+        ({"device": "abacus"}, "device=abacus: not to be had here"),
+        ({"precision": "8"}, "precision='8': expected one of 32-true, bf16-mixed, 16-mixed"),
+        ({"protocol": "mine"}, "there is no protocol 'mine'"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Localizer.from_checkpoint(checkpoint, **settings)
+    assert message in str(caught.value)
+
+
+def test_checkpoint_says_all_that_a_user_needs(checkpoint: Path, localizer: Localizer, run: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)["wsolkit"]
+    assert content["version"] == wsolkit.__version__ == localizer.version
+    assert content["class_names"] == localizer.class_names
+    assert (localizer.method, localizer.backbone, localizer.image_size) == ("ts_cam", "vit_micro", 64)
+    assert (localizer.mean, localizer.std) == ((0.5, 0.5, 0.5),) * 2
+    assert content["metrics"]["maxboxacc/max_box_acc"] == localizer.metrics["maxboxacc/max_box_acc"]
+    assert localizer.threshold == content["thresholds"]["maxboxacc/gt_known_loc_predicted_class"]
+    assert "method=ts_cam, backbone=vit_micro, classes=2, protocol=maxboxacc" in repr(localizer)
+
+
+def edited(checkpoint: Path, path: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint that says something else of itself."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["wsolkit"] |= changes
+    torch.save(content, path)
+    return path
+
+
+def test_another_version_is_said_to_be_one(checkpoint: Path, tmp_path: Path) -> None:
+    path = edited(checkpoint, tmp_path / "x.ckpt", version="0.0.3")
+    with pytest.warns(UserWarning, match=f"was written by wsolkit 0.0.3, this is {wsolkit.__version__}"):
+        Localizer.from_checkpoint(path, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Localizer.from_checkpoint(checkpoint, device="cpu")
+
+
+def test_checkpoints_without_the_later_entries_are_read(checkpoint: Path, localizer: Localizer, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    for key in ("metrics", "mean", "std"):
+        del content["wsolkit"][key]
+    torch.save(content, tmp_path / "early.ckpt")
+    early = Localizer.from_checkpoint(tmp_path / "early.ckpt", device="cpu")
+    assert early.metrics == {}
+    same(early(picture()), localizer(picture()))
+
+
+def test_data_set_of_one_s_own_is_not_needed(checkpoint: Path, localizer: Localizer, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["wsolkit"]["config"]["dataset"]["name"] = "mine"
+    torch.save(content, tmp_path / "x.ckpt")
+    same(Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu")(picture()), localizer(picture()))
+
+
+def test_without_a_selected_threshold_one_is_taken(checkpoint: Path, tmp_path: Path) -> None:
+    path = edited(checkpoint, tmp_path / "x.ckpt", thresholds={})
+    localizer = Localizer.from_checkpoint(path, device="cpu")
+    assert localizer.threshold is None
+    assert localizer(picture()).threshold == 0.3
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('run')",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"wsolkit": Evil()}, "holds pickled code (exec), or is damaged; it is not read"),
+        ({"a.weight": torch.zeros(1)}, "found 1 tensors alone, such as a.weight"),
+        ({"state_dict": {}, "epoch": 1}, "found a file of another program, with the entries state_dict, epoch"),
+        ([1], "found a list"),
+        ({}, "found nothing"),
+        ({"wsolkit": {"version": "0.1.0"}}, "is a damaged checkpoint of wsolkit"),
+        ({"wsolkit": 3}, "is a damaged checkpoint of wsolkit"),
+    ],
+)
+def test_files_of_unknown_origin_are_refused_and_described(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        Localizer.from_checkpoint(tmp_path / "x.ckpt")
+    assert message in str(caught.value)
+
+
+def test_weights_of_another_model_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = edited(checkpoint, tmp_path / "x.ckpt", class_names=["a", "b", "c"])
+    with pytest.raises(CheckpointError, match="does not fit the model it names"):
+        Localizer.from_checkpoint(path)
+
+
+def test_package_is_imported_without_torch() -> None:
+    code = "import sys, wsolkit; assert 'torch' not in sys.modules; wsolkit.Localizer; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("method", ["sat", "scm", "cam", "spa"])
+def test_every_kind_of_method(method: str, in_tmp: Path) -> None:
+    cfg = load_config(
+        *(f"method={method}", "dataset.records.sizes={train: 16, val: 8, test: 8}", "dataset.batch_size=8"),
+        *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),
+        *(["method.fine_tuning.new_from=layer4"] if method == "spa" else []),
+    )
+    train(cfg, in_tmp / "run")
+    localizer = Localizer.from_checkpoint(in_tmp / "run" / "checkpoints" / "best.ckpt", device="cpu")
+    labels: Sequence[int] = [each.label_index for each in localizer(picture(), top_k=8)]
+    assert sorted(labels) == list(range(8))
