@@ -319,7 +319,7 @@ def test_schedule_reaches_the_optimizer(tmp_path: Path) -> None:
         tmp_path,
     )
     header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    column = header.split(",").index("lr-AdamW/decay")
+    column = header.split(",").index("lr/decay")
     rates = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
 
@@ -363,7 +363,7 @@ def test_scm_shows_what_its_blocks_do(scm: Path) -> None:
     assert (scm / "inside.png").read_bytes().startswith(b"\x89PNG")
     header = (scm / "metrics.csv").read_text().splitlines()[0].split(",")
     for level in (1, 2):
-        assert {f"train/semantic_weight_{level}_epoch", f"train/threshold_{level}_epoch"} <= set(header)
+        assert {f"method/semantic_weight_{level}_epoch", f"method/threshold_{level}_epoch"} <= set(header)
 
 
 def test_maps_of_every_pair_are_one_command(scm: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
@@ -35,6 +35,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.speed import ProgressBar, Speed
     from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
 
     check_config(cfg)
@@ -63,9 +64,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
     loggers = build_loggers(cfg, folder, continued.step if continued and cfg.resume == "auto" else None)
     if loggers:
-        callbacks.append(LearningRateMonitor("step"))
+        callbacks += [LearningRateMonitor("step"), Speed()]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(ProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if cfg.fit_memory:
         trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
