@@ -216,7 +216,7 @@ class SAT(WSOLModule):
         return logits
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy, area and normalization loss; to watch, "map_area", the mean of the maps, and λ, "area_prior"."""
+        """Cross-entropy, area and normalization loss; "map_area" is the mean of the maps, to watch against λ."""
         logits, maps = self.network(batch["image"])
         classification = F.cross_entropy(logits, batch["label"])
         area_loss = batch_area_loss if self.area_level == "batch" else image_area_loss
