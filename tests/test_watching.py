@@ -267,9 +267,24 @@ def test_tensorboard_has_scalars_and_pictures(sweep: dict[str, Path]) -> None:
     assert {*examples, "charts/maxboxacc/threshold", "charts/maxboxacc_v2/errors"} <= set(tags["images"])
     for name in examples:
         assert [(event.step, event.width, event.height) for event in events.Images(name)] == [
-            (3, 644, 320),
-            (6, 644, 320),
+            (2, 644, 320),
+            (5, 644, 320),
         ]
+
+
+def test_tensorboard_shows_what_is_resumed_once(in_tmp: Path) -> None:
+    """A run goes on from an epoch before the last one that it has logged."""
+    settings = ("logger=tensorboard", "resume=auto", "protocol=[maxboxacc]")
+    last = in_tmp / "checkpoints" / "last.ckpt"
+    train(config(*settings, "trainer.max_epochs=1"), in_tmp)
+    content = last.read_bytes()
+    for _ in range(2):
+        last.write_bytes(content)
+        train(config(*settings, "trainer.max_epochs=2"), in_tmp)
+    events = EventAccumulator(str(in_tmp / "tensorboard")).Reload()
+    for name in ("train/loss_epoch", "val/maxboxacc/max_box_acc"):
+        assert [event.step for event in events.Scalars(name)] == [2, 5]
+    assert [event.step for event in events.Images("examples/val/00000")] == [2, 5]
 
 
 def test_missing_extras_are_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

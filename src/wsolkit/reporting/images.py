@@ -47,7 +47,7 @@ class _Seen(NamedTuple):
 class ImageTables:
     """Listens to an evaluation, for the rows of some of a split's images with boxes, under each protocol.
 
-    A row is not much, but before all images are seen nobody knows at which threshold: 9 bytes for each.
+    A row is not much, but before all images are seen nobody knows at which threshold: 9 bytes are kept for each.
 
     Args:
         evaluation: of the split.

@@ -297,7 +297,8 @@ def _loggers(trainer: Trainer, *kinds: type) -> list[Any]:
 
 def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
     """Log what validation has shown, as `examples/val`."""
-    step, pictures = trainer.global_step, [example_image(example) for example in examples]
+    step = max(trainer.global_step - 1, 0)  # that of the validation's numbers
+    pictures = [example_image(example) for example in examples]
     captions = [f"{example.label}, IoU {example.iou:.2f}" for example in examples]
     for logger in _loggers(trainer, WandbLogger):
         import wandb
