@@ -93,7 +93,7 @@ def main() -> None:
         iou, error, baselines = (np.stack(part) for part in zip(*judged, strict=True))
         top1, top5 = rng.random(BATCH) < 0.7, rng.random(BATCH) < 0.9
         label = rng.integers(0, CLASSES, BATCH)
-        verdicts = Verdicts(np.arange(BATCH), label, iou, error, baselines.swapaxes(0, 1), iou, top1, top5)
+        verdicts = Verdicts(np.arange(BATCH), label, iou, error, baselines.swapaxes(0, 1), iou, top1, top5, label)
         count += seconds(lambda m=metric, v=verdicts: m.boxes.update(v)) / BATCH  # type: ignore[misc]
     for what, cost in (("load", load), ("draw boxes, both protocols", draw), ("count, both protocols", count)):
         print(f"{what}: {1000 * cost:.2f} ms an image on one core")

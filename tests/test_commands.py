@@ -119,7 +119,7 @@ def test_run_keeps_the_numbers_of_every_epoch(trained: Path) -> None:
 
 
 def test_best_checkpoint_takes_no_epoch_away() -> None:
-    shows = Report(Path(), 0, [], "", "")
+    shows = Report(Path(), 0, [], 0, "", "")
     shows.load_state_dict({"epochs": {"epoch": [1, 2], "top1_cls": [10.0, 20.0]}})
     assert shows.epochs["epoch"] == [1, 2]
     shows.load_state_dict({"epochs": {"epoch": [1], "top1_cls": [10.0]}})
@@ -319,7 +319,7 @@ def test_schedule_reaches_the_optimizer(tmp_path: Path) -> None:
         tmp_path,
     )
     header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    column = header.split(",").index("lr-AdamW/decay")
+    column = header.split(",").index("lr/decay")
     rates = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
 
@@ -363,7 +363,7 @@ def test_scm_shows_what_its_blocks_do(scm: Path) -> None:
     assert (scm / "inside.png").read_bytes().startswith(b"\x89PNG")
     header = (scm / "metrics.csv").read_text().splitlines()[0].split(",")
     for level in (1, 2):
-        assert {f"train/semantic_weight_{level}_epoch", f"train/threshold_{level}_epoch"} <= set(header)
+        assert {f"method/semantic_weight_{level}_epoch", f"method/threshold_{level}_epoch"} <= set(header)
 
 
 def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
@@ -399,7 +399,7 @@ def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(config("logger=wandb", "trainer.max_epochs=1"), tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert len(list((folder / "files" / "media" / "images").glob("examples_*.png"))) == 3
+    assert len(list((folder / "files" / "media" / "images").glob("examples/val_*.png"))) == 3
     content = next(folder.glob("*.wandb")).read_bytes()
     for chart in ("threshold", "iou", "errors", "size", "pixels"):
         assert list((folder / "files" / "media" / "images" / "charts" / "maxboxacc").glob(f"{chart}_*.png"))

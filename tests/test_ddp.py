@@ -194,3 +194,4 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
             cwd=tmp_path,
         )
         assert json.loads((tmp_path / f"evaluation{processes}" / "metrics.json").read_text()) == expected
+        assert (tmp_path / f"evaluation{processes}" / "images.csv").read_text() == (run / "images.csv").read_text()

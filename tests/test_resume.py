@@ -86,7 +86,7 @@ def log(folder: Path) -> list[dict[str, str]]:
     """Rows of the log but those of single steps, which are written now and then."""
     with (folder / "metrics.csv").open() as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if "train/loss_step" not in row and "lr-AdamW/decay" not in row]
+    return [row for row in rows if "train/loss_step" not in row and "lr/decay" not in row]
 
 
 def test_killed_twenty_times(unbroken: tuple[Path, float], tmp_path: Path) -> None:

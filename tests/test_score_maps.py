@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -74,6 +75,11 @@ def test_saved_maps_give_the_numbers_of_their_model(run: Path) -> None:
     assert "score_maps: maps" in (run / "again" / "config.yaml").read_text()
     assert (run / "again" / "report.html").is_file()
     assert (run / "again" / "examples.png").is_file()
+    own_boxes, boxes = (
+        [(row["image"], row["label"], row["iou"]) for row in csv.DictReader((run / name / "images.csv").open())]
+        for name in ("own", "again")
+    )
+    assert boxes == own_boxes[: len(boxes)]  # those of the first protocol
     before, after = read_examples(run / "own")[0], read_examples(run / "again")[0]
     assert before.predicted_label is not None
     assert after == replace(before, predicted_label=None, iou=after.iou)

@@ -8,7 +8,8 @@ import inspect
 import logging
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
 from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
+from wsolkit.jobs import swept
 from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Training, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.types import PlainConfig
 
 
 def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
@@ -178,18 +181,50 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         log.replace(earlier_log)
     loggers: list[Logger] = []
     for node in cfg.logger.values():
-        earlier = {}
-        if str(node._target_).endswith(".WandbLogger") and continued_at is not None:
-            earlier = _earlier_wandb_run(folder)
-        logger = instantiate(node, save_dir=str(folder), **earlier, _convert_="all")
+        kind = str(node._target_).rpartition(".")[2]
+        build = functools.partial(instantiate, node, save_dir=str(folder), _convert_="all")
+        if kind == "WandbLogger":
+            build = functools.partial(build, **_place_in_wandb(cfg, folder))
+            if continued_at is not None:
+                build = functools.partial(build, **_earlier_wandb_run(folder))
+        if kind == "TensorBoardLogger":
+            if find_spec("tensorboard") is None:
+                raise ConfigError("logger=tensorboard needs another package: pip install 'wsolkit[tensorboard]'")
+            build = functools.partial(build, purge_step=continued_at)
+        logger = build()
         if isinstance(logger, WandbLogger) and not _reaches_wandb(logger):
-            logger = instantiate(node, save_dir=str(folder), **earlier, mode="offline", _convert_="all")
+            logger = build(mode="offline")
         if isinstance(logger, CSVLogger) and continued_at is not None and earlier_log.is_file():
             logger.experiment.metrics = _rows_before(earlier_log, continued_at)  # it begins by deleting the log
             logger.save()
             earlier_log.unlink(missing_ok=True)
         loggers.append(logger)
     return loggers
+
+
+_LONGEST_TAG = 64
+
+
+def _place_in_wandb(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """By what a run is found in W&B: its command, and, of a sweep's, the sweep and its own settings as tags."""
+    found: dict[str, Any] = {"job_type": "evaluate" if "checkpoint" in cfg else "train"}
+    settings = swept(folder)
+    if settings:
+        tags = [folder.absolute().parent.name, *(f"{key}={value}" for key, value in settings.items())]
+        found["tags"] = [tag for tag in tags if len(tag) <= _LONGEST_TAG]
+    return found
+
+
+def log_settings(loggers: Sequence[Logger], settings: PlainConfig, folder: Path) -> None:
+    """Log a run's settings; of a sweep's job also, as "sweep", the sweep's name and what it varies.
+
+    Dots in names, which W&B takes for levels, become lines: {"name": "lr", "optimizer_lr": 0.001}.
+    """
+    varied = {key.replace(".", "_"): value for key, value in swept(folder).items()}
+    if varied:
+        settings = settings | {"sweep": {"name": folder.absolute().parent.name, **varied}}
+    for logger in loggers:
+        logger.log_hyperparams(settings)
 
 
 def _reaches_wandb(logger: WandbLogger) -> bool:

@@ -400,6 +400,7 @@ _FREE = (
     "trainer",
     "num_examples",
     "examples",
+    "num_table_images",
     "dataset.num_workers",
     "dataset.cache",
     "sweep",

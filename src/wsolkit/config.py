@@ -101,6 +101,16 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         sys.exit("interrupted")
 
 
+def name_directory() -> None:
+    """Make the command line's first argument that is no setting `directory=…`."""
+    for index, argument in enumerate(sys.argv[1:], start=1):
+        of_option = sys.argv[index - 1].startswith("-")
+        if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
+            escaped = argument.replace("'", "\\'")
+            sys.argv[index] = f"directory='{escaped}'"
+            break
+
+
 def as_override(argument: str) -> str:
     """What is given on the command line, in Hydra's grammar.
 
@@ -209,6 +219,7 @@ class RunSettings(typing.TypedDict, total=False):
     save_maps: str | None
     num_examples: int
     examples: list[str]
+    num_table_images: int | None
     progress: bool
     source: str
     output: str

@@ -40,13 +40,20 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate `cfg.checkpoint`."""
     import lightning
     from hydra.core.hydra_config import HydraConfig
-    from lightning.pytorch.callbacks import RichProgressBar
 
-    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
+    from wsolkit.build import (
+        build_datamodule,
+        build_loggers,
+        build_module,
+        build_trainer,
+        log_settings,
+        quieten_libraries,
+    )
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.speed import ProgressBar
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
@@ -77,13 +84,15 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     heading = title(cfg, checkpoint.config)
     loggers = build_loggers(cfg, folder)
-    callbacks: list[Callback] = [Report(folder, cfg.num_examples, cfg.examples, heading, method_name(cfg))]
+    pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, heading, method_name(cfg))
+    callbacks: list[Callback] = [pictures]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(ProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
+    log_settings(loggers, module.training_settings.config, folder)
     try:
         if datamodule.held_out:
             module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
@@ -119,6 +128,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.config import plain
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Evaluation, outcome
+    from wsolkit.reporting.images import FILE, ImageTables, write_images
     from wsolkit.reporting.pictures import choose_examples, write_report
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
@@ -161,11 +171,13 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
         evaluate_split("val")
         evaluation.select(outcome(evaluation.compute()).results)
         evaluation.reset()
+    test, first = datamodule.dataset("test"), next(iter(evaluation.protocols.values()))
+    tables = ImageTables(evaluation, test, cfg.num_table_images)
     evaluate_split("test")
     result = outcome(evaluation.compute())
     save_config(cfg, folder)
+    write_images(tables.rows(result.results, class_names), folder / FILE)
     heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
-    test, first = datamodule.dataset("test"), next(iter(evaluation.protocols.values()))
     write_report(
         folder,
         heading,

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from wsolkit.errors import JobError
@@ -116,6 +117,23 @@ def run_name(resume: str | None, overrides: Sequence[str], now: str) -> str:
 # hydra.sweep.subdir: ${job_name:${hydra.overrides.task}}
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def swept(folder: Path) -> dict[str, Any]:
+    """What a sweep varies, and what the job in a directory has of it: {"method.num_blocks": 2, "seed": 0}.
+
+    Args:
+        folder: of a run; there is nothing if it is no sweep's job.
+    """
+    job, plan = read_job(folder), folder.parent / "multirun.yaml"  # Hydra's record of the sweep
+    if job is None or not plan.is_file():
+        return {}
+    hydra = OmegaConf.load(plan).hydra
+    grid = [f"{key}={values}" for key, values in (hydra.sweeper.get("params") or {}).items()]
+    parse = OverridesParser.create().parse_overrides
+    varied = {given.get_key_element() for given in parse([*grid, *hydra.overrides.task]) if given.is_sweep_override()}
+    own = {given.get_key_element(): given.value() for given in parse(job.overrides)}
+    return {key: value for key, value in own.items() if key in varied}
 
 
 def run_job(

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from yaml import YAMLError
 
-from wsolkit.config import plain, run_command
+from wsolkit.config import name_directory, plain, run_command
 from wsolkit.errors import ConfigError, JobError
 from wsolkit.jobs import RECORD, RESULT, Job, read_job
 from wsolkit.reporting.sweep import (
@@ -273,12 +273,7 @@ def main() -> None:
     """Entry point of the command: its first argument that is no setting is the directory."""
     if {"-m", "--multirun"} & set(sys.argv):
         sys.exit("error: a report is made in one run: leave out -m")
-    for index, argument in enumerate(sys.argv[1:], start=1):
-        of_option = sys.argv[index - 1].startswith("-")
-        if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
-            escaped = argument.replace("'", "\\'")
-            sys.argv[index] = f"directory='{escaped}'"
-            break
+    name_directory()
     run_command("sweep_report", sweep_report)
 
 

@@ -1,7 +1,7 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
-A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png
-and examples/; train_images.txt, where only a part of the training images was used.
+A run directory holds metrics.json, config.yaml, metrics.csv, images.csv, checkpoints/{best,last}.ckpt, report.html,
+examples.png and examples/; train_images.txt, where only a part of the training images was used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
+    from wsolkit.build import (
+        build_datamodule,
+        build_loggers,
+        build_module,
+        build_trainer,
+        log_settings,
+        quieten_libraries,
+    )
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.speed import ProgressBar, Speed
     from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
 
     check_config(cfg)
@@ -59,13 +67,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         enable_version_counter=False,
     )
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
-    pictures = Report(folder, cfg.num_examples, cfg.examples, title(cfg, cfg), method_name(cfg))
+    pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
     loggers = build_loggers(cfg, folder, continued.step if continued and cfg.resume == "auto" else None)
     if loggers:
-        callbacks.append(LearningRateMonitor("step"))
+        callbacks += [LearningRateMonitor("step"), Speed()]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(ProgressBar())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if cfg.fit_memory:
         trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
@@ -76,8 +84,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
             names = [training.name(index) for index in range(len(training.labels))]
             (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     try:
-        for logger in loggers:
-            logger.log_hyperparams(module.training_settings.config)
+        log_settings(loggers, module.training_settings.config, folder)
         with named_trouble(cfg.dataset.batch_size):
             trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
         if not best.best_model_path:

@@ -68,7 +68,10 @@ class WSOLModule(LightningModule, ABC):
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Terms of the loss by name, scalars; "loss" is their total, which is minimised."""
+        """Terms of the loss by name, scalars; "loss" is their total, which is minimised.
+
+        Names that do not begin with "loss" are of what else there is to watch.
+        """
 
     @abstractmethod
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
@@ -106,7 +109,7 @@ class WSOLModule(LightningModule, ABC):
         """Lightning's hook: compute and log the losses."""
         losses = self.losses(batch)
         for name, value in losses.items():
-            self.log(f"train/{name}_step", value.detach(), prog_bar=name == "loss")
+            self.log(f"{logged_name(name)}_step", value.detach())  # prog_bar=True would wait for the device
             # Lightning's own means over an epoch are no part of its checkpoints.
             term = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
             self._loss_sums[name] = term + self._loss_sums.get(name, torch.zeros(2)).to(term.device)
@@ -114,7 +117,7 @@ class WSOLModule(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook: log the mean of each loss over the epoch."""
-        means = {f"train/{name}_epoch": total / count for name, (total, count) in self._summed_losses().items()}
+        means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in self._summed_losses().items()}
         self._loss_sums = {}
         self.log_dict(means, logger=False)
         for logger in self.loggers:  # now: Lightning would do it after the checkpoint is written
@@ -179,7 +182,7 @@ class WSOLModule(LightningModule, ABC):
 
         optimizer = build_optimizer(settings.optimizer, self.parameter_groups())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook: add what a user of the checkpoint needs, as plain containers."""
@@ -199,6 +202,11 @@ class WSOLModule(LightningModule, ABC):
         self.evaluation.thresholds = checkpoint["wsolkit"]["thresholds"]
         sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]  # over all processes; here it is one's own
         self._loss_sums = sums if self.global_rank == 0 else {name: torch.zeros(2) for name in sums}
+
+
+def logged_name(term: str) -> str:
+    """Where a value of `losses` is logged: terms of the loss as `train/…`, what else a method shows as `method/…`."""
+    return f"{'train' if term.startswith('loss') else 'method'}/{term}"
 
 
 def choose_classes(classes: Classes, logits: Tensor) -> Tensor:

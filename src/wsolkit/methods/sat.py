@@ -230,6 +230,7 @@ class SAT(WSOLModule):
             "loss_area": area,
             "loss_norm": normalization,
             "map_area": maps.mean(),
+            "area_prior": maps.new_full((), self.area_prior),
         }
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ class Verdicts(NamedTuple):
     image, label [B]: position in the split, and class; iou [B, T]: of the box from the label's map; error [B, T]: see
     `localization_errors`; baseline_iou [baselines, B, T]. Where there is a classification: predicted_iou [B, T]: of
     the box from the map of the predicted class; top1, top5 [B]: whether the label is the first, or among the first
-    five.
+    five; predicted [B]: the first.
     """
 
     image: npt.NDArray[np.int64]
@@ -110,6 +110,7 @@ class Verdicts(NamedTuple):
     predicted_iou: npt.NDArray[np.float64] | None
     top1: npt.NDArray[np.bool_] | None
     top5: npt.NDArray[np.bool_] | None
+    predicted: npt.NDArray[np.int64] | None
 
 
 class BoxEvaluation(Metric):
@@ -123,6 +124,7 @@ class BoxEvaluation(Metric):
 
     Attributes:
         selected: thresholds τ chosen on another split, by condition; {}: the best ones on this split.
+        on_verdicts: called with what is counted.
     """
 
     correct: Tensor
@@ -139,6 +141,7 @@ class BoxEvaluation(Metric):
         super().__init__()
         self.protocol = protocol
         self.selected: dict[str, float] = {}
+        self.on_verdicts: Callable[[Verdicts], None] | None = None
         deltas, steps = len(protocol.iou_thresholds), protocol.num_thresholds
 
         def table(name: str, *shape: int) -> None:
@@ -158,6 +161,8 @@ class BoxEvaluation(Metric):
 
     def update(self, verdicts: Verdicts) -> None:
         """Count a batch."""
+        if self.on_verdicts is not None:
+            self.on_verdicts(verdicts)
         rules, device = self.protocol, self.correct.device
         deltas = np.asarray(rules.iou_thresholds)[:, None, None]
         half = list(rules.iou_thresholds).index(0.5)

@@ -90,6 +90,7 @@ class _Pending(NamedTuple):
     label: npt.NDArray[np.int64]
     top1: npt.NDArray[np.bool_] | None
     top5: npt.NDArray[np.bool_] | None
+    predicted: npt.NDArray[np.int64] | None
 
     def finish(self) -> None:
         """Wait for the boxes and count them."""
@@ -101,7 +102,15 @@ class _Pending(NamedTuple):
             for row, future in self.by_predicted.items():
                 predicted_iou[row] = future.result()[0]
         verdicts = Verdicts(
-            self.image, self.label, iou, error, baseline_iou.swapaxes(0, 1), predicted_iou, self.top1, self.top5
+            self.image,
+            self.label,
+            iou,
+            error,
+            baseline_iou.swapaxes(0, 1),
+            predicted_iou,
+            self.top1,
+            self.top5,
+            self.predicted,
         )
         with torch.inference_mode():  # each thread has its own mode, and the state may have been made in this one
             self.metric.update(verdicts)
@@ -460,4 +469,5 @@ def _submit_levels(
         label.cpu().numpy(),
         top1,
         top5,
+        None if logits is None else logits[rows].argmax(dim=1).cpu().numpy(),
     )

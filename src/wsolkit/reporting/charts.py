@@ -85,6 +85,13 @@ def series(curves: Curves, key: str) -> npt.NDArray[np.float64] | None:
     return values if np.isfinite(values).any() else None
 
 
+def threshold_curves(curves: Curves, protocol: str) -> tuple[Sequence[float], dict[str, Sequence[float]]]:
+    """Thresholds τ [T], and what a protocol reaches at each, in percent, by name: each [T]."""
+    start = f"{protocol}/curves/"
+    own = {key.removeprefix(start): values for key, values in curves.items() if key.startswith(start)}
+    return own.get("threshold", ()), {name: values for name, values in own.items() if "_loc" in name}
+
+
 def threshold_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
     """GT-known Loc against the threshold τ, a curve for each IoU threshold δ, and the baselines at δ = 0.5."""
     tau = series(curves, f"{protocol}/curves/threshold")

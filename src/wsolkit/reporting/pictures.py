@@ -1,4 +1,4 @@
-"""What a run leaves to look at: examples.png, examples/ and report.html in its directory, and the same in W&B."""
+"""What a run leaves to look at: pictures, images.csv and report.html in its directory, and the same in W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,9 +23,19 @@ from wsolkit.data.transforms import denormalise
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
-from wsolkit.reporting.charts import EPOCH_METRICS, PREDICTED, SCORE_COLOURS, TRUTH, Shown, charts, example_image
+from wsolkit.reporting.charts import (
+    EPOCH_METRICS,
+    PREDICTED,
+    SCORE_COLOURS,
+    TRUTH,
+    Shown,
+    charts,
+    example_image,
+    threshold_curves,
+)
 from wsolkit.reporting.examples import write_examples
 from wsolkit.reporting.gallery import Localize, localize_with, show, shown_threshold
+from wsolkit.reporting.images import FILE, ImageRow, ImageTables, evenly, write_images
 from wsolkit.reporting.page import write_page
 from wsolkit.types import Image, PlainConfig
 
@@ -90,7 +100,7 @@ def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ())
         ConfigError: the split has no image of that name.
     """
     if not names:
-        return np.unique(np.linspace(0, len(dataset) - 1, max(count, 0), dtype=int)).tolist()  # type: ignore[no-any-return]
+        return evenly(len(dataset), count)
     known = {dataset.records.name(index): index for index in range(len(dataset))}
     for name in names:
         if name not in known:
@@ -183,17 +193,24 @@ def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.f
 
 
 class Report(Callback):
-    """Shows W&B the same images after every validation, and writes the report and its charts after the test.
+    """Shows the same images after every validation, and writes the report and its charts after the test.
+
+    Pictures, tables and curves go to W&B and, but for tables and curves, to TensorBoard.
 
     Args:
         folder: run directory.
         count, names: which examples, see `choose_examples`; after validation, images of other splits are not named.
+        listed: how many images images.csv and W&B's tables list, see `ImageTables`.
         title: what was run.
         method: its name in tables.
     """
 
-    def __init__(self, folder: Path, count: int, names: Sequence[str], title: str, method: str) -> None:
+    def __init__(
+        self, folder: Path, count: int, names: Sequence[str], listed: int | None, title: str, method: str
+    ) -> None:
         self.folder, self.count, self.names, self.title, self.method = folder, count, names, title, method
+        self.listed = listed
+        self._tables: ImageTables | None = None
         self.epochs: dict[str, list[float]] = {}
         """Numbers of the validation after each epoch, by name; "epoch" counts from 1."""
 
@@ -207,6 +224,12 @@ class Report(Callback):
         if len(earlier.get("epoch", ())) > len(self.epochs.get("epoch", ())):
             self.epochs = earlier
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: in W&B, what validation gives is drawn against epochs."""
+        for logger in _loggers(trainer, WandbLogger):
+            for name in ("examples/val", *(f"val/{name}" for name in _parts(trainer, pl_module)[0].evaluation.names)):
+                logger.experiment.define_metric(name, step_metric="epoch")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -215,8 +238,7 @@ class Report(Callback):
             for name, value in results.items():
                 if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:  # of the method, not of baselines
                     self.epochs.setdefault(name, []).append(value)
-        loggers = _wandb(trainer)
-        if not (loggers and self.count > 0):
+        if not (_loggers(trainer, WandbLogger, TensorBoardLogger) and self.count > 0):
             return
         module, datamodule = _parts(trainer, pl_module)
         dataset = datamodule.dataset("val")
@@ -230,16 +252,21 @@ class Report(Callback):
             module.training_settings.class_names,
             normalization,
         )
-        captions = [f"{example.label}, IoU {example.iou:.2f}" for example in examples]
-        for logger in loggers:
-            pictures: list[Any] = [example_image(example) for example in examples]
-            logger.log_image("examples", pictures, step=trainer.global_step, caption=captions)
+        _log_examples(trainer, examples)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        module, datamodule = _parts(trainer, pl_module)
+        self._tables = ImageTables(module.evaluation, datamodule.dataset("test"), self.listed)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
+        module, datamodule = _parts(trainer, pl_module)
+        assert self._tables is not None
+        tables = self._tables.rows(module.results, module.training_settings.class_names)
         if not trainer.is_global_zero:
             return
-        module, datamodule = _parts(trainer, pl_module)
+        write_images(tables, self.folder / FILE)
         module.curves |= {f"epochs/{name}": values for name, values in self.epochs.items()}
         outcome = Outcome(module.results, module.curves)
         examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
@@ -258,14 +285,54 @@ class Report(Callback):
         )
         figures = {f"charts/{name}": figure for name, figure in charts(*outcome).items()}
         if inside is not None:
-            figures["inside"] = inside
-        for logger in _wandb(trainer):
-            for name, figure in figures.items():
-                logger.log_image(name, [pixels(figure)])
+            figures["examples/inside"] = inside
+        _log_figures(trainer, figures)
+        _log_tables(trainer, tables, outcome)
 
 
-def _wandb(trainer: Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
+def _loggers(trainer: Trainer, *kinds: type) -> list[Any]:
+    """Loggers of some kinds, in the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, kinds) and trainer.is_global_zero]
+
+
+def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
+    """Log what validation has shown, as `examples/val`."""
+    step = max(trainer.global_step - 1, 0)  # that of the validation's numbers
+    pictures = [example_image(example) for example in examples]
+    captions = [f"{example.label}, IoU {example.iou:.2f}" for example in examples]
+    for logger in _loggers(trainer, WandbLogger):
+        import wandb
+
+        images = [wandb.Image(picture, caption=said) for picture, said in zip(pictures, captions, strict=True)]
+        logger.log_metrics({"examples/val": images, "epoch": trainer.current_epoch}, step=step)
+    for logger in _loggers(trainer, TensorBoardLogger):
+        for example, picture in zip(examples, pictures, strict=True):
+            logger.experiment.add_image(f"examples/{example.name}", picture, step, dataformats="HWC")
+
+
+def _log_figures(trainer: Trainer, figures: Mapping[str, Figure]) -> None:
+    """Log figures by name."""
+    if not _loggers(trainer, WandbLogger, TensorBoardLogger):
+        return
+    for name, picture in {name: pixels(figure) for name, figure in figures.items()}.items():
+        for logger in _loggers(trainer, WandbLogger):
+            logger.log_image(name, [picture])
+        for logger in _loggers(trainer, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+
+
+def _log_tables(trainer: Trainer, tables: Mapping[str, Sequence[ImageRow]], outcome: Outcome) -> None:
+    """Log tables as `images/<protocol>`, and what is reached at each threshold as `curves/<protocol>`, to W&B."""
+    for logger in _loggers(trainer, WandbLogger):
+        import wandb
+
+        for protocol, rows in tables.items():
+            logger.log_table(f"images/{protocol}", list(ImageRow._fields), [list(row) for row in rows])
+            thresholds, lines = threshold_curves(outcome.curves, protocol)
+            plot = wandb.plot.line_series(
+                thresholds, list(lines.values()), list(lines), title=f"{protocol}: percent at each τ", xname="threshold"
+            )
+            logger.log_metrics({f"curves/{protocol}": plot})
 
 
 def _parts(trainer: Trainer, module: LightningModule) -> tuple[WSOLModule, WSOLDataModule]:

@@ -1,0 +1,78 @@
+"""What training costs, logged beside the losses, and a progress bar; neither has the host wait for the device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+_GIB = 2**30
+
+
+class Speed(Callback):
+    """Logs `speed/images_per_second` and `memory/…` whenever losses are logged.
+
+    The images are those of all processes. Time for loading images and for checkpoints counts, time for validation does
+    not. `memory/process_gib` is the resident memory of the first process, without its loaders;
+    `memory/device_peak_gib` the most that its tensors have taken on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._seconds = 0, 0.0
+        self._running_since: float | None = None
+        self._logged_step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: the clock stands still until the next batch."""
+        self._stop_clock()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        self._images += len(batch["label"]) * trainer.world_size
+        step = trainer.global_step
+        if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        self._stop_clock()
+        values = {"speed/images_per_second": self._images / self._seconds} | memory(pl_module.device)
+        pl_module.log_dict(values)
+        self._images, self._seconds, self._logged_step = 0, 0.0, step
+        self._running_since = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """What this process takes of the machine's memory now, and has taken of a GPU's at most, in GiB."""
+    values = {"memory/process_gib": psutil.Process().memory_info().rss / _GIB}
+    if device.type == "cuda":
+        values["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+    return values
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, with the loss as it was when losses were last logged: reading it waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loss: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Lightning's hook: what is shown beside the bar."""
+        loss = trainer.callback_metrics.get("train/loss_step")
+        if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._loss = {"loss": loss.item()}
+        return super().get_metrics(trainer, pl_module) | self._loss
