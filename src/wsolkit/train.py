@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
     from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
 
@@ -65,7 +66,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if cfg.fit_memory:
         trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
