@@ -306,6 +306,8 @@ _FREE = (
     "checkpoints",
     "logger",
     "trainer",
+    "compile",
+    "backbone.channels_last",
     "num_examples",
     "examples",
     "dataset.num_workers",

@@ -41,13 +41,14 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate `cfg.checkpoint`."""
     import lightning
     from hydra.core.hydra_config import HydraConfig
-    from lightning.pytorch.callbacks import RichProgressBar
 
     from wsolkit.build import build_datamodule, build_loggers, build_module, build_trainer, quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.trouble import named_compilation
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
@@ -80,17 +81,18 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     loggers = build_loggers(cfg, folder)
     callbacks: list[Callback] = [Report(folder, cfg.num_examples, cfg.examples, heading, method_name(cfg))]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     try:
-        if datamodule.held_out:
-            module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
-            trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
-        module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
-        trainer.test(module, datamodule, verbose=False)
+        with named_compilation():
+            if datamodule.held_out:
+                module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
+                trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
+            module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
+            trainer.test(module, datamodule, verbose=False)
     finally:
         finish(loggers)
     if trainer.is_global_zero:

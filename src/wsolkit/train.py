@@ -36,7 +36,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
+    from wsolkit.trouble import FiniteLoss, FitMemory, named_compilation, named_trouble, parts_that_fit
 
     check_config(cfg)
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
@@ -79,7 +79,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     try:
         for logger in loggers:
             logger.log_hyperparams(module.training_settings.config)
-        with named_trouble(cfg.dataset.batch_size):
+        with named_trouble(cfg.dataset.batch_size), named_compilation():
             trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
         if not best.best_model_path:
             raise CheckpointError(
