@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +28,7 @@ from wsolkit.build import SyncBatchNorm, build_trainer, compile_network, quieten
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss
+from wsolkit.profiling import StepProfiler
 from wsolkit.progress import Progress
 from wsolkit.train import train
 from wsolkit.trouble import FiniteLoss
@@ -260,3 +263,40 @@ def test_batch_norm_is_synchronised_between_gpus_only(tmp_path: Path) -> None:
         ConfigError, match=r"PyTorch synchronises BatchNorm between GPUs only\. On several CPU processes"
     ):
         build_trainer(settings("cam", "trainer.sync_batchnorm=true", "trainer.devices=2"), tmp_path, [], [])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_profile_finds_where_time_is_spent(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of a second in the forward pass and a tenth in the loss are found there, and parts add up."""
+    cfg = settings(method, "trainer=profile", "trainer.accelerator=cpu", "trainer.limit_train_batches=4")
+    cfg.trainer.limit_val_batches, cfg.trainer.profiler.skip, cfg.dataset.held_out = 2, 1, False
+    cfg.dataset.batch_size = cfg.dataset.eval_batch_size = 2
+    cfg.dataset.records.sizes.test = 8
+    module = build_module(cfg)
+    network, losses = module.network, module.losses
+
+    def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(seconds)
+            return function(*arguments)
+
+        return slow
+
+    for name in network.passes:
+        monkeypatch.setattr(network, name, slower(getattr(network, name), 0.2))
+    monkeypatch.setattr(module, "losses", slower(losses, 0.1))
+    trainer = build_trainer(cfg, tmp_path, [], [])
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    assert isinstance(profiler, StepProfiler)
+    profiler.watch(module)
+    trainer.fit(module, build_datamodule(cfg))
+    profiler.report(tmp_path)
+    result = json.loads((tmp_path / "profile.json").read_text())
+    for stage in ("training", "evaluation"):
+        assert sum(part["percent"] for part in result[stage]["parts"].values()) == pytest.approx(100)
+        assert sum(part["ms"] for part in result[stage]["parts"].values()) == pytest.approx(result[stage]["ms"])
+        assert result[stage]["parts"]["forward"]["ms"] > 200
+    assert result["training"]["batches"] == 3
+    assert result["training"]["parts"]["loss"]["ms"] > 100
+    assert {"data", "backward", "optimizer", "logging"} < result["training"]["parts"].keys()
+    assert {"data", "maps", "metrics", "summary"} < result["evaluation"]["parts"].keys()

@@ -249,6 +249,8 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
     """
     settings = arguments(cfg.trainer)
     plugins: list[Any] = [AtomicCheckpointIO()]
+    if isinstance(settings.get("profiler"), dict):
+        settings["profiler"] = instantiate(cfg.trainer.profiler)
     if settings.pop("sync_batchnorm", False):
         plugins.append(SyncBatchNorm())
     StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)

@@ -46,6 +46,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
     from wsolkit.trouble import named_compilation
@@ -85,6 +86,9 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(module)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     try:
         with named_compilation():
@@ -99,6 +103,8 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, heading, method_name(cfg), checkpoint.class_names, chosen_on, outcome)
+        if isinstance(profiler, StepProfiler):
+            profiler.report(folder)
     return module.results
 
 

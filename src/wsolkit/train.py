@@ -1,7 +1,7 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
 A run directory holds metrics.json, config.yaml, metrics.csv, checkpoints/{best,last}.ckpt, report.html, examples.png
-and examples/; train_images.txt, where only a part of the training images was used.
+and examples/; profile.json, of trainer=profile; train_images.txt, where only a part of the training images was used.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
     from wsolkit.trouble import FiniteLoss, FitMemory, named_compilation, named_trouble, parts_that_fit
@@ -68,6 +69,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.trainer.enable_progress_bar:
         callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(module)
     if cfg.fit_memory:
         trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
     if trainer.is_global_zero:
@@ -95,6 +99,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
+        if isinstance(profiler, StepProfiler):
+            profiler.report(folder)
     return module.results
 
 

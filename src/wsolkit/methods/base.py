@@ -111,7 +111,11 @@ class WSOLModule(LightningModule, ABC):
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
         self._steps_before = self.trainer.global_step
-        torch.manual_seed(derive_seed(self.training_settings.seed, self._steps_before, batch_idx, self.global_rank))
+        seed = derive_seed(self.training_settings.seed, self._steps_before, batch_idx, self.global_rank)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # the other takes a millisecond to note it for a GPU to come
+        else:
+            torch.manual_seed(seed)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Lightning's hook: compute the losses."""
