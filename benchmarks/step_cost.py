@@ -6,11 +6,15 @@
 
 A step of a run as `python -m wsolkit.train` makes it (losses logged, progress bar, CSV log, learning rate, checks of
 the loss, checkpoint callbacks), and a bare step (forward, losses, backward, clipping, optimizer) of a twin on the same
-batches, in turns. Times are of the processor, over all threads, and sums over the ten steps between two logged ones;
-medians of those.
+batches, in turns. Times are of the processor, one core, and sums over the ten steps between two logged ones;
+medians of those. What a second bare step seems to add is the noise.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # further threads would wait actively, and be counted
 
 import io
 import statistics
@@ -44,6 +48,7 @@ class InTurns:
         self.batch = batch
         self.bare = bare
         self.bare_seconds: list[float] = []
+        self.again_seconds: list[float] = []
         self.run_seconds: list[float] = []
 
     def __len__(self) -> int:
@@ -53,9 +58,12 @@ class InTurns:
         for _ in range(len(self)):
             start = time.process_time()
             self.bare()
+            again = time.process_time()
+            self.bare()
             given = time.process_time()
             yield self.batch
-            self.bare_seconds.append(given - start)
+            self.bare_seconds.append(again - start)
+            self.again_seconds.append(given - again)
             self.run_seconds.append(time.process_time() - given)
 
     def windows(self, seconds: list[float]) -> list[float]:
@@ -63,8 +71,8 @@ class InTurns:
         return [sum(seconds[start : start + WINDOW]) for start in range(WINDOW, WINDOW * (1 + WINDOWS), WINDOW)]
 
 
-def measure(cfg: DictConfig) -> tuple[float, float]:
-    """Milliseconds of a bare step, and what a run adds to it, in percent."""
+def measure(cfg: DictConfig) -> tuple[float, float, float]:
+    """Milliseconds of a bare step; what a run adds to it, and another bare step seems to, in percent."""
     torch.manual_seed(0)
     module, twin = build_module(cfg), build_module(cfg)
     size, count = cfg.dataset.image_size, cfg.dataset.batch_size
@@ -91,9 +99,13 @@ def measure(cfg: DictConfig) -> tuple[float, float]:
         trainer = build_trainer(cfg, folder, callbacks, build_loggers(cfg, folder))
         twin.train()
         trainer.fit(module, loader)
-    pairs = list(zip(loader.windows(loader.bare_seconds), loader.windows(loader.run_seconds), strict=True))
-    added = statistics.median(run / alone - 1 for alone, run in pairs)
-    return 1000 * statistics.median(alone for alone, _ in pairs) / WINDOW, 100 * added
+    bare_steps = loader.windows(loader.bare_seconds)
+
+    def added(seconds: list[float]) -> float:
+        pairs = zip(bare_steps, loader.windows(seconds), strict=True)
+        return 100 * statistics.median(other / alone - 1 for alone, other in pairs)
+
+    return 1000 * statistics.median(bare_steps) / WINDOW, added(loader.run_seconds), added(loader.again_seconds)
 
 
 def main() -> None:
@@ -104,8 +116,8 @@ def main() -> None:
     kinds = [TRANSFORMERS, CNNS] if not backbone else [TRANSFORMERS if "it_" in backbone else CNNS]
     rest = [argument for argument in given if not argument.startswith("method=")]
     quieten_libraries()
-    print("| method | backbone | batch | bare step, ms | a run adds |")
-    print("|---|---|---|---|---|")
+    print("| method | backbone | batch | bare step, ms | a run adds | noise |")
+    print("|---|---|---|---|---|---|")
     for method in [method for kind in kinds for method in kind if not chosen or method in chosen]:
         cfg = load_config(
             *(
@@ -118,9 +130,10 @@ def main() -> None:
             *TERMS.get(method, []),
             *rest,
         )
-        milliseconds, added = measure(cfg)
+        milliseconds, added, noise = measure(cfg)
         print(
-            f"| {method} | {cfg.backbone.name} | {cfg.dataset.batch_size} | {milliseconds:.1f} | {added:+.2f} % |",
+            f"| {method} | {cfg.backbone.name} | {cfg.dataset.batch_size} | {milliseconds:.1f} "
+            f"| {added:+.1f} % | {noise:+.1f} % |",
             flush=True,
         )
 
