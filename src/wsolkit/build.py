@@ -13,15 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.checkpoint import AtomicCheckpointIO
@@ -32,7 +36,7 @@ from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import swept
 from wsolkit.localization.protocol import Protocol
-from wsolkit.methods.base import Training, WSOLModule
+from wsolkit.methods.base import Network, Training, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import PlainConfig
 
@@ -136,7 +140,28 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
         **_postprocess(cfg, method),
         **arguments(cfg.method),
     )
+    if cfg.get("compile"):
+        compile_network(module.network, **_compilation(cfg.compile))
     return module
+
+
+def compile_network(network: Network, **options: Any) -> None:
+    """Have `torch.compile` compile the passes of a network, at the first of each; names of weights stay.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    for name in network.passes:
+        setattr(network, name, torch.compile(getattr(network, name), **options))
+
+
+def _compilation(setting: object) -> dict[str, Any]:
+    if setting is True:
+        return {}
+    if setting == "max-autotune":
+        # Not with CUDA graphs: boxes are drawn from a batch's maps while the next, which would overwrite them, is made.
+        return {"mode": "max-autotune-no-cudagraphs"}
+    raise ConfigError(f"compile={setting}: expected false, true or max-autotune")
 
 
 def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> None:
@@ -261,25 +286,50 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
     Wherever Lightning chooses DDP by itself, buffers are not broadcast: that would be one more collective call in each
     evaluation batch, of which processes have different numbers, since every image counts once.
     """
+    settings = arguments(cfg.trainer)
+    plugins: list[Any] = [AtomicCheckpointIO(), *_environment()]
+    if isinstance(settings.get("profiler"), dict):
+        settings["profiler"] = instantiate(cfg.trainer.profiler)
+    synchronised = settings.pop("sync_batchnorm", False)
+    if synchronised:
+        plugins.append(SyncBatchNorm())
     StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)
     try:
         trainer: Trainer = locate(cfg.trainer._target_, "trainer.")(
-            **arguments(cfg.trainer),
+            **settings,
             default_root_dir=str(folder),
             callbacks=callbacks,
             logger=loggers,
-            plugins=[AtomicCheckpointIO(), *_environment()],
+            plugins=plugins,
             use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
+    if synchronised and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ConfigError(
+            "trainer.sync_batchnorm=true: PyTorch synchronises BatchNorm between GPUs only. On several CPU processes "
+            "set trainer.sync_batchnorm=false, or backbone.batch_norm=frozen, which has nothing to synchronise"
+        )
     return trainer
 
 
 def _environment() -> list[SLURMEnvironment]:
     """SLURM, if a job of it runs this; `LastCheckpoint` does what Lightning would do when the job is to stop."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+class SyncBatchNorm(TorchSyncBatchNorm):
+    """BatchNorm over the images of all GPUs; Lightning's own would lose the activation in timm's BatchNorm layers."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Lightning's hook."""
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""
+        return model
 
 
 def quieten_libraries() -> None:

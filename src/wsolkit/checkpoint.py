@@ -398,6 +398,8 @@ _FREE = (
     "checkpoints",
     "logger",
     "trainer",
+    "compile",
+    "backbone.channels_last",
     "num_examples",
     "examples",
     "num_table_images",

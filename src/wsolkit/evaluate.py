@@ -52,8 +52,10 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.profiling import StepProfiler
+    from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.speed import ProgressBar
+    from wsolkit.trouble import named_compilation
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
@@ -87,24 +89,30 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, heading, method_name(cfg))
     callbacks: list[Callback] = [pictures]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar())
+        callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
     if trainer.is_global_zero:
         save_config(cfg, folder)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(module)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     log_settings(loggers, module.training_settings.config, folder)
     try:
-        if datamodule.held_out:
-            module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
-            trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
-        module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
-        trainer.test(module, datamodule, verbose=False)
+        with named_compilation():
+            if datamodule.held_out:
+                module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
+                trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
+            module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
+            trainer.test(module, datamodule, verbose=False)
     finally:
         finish(loggers)
     if trainer.is_global_zero:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, heading, method_name(cfg), checkpoint.class_names, chosen_on, outcome)
+        if isinstance(profiler, StepProfiler):
+            profiler.report(folder)
     return module.results
 
 

@@ -1,4 +1,4 @@
-"""What training costs, logged beside the losses, and a progress bar; neither has the host wait for the device."""
+"""What training costs, logged beside the losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 
 _GIB = 2**30
 
@@ -61,18 +60,3 @@ def memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         values["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
     return values
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's, with the loss as it was when losses were last logged: reading it waits for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._loss: dict[str, Any] = {}
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Lightning's hook: what is shown beside the bar."""
-        loss = trainer.callback_metrics.get("train/loss_step")
-        if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._loss = {"loss": loss.item()}
-        return super().get_metrics(trainer, pl_module) | self._loss

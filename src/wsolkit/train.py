@@ -1,7 +1,8 @@
 """python -m wsolkit.train: train a method on a data set, evaluate it, report.
 
 A run directory holds metrics.json, config.yaml, metrics.csv, images.csv, checkpoints/{best,last}.ckpt, report.html,
-examples.png and examples/; train_images.txt, where only a part of the training images was used.
+examples.png and examples/; profile.json, of trainer=profile; train_images.txt, where only a part of the training images
+was used.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
     from wsolkit.metrics.evaluation import Outcome
+    from wsolkit.profiling import StepProfiler
+    from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.speed import ProgressBar, Speed
-    from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble, parts_that_fit
+    from wsolkit.speed import Speed
+    from wsolkit.trouble import FiniteLoss, FitMemory, named_compilation, named_trouble, parts_that_fit
 
     check_config(cfg)
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
@@ -73,8 +76,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if loggers:
         callbacks += [LearningRateMonitor("step"), Speed()]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar())
+        callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(module)
     if cfg.fit_memory:
         trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
     if trainer.is_global_zero:
@@ -85,7 +91,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
             (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     try:
         log_settings(loggers, module.training_settings.config, folder)
-        with named_trouble(cfg.dataset.batch_size):
+        with named_trouble(cfg.dataset.batch_size), named_compilation():
             trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
         if not best.best_model_path:
             raise CheckpointError(
@@ -101,6 +107,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
+        if isinstance(profiler, StepProfiler):
+            profiler.report(folder)
     return module.results
 
 

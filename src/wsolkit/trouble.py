@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,6 +147,25 @@ _ADVICE = (
     "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; the last checkpoint in "
     "checkpoints/ is from before"
 )
+
+
+@contextmanager
+def named_compilation() -> Iterator[None]:
+    """Say what a user can do where `torch.compile` fails.
+
+    Raises:
+        TrainingError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch._dynamo" not in sys.modules or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TrainingError(
+            f"compile: torch.compile failed ({reason}). It needs a C++ compiler on a CPU (CXX names one) and "
+            "Triton on a GPU; set compile=false"
+        ) from error
 
 
 @contextmanager

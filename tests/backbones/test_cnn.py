@@ -23,7 +23,13 @@ MODEL = "resnet18"
 
 def build(model: str = MODEL, stride: int = 32, options: dict[str, Any] = SMALL, **changes: Any) -> CNN:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"batch_norm": "running", "align": False, "pretrained": False, "weights": None}
+    settings: dict[str, Any] = {
+        "batch_norm": "running",
+        "align": False,
+        "channels_last": True,
+        "pretrained": False,
+        "weights": None,
+    }
     return CNN(model, stride, options=options, **settings | changes)
 
 

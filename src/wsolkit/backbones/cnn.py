@@ -57,6 +57,8 @@ class CNN(nn.Module):
         batch_norm: "running": BatchNorm normalises training batches by themselves and keeps running statistics;
             "frozen": statistics, scales and shifts stay as they were loaded.
         align: whether `aligned` moves maps to where their positions really lie in the image.
+        channels_last: whether maps lie in memory position by position, instead of channel by channel: the same
+            numbers, 1.3 to 1.7 times faster on a CPU.
         pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
         weights: file of weights (safetensors or a state dict, in timm's names).
         options: further arguments of timm's model.
@@ -78,6 +80,7 @@ class CNN(nn.Module):
         stride: int,
         batch_norm: BatchNorm,
         align: bool,
+        channels_last: bool,
         pretrained: bool,
         weights: str | None,
         options: Mapping[str, Any],
@@ -107,8 +110,9 @@ class CNN(nn.Module):
             freeze_batch_norm_2d(self.stages)
         with torch.no_grad():
             self.channels = int(self.stages.eval()(torch.zeros(1, 3, 64, 64)).shape[1])
-        # Convolutions take their layout from the weights; measured on a CPU, this one is 1.3 to 1.7 times faster.
-        self.stages.train().to(memory_format=torch.channels_last)
+        self.stages.train()
+        if channels_last:  # convolutions take their layout from the weights
+            self.stages.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] → last map [B, D, h, w]."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
@@ -37,21 +37,32 @@ class Training:
     std: Sequence[float] = ()
 
 
+class Network(nn.Module):
+    """A method's network, which runs without Lightning.
+
+    Attributes:
+        passes: names of the functions in which it computes: what `torch.compile` compiles, and a profile counts as the
+            forward pass.
+    """
+
+    passes: ClassVar[tuple[str, ...]] = ("forward",)
+
+
 class WSOLModule(LightningModule, ABC):
     """A localization method in training: subclasses say `losses()` and `localize()`.
 
     Args:
-        network: a plain module, image [B, 3, H, W] → logits [B, C] among others.
+        network: image [B, 3, H, W] → logits [B, C] among others.
         training: optimizer, schedule, seed, and what checkpoints carry.
         evaluation: metrics of validation and test.
         no_weight_decay: names of parameters exempt from weight decay besides the one-dimensional ones.
     """
 
     def __init__(
-        self, network: nn.Module, training: Training, evaluation: Evaluation, no_weight_decay: Sequence[str] = ()
+        self, network: Network, training: Training, evaluation: Evaluation, no_weight_decay: Sequence[str] = ()
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network: Network = network
         self.training_settings = training
         self.evaluation = evaluation
         self.norm_histogram = NormHistogram()
@@ -60,7 +71,10 @@ class WSOLModule(LightningModule, ABC):
         """Numbers of the latest validation or test pass, by name."""
         self.curves: dict[str, list[Any]] = {}
         """Curves and tables of that pass, by name."""
-        self._loss_sums: dict[str, Tensor] = {}
+        self.shown: dict[str, float] = {}
+        """Losses as they were last logged, for the progress bar."""
+        self._losses = _Losses()
+        self._steps_before = 0
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
@@ -101,36 +115,41 @@ class WSOLModule(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
-        torch.manual_seed(
-            derive_seed(self.training_settings.seed, self.trainer.global_step, batch_idx, self.global_rank)
-        )
+        self._steps_before = self.trainer.global_step
+        seed = derive_seed(self.training_settings.seed, self._steps_before, batch_idx, self.global_rank)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # the other takes a millisecond to note it for a GPU to come
+        else:
+            torch.manual_seed(seed)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Lightning's hook: compute and log the losses."""
+        """Lightning's hook: compute the losses."""
         losses = self.losses(batch)
-        for name, value in losses.items():
-            self.log(f"{logged_name(name)}_step", value.detach())  # prog_bar=True would wait for the device
-            # Lightning's own means over an epoch are no part of its checkpoints.
-            term = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
-            self._loss_sums[name] = term + self._loss_sums.get(name, torch.zeros(2)).to(term.device)
+        self._losses.add(losses)
         return losses["loss"]
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
+        """Lightning's hook: log the losses of every `log_every_n_steps`-th step, those of the last part of its batch.
+
+        Not by `self.log`, which would wait for the device in every step, for the progress bar.
+        """
+        step = self.trainer.global_step
+        if step == self._steps_before or step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        self.shown = self._losses.latest()
+        row = {f"{logged_name(name)}_step": value for name, value in self.shown.items()}
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": float(self.current_epoch)} | row, step=step - 1)
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook: log the mean of each loss over the epoch."""
-        means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in self._summed_losses().items()}
-        self._loss_sums = {}
+        sums = self._losses.sums(self.device)
+        means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in sums.items()}
+        self._losses = _Losses()
         self.log_dict(means, logger=False)
         for logger in self.loggers:  # now: Lightning would do it after the checkpoint is written
             row = {"epoch": float(self.current_epoch)} | {name: mean.item() for name, mean in means.items()}
             logger.log_metrics(row, step=self.global_step - 1)
-
-    def _summed_losses(self) -> dict[str, Tensor]:
-        """Sum and number of each loss's values in this epoch, over all processes."""
-        sums = {name: value.clone() for name, value in self._loss_sums.items()}
-        if distributed.is_available() and distributed.is_initialized():
-            for value in sums.values():
-                distributed.all_reduce(value)
-        return sums
 
     def on_validation_start(self) -> None:
         """Lightning's hook: all processes evaluate one network, with the BatchNorm statistics of the first."""
@@ -194,14 +213,47 @@ class WSOLModule(LightningModule, ABC):
             "std": list(self.training_settings.std),
             "metrics": self.results,
             "thresholds": self.evaluation.thresholds,
-            "losses": self._summed_losses(),
+            "losses": self._losses.sums(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook: take over the thresholds that were selected, and the losses of an epoch's first steps."""
         self.evaluation.thresholds = checkpoint["wsolkit"]["thresholds"]
         sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]  # over all processes; here it is one's own
-        self._loss_sums = sums if self.global_rank == 0 else {name: torch.zeros(2) for name in sums}
+        self._losses = _Losses(sums if self.global_rank == 0 else {name: torch.zeros(2) for name in sums})
+
+
+class _Losses:
+    """Sums of the losses of an epoch, which stay on the device: Lightning's own are no part of its checkpoints.
+
+    Args:
+        sums: of the epoch's first steps, as from `sums`.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        sums = sums or {}
+        self._names = tuple(sums)
+        self._sum = torch.tensor([float(total) for total, _ in sums.values()])
+        self._count = max((int(count) for _, count in sums.values()), default=0)
+        self._latest = self._sum
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add a batch's, scalars."""
+        self._latest = torch.stack([value.detach().float() for value in losses.values()])
+        self._sum = self._latest + self._sum.to(self._latest.device) if self._names else self._latest
+        self._names = tuple(losses)
+        self._count += 1
+
+    def latest(self) -> dict[str, float]:
+        """The last batch's; waits for the device."""
+        return dict(zip(self._names, self._latest.tolist(), strict=True))
+
+    def sums(self, device: torch.device) -> dict[str, Tensor]:
+        """Sum and number of each loss's values in this epoch, over all processes, who talk through a device: [2]."""
+        sums = torch.stack([self._sum, torch.full_like(self._sum, self._count)], dim=1).to(device)  # [losses, 2]
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        return dict(zip(self._names, sums.unbind(), strict=True))
 
 
 def logged_name(term: str) -> str:

@@ -25,6 +25,7 @@ The paper averages w · F over channels in its CAM, a scale without effect.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -144,16 +145,12 @@ class BridgingGap(CAMModule):
         self.background_threshold = background_threshold
         self.similarity: Similarity = similarity
         self.drop_after = drop_after
-        self.drop_threshold = drop_threshold
-        self.drop_probability = drop_probability
+        self.erase = functools.partial(attentive_dropout, threshold=drop_threshold, probability=drop_probability)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Cross-entropy, L_drop and, after the warm-up, L_sim and L_norm, each unweighted but for the total."""
         network, label = self.network, batch["label"]
-        before, after = network.backbone.split(self.drop_after)
-        early = before(batch["image"])
-        feature = network.head(after(early))
-        erased = network.head(after(attentive_dropout(early, self.drop_threshold, self.drop_probability)))
+        feature, erased = network.features_twice(batch["image"], self.drop_after, self.erase)
         losses = {
             "loss_cls": F.cross_entropy(network.logits(feature), label),
             "loss_drop": F.l1_loss(feature.float(), erased.float()),

@@ -12,7 +12,7 @@ min-max removes. What works on the class maps in training (SPA) needs the second
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypedDict
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Training, WSOLModule, choose_classes
+from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.optim import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -58,8 +58,8 @@ def feature_norm(feature: Tensor) -> Tensor:
     return min_max(feature.float().norm(dim=1))
 
 
-class CAMNetwork(nn.Module):
-    """Backbone, convolutions that are added to it, and a linear classifier; runs without Lightning.
+class CAMNetwork(Network):
+    """Backbone, convolutions that are added to it, and a linear classifier.
 
     Args:
         backbone: a convolutional network.
@@ -75,6 +75,8 @@ class CAMNetwork(nn.Module):
         ConfigError: there is no classifier to keep, or it does not fit; or the backbone lacks a stage that
             `postprocess` needs.
     """
+
+    passes = ("features", "features_and_stages", "features_twice")
 
     def __init__(
         self,
@@ -127,6 +129,17 @@ class CAMNetwork(nn.Module):
         """Image [B, 3, H, W] → the map F [B, D, h, w] that is classified."""
         return self.head(self.backbone(image))  # type: ignore[no-any-return]
 
+    def features_and_stages(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Image [B, 3, H, W] → F [B, D, h, w], and a feature map [B, D, h', w'] of each stage of the post-process."""
+        last, stages = self.backbone.maps(image, () if self.postprocess is None else self.postprocess.stages)
+        return self.head(last), stages
+
+    def features_twice(self, image: Tensor, stage: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Image [B, 3, H, W] → F [B, D, h, w] as it is, and with the maps after a stage of the backbone changed."""
+        before, after = self.backbone.split(stage)
+        early = before(image)
+        return self.head(after(early)), self.head(after(change(early)))
+
     def logits(self, feature: Tensor) -> Tensor:
         """F [B, D, h, w] → logits [B, C]."""
         if self.form == "average_first":
@@ -148,12 +161,12 @@ class CAMNetwork(nn.Module):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes) -> Localization:
         """See `WSOLModule.localize`; one map per class."""
-        postprocess = self.postprocess
-        last, stages = self.backbone.maps(image, () if postprocess is None else postprocess.stages)
-        feature = self.head(last)
+        feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
         maps = self.class_maps(feature, choose_classes(classes, logits))
-        return Localization(logits, self.backbone.aligned(maps if postprocess is None else postprocess(maps, stages)))
+        if self.postprocess is not None:
+            maps = self.postprocess(maps, stages)
+        return Localization(logits, self.backbone.aligned(maps))
 
     @torch.no_grad()
     def norms(self, image: Tensor) -> Tensor:

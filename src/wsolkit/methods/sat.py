@@ -29,7 +29,7 @@ from torch import Tensor, distributed, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Training, WSOLModule, choose_classes, semantic_head
+from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes, semantic_head
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -105,8 +105,8 @@ def normalization_loss(maps: Tensor, kernel: Tensor) -> Tensor:
     return (smooth * (1 - smooth)).mean()
 
 
-class SATNetwork(nn.Module):
-    """Backbone, spatial token and head; runs without Lightning.
+class SATNetwork(Network):
+    """Backbone, spatial token and head.
 
     Args:
         backbone: a vision transformer.

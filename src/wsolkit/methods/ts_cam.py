@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps, semantic_head
+from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes, select_maps, semantic_head
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -30,8 +30,8 @@ def couple(semantic: Tensor, attention: Tensor) -> Tensor:
     return semantic * attention[:, None]
 
 
-class TSCAMNetwork(nn.Module):
-    """Backbone and head; runs without Lightning.
+class TSCAMNetwork(Network):
+    """Backbone and head.
 
     Args:
         backbone: a vision transformer.
@@ -40,6 +40,8 @@ class TSCAMNetwork(nn.Module):
         keep_head_bias: start from the bias of the classifier that the backbone's weights came with, if they did, as
             released code does for ImageNet.
     """
+
+    passes = ("forward", "with_attention")
 
     def __init__(
         self, backbone: ViT, num_classes: int, head_init: Literal["default", "he"], keep_head_bias: bool

@@ -1,0 +1,177 @@
+"""Where the time of a training step and of an evaluation goes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.profilers import Profiler
+from rich.console import Console
+from rich.table import Table
+
+from wsolkit.methods.base import WSOLModule
+
+Stage = Literal["training", "evaluation"]
+
+PARTS = {
+    "data": "waiting for a batch, and moving it to the device",
+    "forward": "the network",
+    "loss": "what the method makes of its output",
+    "backward": "",
+    "optimizer": "its step, gradient clipping, zeroing",
+    "maps": "score maps from the network's output",
+    "metrics": "localization maps, masks; waiting for the boxes of the batch before",
+    "summary": "numbers of the whole split",
+    "logging": "losses, loggers, callbacks",
+    "checkpoint": "writing it",
+    "report": "pictures and charts, once",
+    "loop": "Lightning's own",
+}
+_PART_OF_ACTION = (  # the first whose text is in the name of Lightning's action
+    ("dataloader_next", "data"),
+    ("val_next", "data"),
+    ("test_next", "data"),
+    ("batch_transfer", "data"),
+    ("batch_to_device", "data"),
+    ("backward", "backward"),
+    ("optimizer_step", "optimizer"),
+    ("optimizer_zero_grad", "optimizer"),
+    ("gradient_clipping", "optimizer"),
+    ("training_step", "logging"),
+    ("validation_step", "metrics"),
+    ("test_step", "metrics"),
+    ("Checkpoint", "checkpoint"),
+    ("save_checkpoint", "checkpoint"),
+    ("[Callback]Report", "report"),
+    ("[Callback]", "logging"),
+    ("[LightningModule]", "logging"),
+)
+
+
+class StepProfiler(Profiler):
+    """Times what Lightning does, and what a method does in it. Each moment counts once, for the innermost part.
+
+    On a GPU the device is waited for between parts, so that a step takes longer than without a profile.
+
+    Args:
+        skip: batches of training, and of evaluation, before it counts.
+    """
+
+    def __init__(self, skip: int) -> None:
+        super().__init__()
+        self.skip = skip
+        self.batches: dict[Stage, int] = {"training": 0, "evaluation": 0}
+        self.seconds: dict[Stage, defaultdict[str, float]] = {
+            "training": defaultdict(float),
+            "evaluation": defaultdict(float),
+        }
+        self._stage_now: Stage | None = None
+        self._parts: list[str] = []
+        self._since = 0.0
+
+    def watch(self, module: WSOLModule) -> None:
+        """Tell a method's parts apart, too."""
+        for name in module.network.passes:
+            self._time(module.network, name, "forward")
+        self._time(module, "losses", "loss")
+        self._time(module, "localize", "maps")
+        self._time(module.evaluation, "update", "metrics")
+        self._time(module.evaluation, "compute", "summary")
+
+    def _time(self, owner: Any, name: str, part: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._enter(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._leave()
+
+        setattr(owner, name, timed)
+
+    def start(self, action_name: str) -> None:
+        """Lightning's hook."""
+        if action_name.endswith((".on_validation_start", ".on_test_start")):
+            self._change("evaluation")
+        elif action_name.endswith("train_dataloader_next"):
+            self._change("training")
+        elif action_name.endswith(".on_train_epoch_end"):
+            self._change(None)
+        part = next((part for text, part in _PART_OF_ACTION if text in action_name), None)
+        self._enter(part or (self._parts[-1] if self._parts else "loop"))
+
+    def stop(self, action_name: str) -> None:
+        """Lightning's hook."""
+        self._leave()
+        if action_name == "run_training_batch":
+            self._count("training")
+        elif action_name.startswith("[Strategy]") and action_name.endswith((".validation_step", ".test_step")):
+            self._count("evaluation")
+        elif action_name.startswith("[Strategy]") and action_name.endswith((".on_validation_end", ".on_test_end")):
+            self._change(None)
+
+    def _change(self, stage: Stage | None) -> None:
+        self._credit()
+        self._stage_now = stage
+
+    def _count(self, stage: Stage) -> None:
+        self.batches[stage] += 1
+        if self.batches[stage] == self.skip:
+            self._credit()
+            self.seconds[stage].clear()
+
+    def _enter(self, part: str) -> None:
+        self._credit()
+        self._parts.append(part)
+
+    def _leave(self) -> None:
+        self._credit()
+        self._parts.pop()
+
+    def _credit(self) -> None:
+        """Count the time since the last call for the part that it was spent in."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._stage_now is not None:
+            self.seconds[self._stage_now][self._parts[-1] if self._parts else "loop"] += now - self._since
+        self._since = now
+
+    def results(self) -> dict[str, Any]:
+        """Of "training" and "evaluation": `batches` counted, `ms` a batch, `parts`: ms a batch and share in percent."""
+        results: dict[str, Any] = {}
+        for stage, seconds in self.seconds.items():
+            batches, total = self.batches[stage] - self.skip, sum(seconds.values())
+            if batches > 0:
+                results[stage] = {
+                    "batches": batches,
+                    "ms": 1000 * total / batches,
+                    "parts": {
+                        part: {"ms": 1000 * seconds[part] / batches, "percent": 100 * seconds[part] / total}
+                        for part in PARTS
+                        if part in seconds
+                    },
+                }
+        return results
+
+    def report(self, folder: Path) -> None:
+        """Print a table, and write profile.json into a run directory."""
+        results = self.results()
+        (folder / "profile.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for stage, result in results.items():
+            table = Table(
+                title=f"{stage}: {result['ms']:.2f} ms a batch, mean of {result['batches']}", title_justify="left"
+            )
+            table.add_column("part")
+            table.add_column("ms", justify="right")
+            table.add_column("%", justify="right")
+            table.add_column("")
+            for part, cost in result["parts"].items():
+                table.add_row(part, f"{cost['ms']:.2f}", f"{cost['percent']:.1f}", PARTS[part])
+            Console().print(table)
