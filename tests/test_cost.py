@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
-from wsolkit.build import SyncBatchNorm, build_trainer, compile_network, quieten_libraries
+from wsolkit.backbones.sync_batch_norm import synchronise
+from wsolkit.build import SyncBatchNormPlugin, build_trainer, compile_network, quieten_libraries
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss
@@ -238,7 +239,7 @@ def test_batch_area_is_that_of_each_accumulated_part() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["cnn_micro", "resnet50", "vgg16", "mobilenetv2", "inception_v3"])
-def test_synchronised_batch_norm_computes_what_batch_norm_does(backbone: str) -> None:
+def test_batch_norm_as_gpus_synchronise_it_computes_what_it_does(backbone: str) -> None:
     """Activations that are a part of timm's layers included, and by the same names."""
     size = "dataset.image_size=64"
     module = build_module(
@@ -247,7 +248,7 @@ def test_synchronised_batch_norm_computes_what_batch_norm_does(backbone: str) ->
     image, names = torch.randn(2, 3, 64, 64), list(module.state_dict())
     with torch.no_grad():
         expected = module.eval().network(image)
-        converted = SyncBatchNorm().apply(module)
+        converted = synchronise(module, torch.device("cuda"))
         assert torch.equal(converted.eval().network(image), expected)  # type: ignore[operator]
     layers = [layer for layer in converted.modules() if isinstance(layer, nn.SyncBatchNorm)]
     plain = [layer for layer in converted.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -256,13 +257,9 @@ def test_synchronised_batch_norm_computes_what_batch_norm_does(backbone: str) ->
     assert list(converted.state_dict()) == names
 
 
-def test_batch_norm_is_synchronised_between_gpus_only(tmp_path: Path) -> None:
-    one = build_trainer(settings("cam", "trainer.sync_batchnorm=true"), tmp_path, [], [])
-    assert one.world_size == 1  # nothing to synchronise
-    with pytest.raises(
-        ConfigError, match=r"PyTorch synchronises BatchNorm between GPUs only\. On several CPU processes"
-    ):
-        build_trainer(settings("cam", "trainer.sync_batchnorm=true", "trainer.devices=2"), tmp_path, [], [])
+def test_trainer_synchronises_batch_norm(tmp_path: Path) -> None:
+    trainer = build_trainer(settings("cam", "trainer.sync_batchnorm=true", "trainer.devices=2"), tmp_path, [], [])
+    assert isinstance(trainer.strategy._layer_sync, SyncBatchNormPlugin)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 
 from tests.test_resume import FRESH
 from wsolkit import build_datamodule, build_module, load_config
+from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.data.dataset import EachOnce, evaluation_batch
+from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss, global_mean
 from wsolkit.metrics.evaluation import outcome
 
-SETTINGS = ("method=sat", "backbone.drop_path_rate=0", "method.area_prior=0.3")
+CPU = torch.device("cpu")
 
 
 def free_port() -> str:
@@ -34,50 +36,67 @@ def batch() -> dict[str, Tensor]:
     return {"image": torch.randn(8, 3, 64, 64, generator=generator), "label": torch.arange(8)}
 
 
-def gradients(rank: int, world_size: int, port: str, folder: Path) -> None:
+def step(world_size: int, rank: int, *settings: str) -> tuple[dict[str, Tensor], WSOLModule]:
+    """One process's losses and gradients of a step."""
+    torch.manual_seed(0)
+    module = build_module(load_config(*settings)).train()
+    if world_size > 1:
+        synchronise(module.network, CPU)
+    losses = module.losses({name: value[rank::world_size] for name, value in batch().items()})  # type: ignore[arg-type]
+    losses["loss"].backward()
+    return {name: value.detach() for name, value in losses.items()}, module
+
+
+def part_of_step(rank: int, world_size: int, port: str, folder: Path, *settings: str) -> None:
     """One process's part of a step; rank 0 saves what DDP would apply: the mean of all gradients."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    torch.manual_seed(0)
-    module = build_module(load_config(*SETTINGS)).train()
-    part = {name: value[rank::world_size] for name, value in batch().items()}
-    losses = module.losses(part)  # type: ignore[arg-type]
-    losses["loss"].backward()
-    result = {name: parameter.grad for name, parameter in module.named_parameters()}
-    for gradient in result.values():
-        assert gradient is not None
-        distributed.all_reduce(gradient)
-        gradient /= world_size
-    area = losses["loss_area"].detach()
+    losses, module = step(world_size, rank, *settings)
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    for value in (*losses.values(), *gradients.values()):
+        assert value is not None
+        distributed.all_reduce(value)
+        value /= world_size
     if rank == 0:
-        torch.save({"gradients": result, "area": area}, folder / f"{world_size}.pt")
+        torch.save((losses, gradients, dict(module.named_buffers())), folder / "step.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_area_loss_is_over_the_global_batch_gradient_included(world_size: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = build_module(load_config(*SETTINGS)).train()
-    losses = module.losses(batch())  # type: ignore[arg-type]
-    losses["loss"].backward()
-    multiprocessing.spawn(gradients, (world_size, free_port(), tmp_path), nprocs=world_size)  # type: ignore[attr-defined, no-untyped-call]
-    saved = torch.load(tmp_path / f"{world_size}.pt")
-    assert saved["area"].item() == pytest.approx(losses["loss_area"].item(), abs=1e-6)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method=sat", "backbone.drop_path_rate=0", "method.area_prior=0.3"],
+        ["method=cam"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_area_and_batch_norm_are_of_the_global_batch(settings: list[str], world_size: int, tmp_path: Path) -> None:
+    """SAT's area, and BatchNorm where it is synchronised: losses, gradients, running statistics."""
+    losses, module = step(1, 0, *settings)
+    multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        part_of_step, (world_size, free_port(), tmp_path, *settings), nprocs=world_size
+    )
+    actual_losses, gradients, buffers = torch.load(tmp_path / "step.pt")
+    for name, value in losses.items():
+        assert actual_losses[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
     for name, parameter in module.named_parameters():
-        expected, actual = parameter.grad, saved["gradients"][name]
+        expected = parameter.grad
         assert expected is not None
-        assert (actual - expected).abs().max() <= 1e-5 + 1e-4 * expected.abs().max(), name
+        assert (gradients[name] - expected).abs().max() <= 1e-5 + 1e-4 * expected.abs().max(), name
+    for name, value in module.named_buffers():
+        assert torch.allclose(buffers[name], value, rtol=1e-4, atol=1e-6), name
 
 
-# Each with what is drawn at random taken out: processes draw differently. BatchNorm sees parts of a batch, so it rests.
+# Each with what is drawn at random taken out: processes draw differently.
 METHODS = {
     "sat": ["backbone.drop_path_rate=0"],
     "ts_cam": ["backbone.drop_path_rate=0"],
     "scm": ["backbone.drop_path_rate=0"],
-    "cam": ["backbone.batch_norm=frozen"],
-    "spa": ["backbone.batch_norm=frozen", "method.start_epoch=0"],
-    "bridging_gap": ["backbone.batch_norm=frozen", "method.warmup_epochs=0", "method.drop_probability=1"],
+    "cam": [],
+    "spa": ["method.start_epoch=0"],
+    "bridging_gap": ["method.warmup_epochs=0", "method.drop_probability=1"],
 }
 
 
@@ -89,10 +108,6 @@ def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) 
     torch.manual_seed(0)
     cfg = load_config(f"method={method}", *METHODS[method], "dataset.records.sizes={train: 16, val: 16, test: 21}")
     module, datamodule = build_module(cfg), build_datamodule(cfg)
-    part = {name: value[rank::world_size] for name, value in batch().items()}
-    losses = {name: value.detach().clone() for name, value in module.train().losses(part).items()}  # type: ignore[arg-type]
-    for value in losses.values() if world_size > 1 else ():
-        distributed.all_reduce(value)
     dataset = datamodule.dataset("test")
     order = EachOnce(len(dataset), rank, world_size)  # of 21 images: 6, 5, 5 and 5, so one process has one more step
     module.eval()
@@ -101,6 +116,11 @@ def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) 
         for images in DataLoader(dataset, sampler=order, batch_size=1, collate_fn=evaluation_batch):
             module.validation_step(images, 0)
         computed = outcome(module.evaluation.compute())
+    synchronise(module.network, CPU)
+    part = {name: value[rank::world_size] for name, value in batch().items()}
+    losses = {name: value.detach().clone() for name, value in module.train().losses(part).items()}  # type: ignore[arg-type]
+    for value in losses.values() if world_size > 1 else ():
+        distributed.all_reduce(value)
     averaged = {name: value / world_size for name, value in losses.items()}
     torch.save([averaged, computed.results, computed.curves], folder / f"{method}_{world_size}_{rank}.pt")
     if world_size > 1:
@@ -175,7 +195,8 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         *(
             "train",
             "-m",
-            "method=ts_cam",
+            "method=cam",
+            "trainer.sync_batchnorm=true",
             "dataset.records.sizes={train: 32, val: 20, test: 23}",
             "dataset.batch_size=16",
         ),

@@ -24,10 +24,10 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
+from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.config import CONF, arguments, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
@@ -290,9 +290,8 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
     plugins: list[Any] = [AtomicCheckpointIO(), *_environment()]
     if isinstance(settings.get("profiler"), dict):
         settings["profiler"] = instantiate(cfg.trainer.profiler)
-    synchronised = settings.pop("sync_batchnorm", False)
-    if synchronised:
-        plugins.append(SyncBatchNorm())
+    if settings.pop("sync_batchnorm", False):
+        plugins.append(SyncBatchNormPlugin())
     StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)
     try:
         trainer: Trainer = locate(cfg.trainer._target_, "trainer.")(
@@ -306,11 +305,6 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
         )
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
-    if synchronised and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-        raise ConfigError(
-            "trainer.sync_batchnorm=true: PyTorch synchronises BatchNorm between GPUs only. On several CPU processes "
-            "set trainer.sync_batchnorm=false, or backbone.batch_norm=frozen, which has nothing to synchronise"
-        )
     return trainer
 
 
@@ -319,13 +313,13 @@ def _environment() -> list[SLURMEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
-class SyncBatchNorm(TorchSyncBatchNorm):
-    """BatchNorm over the images of all GPUs; Lightning's own would lose the activation in timm's BatchNorm layers."""
+class SyncBatchNormPlugin(TorchSyncBatchNorm):
+    """What Lightning calls to synchronise BatchNorm; its own would lose the activation in timm's layers."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Lightning's hook."""
-        converted: nn.Module = convert_sync_batchnorm(model)
-        return converted
+        assert isinstance(model, WSOLModule)
+        return synchronise(model, model.trainer.strategy.root_device)
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""
