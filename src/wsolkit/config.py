@@ -210,8 +210,10 @@ class RunSettings(typing.TypedDict, total=False):
     num_examples: int
     examples: list[str]
     progress: bool
-    source: str
+    source: str | None
     output: str
+    host: str
+    port: int
     classes: str | int | None
     top_k: int
     threshold: float | None
