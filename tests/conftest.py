@@ -17,6 +17,7 @@ import torch
 from wsolkit import load_config
 from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
+from wsolkit.train import train
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,6 +105,18 @@ def write_imagenet(root: Path) -> Path:
         size = "<size><width>32</width><height>24</height><depth>3</depth></size>"
         (boxes / f"{name}.xml").write_text(f"<annotation><filename>{name}</filename>{size}{objects}</annotation>")
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows the eight classes of the built-in data set, after two steps of training."""
+    folder = tmp_path_factory.mktemp("shapes")
+    cfg = load_config(
+        *("method=ts_cam", "dataset.records.sizes={train: 32, val: 16, test: 8}", "dataset.batch_size=16"),
+        *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),
+    )
+    train(cfg, folder)
+    return folder / "checkpoints" / "best.ckpt"
 
 
 @pytest.fixture

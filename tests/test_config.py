@@ -176,7 +176,7 @@ def test_protocols_are_given_as_a_list() -> None:
     assert list(load_config().protocol) == ["maxboxacc", "maxboxacc_v2"]
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "predict", "demo"])
 @pytest.mark.parametrize("question", [["--help"], ["--cfg", "job"]])
 def test_questions_are_answered_without_torch(command: str, question: list[str], tmp_path: Path) -> None:
     code = (

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import PIL.Image
@@ -20,7 +20,7 @@ from tests.conftest import write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint, restore
 from wsolkit.errors import CheckpointError, ConfigError, DataError
-from wsolkit.localization.boxes import matched_boxes
+from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.metrics import evaluation
 from wsolkit.train import train
@@ -183,6 +183,27 @@ def test_classes_are_given_by_name_or_number(localizer: Localizer, paths: list[P
     assert localizer(paths[0], names[1]).label_index == localizer(paths[0], 1).label_index == 1
     found = localizer(paths[:2], [names[1], 0])
     assert [each.label for each in found] == [names[1], names[0]]
+
+
+@pytest.mark.parametrize("name", ["maxboxacc", "sat", "spa"])
+def test_boxes_at_any_threshold_need_the_network_once(
+    name: str, checkpoint: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    ranked = localizer.raw_maps(paths[0], top_k=2)
+    (given,) = localizer.raw_maps(paths[0], [localizer.class_names[1]])
+    expected = {
+        (threshold, select): [
+            *localizer(paths[0], top_k=2, threshold=threshold, select=select),
+            localizer(paths[0], 1, threshold=threshold, select=select),
+        ]
+        for threshold in (None, 0.2, 0.7)
+        for select in get_args(Select)
+    }
+    monkeypatch.setattr(localizer, "_forward", None)
+    for (threshold, select), predictions in expected.items():
+        for raw, prediction in zip([*ranked, given], predictions, strict=True):
+            same(localizer.at_threshold(raw, threshold, select), prediction)
 
 
 def test_result_is_small_frozen_and_can_be_drawn(localizer: Localizer, paths: list[Path], tmp_path: Path) -> None:

@@ -23,12 +23,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import wsolkit
-from wsolkit import load_config
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import read_image
 from wsolkit.interop import coco as files
 from wsolkit.predict import find_images, main
-from wsolkit.train import train
 
 CLASSES = ("black spots", "blue spots", "cyan spots")
 FINAL = ("predictions.json", "pseudo_labels.json", "predictions.csv")
@@ -60,15 +58,9 @@ def save(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **opti
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(shapes_checkpoint: Path) -> Path:
     """A checkpoint that knows the eight classes of the built-in data set."""
-    folder = tmp_path_factory.mktemp("trained")
-    cfg = load_config(
-        *("method=ts_cam", "dataset.records.sizes={train: 32, val: 16, test: 8}", "dataset.batch_size=16"),
-        *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),
-    )
-    train(cfg, folder)
-    return folder / "checkpoints" / "best.ckpt"
+    return shapes_checkpoint
 
 
 @pytest.fixture

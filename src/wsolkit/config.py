@@ -221,8 +221,10 @@ class RunSettings(typing.TypedDict, total=False):
     examples: list[str]
     num_table_images: int | None
     progress: bool
-    source: str
+    source: str | None
     output: str
+    host: str
+    port: int
     classes: str | int | None
     top_k: int
     threshold: float | None

@@ -83,6 +83,21 @@ class Prediction:
         return f"Prediction(label={self.label!r}, score={self.score:.3f}, boxes={boxes}, size={width}×{height})"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class RawMap:
+    """What the network makes of an image for one class: all that boxes at any threshold are drawn from.
+
+    label, label_index, score: as in `Prediction`; raw [h, w]: the score map at the network's resolution; image
+    [H, W, 3].
+    """
+
+    label: str
+    label_index: int
+    score: float
+    raw: Tensor
+    image: Image
+
+
 class Localizer:
     """A trained model that finds the object of a class in images.
 
@@ -233,6 +248,30 @@ class Localizer:
         results = found if top_k is not None else [each[0] for each in found]
         return results[0] if single else results
 
+    def raw_maps(self, image: ImageLike, classes: Sequence[str | int] | None = None, top_k: int = 1) -> list[RawMap]:
+        """Run the network on an image, and leave the boxes to `at_threshold`.
+
+        Args:
+            classes: names or numbers of the classes to look for; None: the `top_k` most probable ones, in this order.
+
+        Raises:
+            DataError: the image cannot be read. ConfigError: another argument is wrong.
+        """
+        self.check(top_k, "largest")
+        picture = as_rgb(image)
+        batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
+        labels = None if classes is None else [[self.label(name) for name in classes]]
+        chosen = zip(*(of_image[0] for of_image in self._forward(batch, labels, top_k)), strict=True)
+        return [RawMap(self.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen]
+
+    def at_threshold(self, found: RawMap, threshold: float | None = None, select: Select = "largest") -> Prediction:
+        """What a map of `raw_maps` holds above a threshold; see `__call__`."""
+        self.check(1, select)
+        tau = self.tau(threshold, given=False)
+        height, width = found.image.shape[:2]
+        (drawn,) = self._maps_and_levels(found.raw[None, None], [(width, height)], tau)
+        return self._prediction(*drawn, found.label_index, found.score, width, height, tau, select, found.image)
+
     def dataset(self, records: Records) -> WSOLDataset:
         """Samples of images, transformed as this model's evaluation does."""
         return WSOLDataset(records, self._transform, 0, self._uncropped)
@@ -275,7 +314,8 @@ class Localizer:
         """
         self.check(top_k, select)
         tau = self.tau(threshold, given=labels is not None)
-        classes, scores, raw = self._forward(batch, labels, top_k)
+        given = None if labels is None else [[label] for label in labels]
+        classes, scores, raw = self._forward(batch, given, top_k)
         sizes = batch["size"].tolist()
         found = self._maps_and_levels(raw, sizes, tau)
         for row, (width, height) in enumerate(sizes):
@@ -313,9 +353,9 @@ class Localizer:
         return threshold if place is None else float(self.rules.thresholds[place])
 
     def _forward(
-        self, batch: EvaluationBatch, labels: Sequence[int] | None, top_k: int
+        self, batch: EvaluationBatch, labels: Sequence[Sequence[int]] | None, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes [B, K], their probabilities [B, K], and raw score maps [B, K, h, w]."""
+        """Classes [B, K], given or the most probable, their probabilities [B, K], and raw score maps [B, K, h, w]."""
         weights = next(self._module.parameters())
         uncropped = None if batch["uncropped"] is None else batch["uncropped"].to(weights)
         batch = {**batch, "image": batch["image"].to(weights), "uncropped": uncropped}
@@ -325,7 +365,7 @@ class Localizer:
 
             def choose(logits: Tensor) -> Tensor:
                 if labels is not None:
-                    return torch.tensor(labels, device=logits.device)[:, None]
+                    return torch.tensor(labels, device=logits.device)
                 return (logits if pooled is None else pooled).topk(top_k, dim=1).indices
 
             logits, maps = self._module.localize(image, choose)

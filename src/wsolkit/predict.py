@@ -47,7 +47,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.interop.coco import FAILED, Source, prediction_files
     from wsolkit.localizer import Localizer
 
-    lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name)]
+    lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name) or cfg[name] is None]
     if lacking:
         raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
     checkpoint = read_checkpoint(cfg.checkpoint)

@@ -1,0 +1,99 @@
+"""python -m wsolkit.demo checkpoint=PATH: a page in the browser to try a trained model on.
+
+Drop an image, choose a class and a threshold, and see score map, box and mask change. This machine serves the page, to
+itself alone unless `host` says otherwise, and nothing is asked of any other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from wsolkit.config import check_config, run_command
+from wsolkit.errors import ConfigError, WsolkitError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from omegaconf import DictConfig
+
+
+def demo(cfg: DictConfig, _: Path) -> None:
+    """Serve the page of `cfg.checkpoint` until Ctrl-C, or until the process is asked to end."""
+    import numpy as np
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if find_spec("gradio") is None:
+        raise ConfigError("the page needs another package: pip install 'wsolkit[demo]'")
+    if OmegaConf.is_missing(cfg, "checkpoint"):
+        raise ConfigError("required and not given: checkpoint. Add checkpoint=…")
+
+    from wsolkit.build import quieten_libraries
+    from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.localizer import Localizer
+    from wsolkit.predict import find_images
+
+    checkpoint = read_checkpoint(cfg.checkpoint)
+    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task, protocols=True)
+    check_config(cfg)
+    quieten_libraries()
+    base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))
+    localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision)
+    threshold = localizer.tau(cfg.threshold, given=False)
+    localizer(np.zeros((8, 8, 3), np.uint8))  # the first image takes longest, and nobody should wait for it
+    with listen(cfg.host, cfg.port) as listening, TemporaryDirectory(prefix="wsolkit_demo_") as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read by Gradio's imports
+        from wsolkit.demo_page import build_app
+
+        app = build_app(localizer, threshold, cfg.select, [base / name for name in names])
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        print(f"Open http://{host}:{listening.getsockname()[1]} in a browser; Ctrl-C ends it", flush=True)
+        serve(app, listening)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open a port; 0: any that is free.
+
+    Raises:
+        ConfigError: it is taken, or there is no such host or port.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]
+        raise ConfigError(
+            f"host={host}, port={port}: the page cannot be served there ({reason}); port=0 takes any port that is free"
+        ) from error
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Answer requests until SIGINT or SIGTERM."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # raised once the server has ended
+        server.run(sockets=[listening])
+
+
+def main() -> None:
+    """Entry point of the command: the checkpoint's method, backbone, data set and protocol come before the settings."""
+    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
+        from wsolkit.checkpoint import choose_groups
+
+        try:
+            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol=True)
+        except WsolkitError as error:
+            sys.exit(f"error: {error}")
+    run_command("demo", demo)
+
+
+if __name__ == "__main__":
+    main()
