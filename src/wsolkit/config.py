@@ -212,6 +212,10 @@ class RunSettings(typing.TypedDict, total=False):
     progress: bool
     source: str
     output: str
+    format: typing.Literal["onnx", "torch_export"] | None
+    overwrite: bool
+    num_heads: int | None
+    trust: bool
     classes: str | int | None
     top_k: int
     threshold: float | None
