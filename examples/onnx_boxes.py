@@ -1,4 +1,4 @@
-"""A box by onnxruntime, numpy and Pillow alone: python examples/onnx_boxes.py model.onnx photo.jpg boxed.png [CLASS]."""
+"""A box by onnxruntime, numpy and Pillow alone: python onnx_boxes.py model.onnx photo.jpg boxed.png [CLASS]."""
 
 import json
 import sys

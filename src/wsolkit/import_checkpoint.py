@@ -6,6 +6,7 @@ executed, see `wsolkit.interop.foreign`.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from wsolkit.interop.foreign import Foreign
 
 
+METHODS = ("ts_cam", "scm", "sat")
+
+
 def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.source` as a checkpoint to `cfg.output`."""
     from omegaconf import OmegaConf
@@ -26,7 +30,7 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import AtomicCheckpointIO
     from wsolkit.interop.foreign import read_foreign
-    from wsolkit.interop.official import METHODS, build_official, fitted
+    from wsolkit.interop.official import build_official, fitted
 
     if OmegaConf.is_missing(cfg, "source"):
         raise ConfigError("required and not given: source. Add source=…")
@@ -34,7 +38,8 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"method={cfg.method.name}: released files of {', '.join(METHODS)} are read, not of others")
     quieten_libraries()
     source = Path(cfg.source)
-    output = Path(cfg.output or source.with_name(f"{source.name.removesuffix('.tar').rpartition('.')[0]}.ckpt"))
+    cfg.output = cfg.output or str(source.with_name(f"{source.name.split('.')[0]}.ckpt"))
+    output = Path(cfg.output)
     numbered = cfg.dataset.name == "folder" and OmegaConf.is_missing(cfg.dataset, "root")
     if numbered:
         cfg.dataset.root = "."
@@ -49,10 +54,8 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
     module.on_save_checkpoint(content)
     AtomicCheckpointIO().save_checkpoint(content, output)
-    print(
-        f"{cfg.method.name} on {cfg.backbone.name}, {len(names)} classes"
-        f"{' without names' if numbered and cfg.classes is None else f' ({names[0]}, …)'}, {cfg.dataset.image_size} pixels"
-    )
+    known = "numbered" if names[0] == "0" else f"{names[0]}, …"
+    print(f"{cfg.method.name} on {cfg.backbone.name}, {len(names)} classes ({known}), {cfg.dataset.image_size} pixels")
     if found.left_out:
         print(f"Left out, and nothing of it was run: {', '.join(found.left_out)}")
     print(f"Written to {output}")
@@ -91,7 +94,10 @@ def thresholds(found: Foreign, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command: the protocol named like the method comes before the user's settings."""
+    method = [argument.removeprefix("method=") for argument in sys.argv[1:] if argument.startswith("method=")]
+    if method and method[-1] in METHODS:
+        sys.argv.insert(1, f"protocol=[{method[-1]}]")
     run_command("import_checkpoint", import_checkpoint)
 
 

@@ -19,8 +19,8 @@ Mask = npt.NDArray[np.uint8]
 """A mask [H, W]: 0 background, 1 object, 255 ignored."""
 
 Classes = Tensor | Callable[[Tensor], Tensor] | Literal["all"] | None
-"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class; "all":
-of every class, in order, or one where a method has the same for all."""
+"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class;
+"all": of every class, in order, or one where a method has the same for all."""
 
 
 class Localization(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
@@ -25,18 +26,22 @@ from wsolkit.backbones.weights import StateDict
 from wsolkit.errors import CheckpointError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# Numbers of numpy, under the names of its versions 1 and 2.
-_NUMPY: dict[str, Any] = {
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray.scalar": np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    "numpy._core.multiarray.scalar": np._core.multiarray.scalar,  # type: ignore[attr-defined]
-}
+# What PyTorch's restricted reader knows by itself, and numbers of numpy's versions 1 and 2.
+_KNOWN = re.compile(
+    r"torch\.\w+|torch\.(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+|_codecs\.encode"
+    r"|collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|numpy\.(dtype|ndarray)"
+    r"|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
+)
+_ADVICE = (
+    "Best is to load the file with the code it comes from and save the model's state_dict() alone. If you trust it as "
+    "you would a program, and have the packages it needs, add trust=true"
+)
 # A file in PyTorch's format of before version 1.6 is a row of pickles: its mark, version, system, and the content.
 _LEGACY_PICKLES = 4
 
 
 class Foreign(NamedTuple):
-    """What a file holds: weights; its other entries, by name; names of classes and functions of which nothing was made."""
+    """What a file holds: weights; its other entries; names of the classes and functions of which nothing was made."""
 
     state_dict: StateDict
     others: Mapping[str, Any]
@@ -46,12 +51,32 @@ class Foreign(NamedTuple):
 class _Nothing:
     """Stands for any class or function: a new one of it, or calling it, is an empty dictionary."""
 
-    def __new__(cls, *_: object) -> Any:  # noqa: D102
+    def __new__(cls, *_: object) -> Any:
         return OrderedDict()
 
 
+class _Number:
+    """Stands for numpy's function that makes a number."""
+
+    def __new__(cls, dtype: np.dtype[Any], data: bytes) -> Any:
+        return np.frombuffer(data, dtype)[0].item()
+
+
+class _Array:
+    """Stands for numpy's function that begins an array."""
+
+    def __new__(cls, *_: object) -> Any:
+        return np.empty(0)
+
+
+def _stand_in(name: str) -> type:
+    module, _, own = name.rpartition(".")
+    kinds: dict[str, type] = {"scalar": _Number, "_reconstruct": _Array} if module.endswith("core.multiarray") else {}
+    return type(own, (kinds.get(own, _Nothing),), {"__module__": module, "__qualname__": own})
+
+
 def read_foreign(path: Path, trust: bool = False) -> Foreign:
-    """Read the weights in a file, wrapped or not, with or without the "module." that data parallelism puts before names.
+    """Read the weights in a file, wrapped or not, without the "module." that data parallelism puts before names.
 
     Args:
         trust: read everything, which runs what the file says.
@@ -61,28 +86,29 @@ def read_foreign(path: Path, trust: bool = False) -> Foreign:
     """
     if not path.is_file():
         raise CheckpointError(f"source: there is no file '{path}'")
-    names = _unknown(path)
+    names = _names(path)
+    foreign = [name for name in names if not _KNOWN.fullmatch(name)]
     try:
         if trust:
             content = torch.load(path, map_location="cpu", weights_only=False)
         else:
-            stand_ins = [(_NUMPY.get(name, type(name, (_Nothing,), {})), name) for name in names]
             dtypes = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-            with torch.serialization.safe_globals([*stand_ins, *dtypes]):
+            stand_ins = [_stand_in(name) for name in names if name not in ("numpy.dtype", "numpy.ndarray")]
+            with torch.serialization.safe_globals([*stand_ins, np.dtype, np.ndarray, *dtypes]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError) as error:
-        found = f" It names {', '.join(names)}." if names else ""
-        raise CheckpointError(
-            f"'{path}' cannot be read without running what is in it, or is damaged ({str(error).splitlines()[0]})."
-            f"{found} If you trust where it comes from as you would a program, and have its packages installed, add "
-            "trust=true; better, load it with the code it comes from and save the model's state_dict() alone"
-        ) from error
     except ImportError as error:
         raise CheckpointError(f"'{path}' needs a package to be read with trust=true: {error}") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"'{path}' is not a readable PyTorch file, perhaps cut short ({error})") from error
-    left_out = [] if trust else [name for name in names if name not in _NUMPY]
-    return _unwrapped(content, path, left_out)
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        cut_short = isinstance(error, RuntimeError | EOFError | OSError)
+        if trust or cut_short or not (foreign or isinstance(error, pickle.UnpicklingError)):
+            reason = str(error).split(". ")[0] or type(error).__name__
+            raise CheckpointError(f"'{path}' is not a readable PyTorch file, perhaps cut short ({reason})") from error
+        refused = re.findall(r"Unsupported \w+ \S+", str(error)) or [type(error).__name__]
+        raise CheckpointError(
+            f"'{path}' cannot be read without running what is in it ({', '.join(foreign) or refused[0]}), or is "
+            f"damaged. {_ADVICE}"
+        ) from error
+    return _unwrapped(content, path, [] if trust else foreign)
 
 
 def _unwrapped(content: Any, path: Path, left_out: list[str]) -> Foreign:
@@ -96,7 +122,7 @@ def _unwrapped(content: Any, path: Path, left_out: list[str]) -> Foreign:
     state = content if isinstance(content, Mapping) else {}
     tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        named = f"; of {', '.join(left_out)} nothing was made" if left_out else ""
+        named = f". Of {', '.join(left_out)} nothing was made, which would run code. {_ADVICE}" if left_out else ""
         found = f"entries {', '.join([*others, *map(str, state)][:5])}" if others or state else type(content).__name__
         raise CheckpointError(
             f"'{path}' holds no weights: expected a state dict, or one as {' or '.join(map(repr, _WRAPPERS))}; found "
@@ -105,8 +131,8 @@ def _unwrapped(content: Any, path: Path, left_out: list[str]) -> Foreign:
     return Foreign(tensors, others, left_out)
 
 
-def _unknown(path: Path) -> list[str]:
-    """The classes and functions that a file names, but for those which PyTorch's restricted reader knows."""
+def _names(path: Path) -> list[str]:
+    """The classes and functions that a file names."""
     named: set[str] = set()
     try:
         if zipfile.is_zipfile(path):
@@ -120,8 +146,7 @@ def _unknown(path: Path) -> list[str]:
                     named |= _named(file)
     except (ValueError, OSError, zipfile.BadZipFile, UnicodeDecodeError):
         pass  # damaged, which the reader says better
-    known = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set")
-    return sorted(name for name in named if not name.startswith(known))
+    return sorted(named)
 
 
 def _named(file: BinaryIO) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +24,15 @@ _NAMES = {
     r"layers\.(\d+)\.fuse\._loss_rate": r"calibration.blocks.\1.semantic_weight",
     r"(.*)": r"network.backbone.network.\1",
 }
+_RELEASED = {
+    r"network\.head\.(.*)": r"head.\1",
+    r"network\.spatial_(.*)": r"loc_\1",
+    r"calibration\.blocks\.(\d+)\.threshold": r"layers.\1.thred",
+    r"calibration\.blocks\.(\d+)\.semantic_weight": r"layers.\1.fuse._loss_rate",
+    r"(?:network\.backbone\.network\.)?(.*)": r"\1",
+}
 # SAT's fixed filter is a setting here.
 _IGNORED = {"weight"}
-METHODS = ("ts_cam", "scm", "sat")
 # Widths of the DeiTs that the papers use.
 _DEITS = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}
 
@@ -86,6 +92,10 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
         settings |= {"backbone.model": f"{_DEITS[embed_dim]}_patch16_224.fb_in1k"}
     if method == "scm":
         num_blocks = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        if not num_blocks:
+            raise CheckpointError(
+                "not a released scm model: it has no diffusion blocks, as entry layers.0.thred is of; is it ts_cam's?"
+            )
         # As released: 16 iterations in the first block, 4 in the others.
         settings |= {"method.num_blocks": num_blocks, "method.iterations": ([16] + [4] * num_blocks)[:num_blocks]}
     cfg = cfg.copy()
@@ -104,16 +114,26 @@ def build_official(
     """
     module = build_module(cfg, class_names)
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    renamed = {_own_name(name): value for name, value in state.items() if name not in _IGNORED}
+    names = {_own_name(name): name for name in state if name not in _IGNORED}
     try:
-        missing, unexpected = module.load_state_dict(renamed, strict=False)
+        missing, unknown = module.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"not a released {cfg.method.name} model: {error}") from error
-    if missing or unexpected:
+    if missing or unknown:
         raise CheckpointError(
-            f"not a released {cfg.method.name} model: entries missing {missing[:4]}, entries unknown {unexpected[:4]}"
+            f"not a released {cfg.method.name} model: entries missing: {_listed(map(_released_name, missing))}; "
+            f"entries unknown: {_listed(names[own] for own in unknown)}"
         )
     return module.eval()
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "") if found else "none"
+
+
+def _released_name(own: str) -> str:
+    return next(match.expand(name) for pattern, name in _RELEASED.items() if (match := re.fullmatch(pattern, own)))
 
 
 def _own_name(name: str) -> str:
