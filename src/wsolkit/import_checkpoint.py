@@ -46,9 +46,9 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     check_config(cfg)
     check_place(output, cfg.overwrite)
     found = read_foreign(source, cfg.trust)
-    cfg = fitted(cfg, found.state_dict, cfg.num_heads)
+    given, cfg = cfg, fitted(cfg, found.state_dict, cfg.num_heads)
     cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # the papers'
-    names = class_names(cfg, numbered)
+    names = class_names(given, cfg.dataset.num_classes, numbered)
     module = build_official(cfg, found.state_dict, names)
     module.evaluation.thresholds = thresholds(found, cfg.method.name)
     content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
@@ -61,13 +61,12 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     print(f"Written to {output}")
 
 
-def class_names(cfg: DictConfig, numbered: bool) -> list[str]:
-    """Names of the classes, from a file, from the data set, or numbers.
+def class_names(cfg: DictConfig, count: int, numbered: bool) -> list[str]:
+    """Names of a model's classes, from a file, from the data set, or numbers.
 
     Raises:
         DataError: there are not as many as the model has, or they cannot be read.
     """
-    count = cfg.dataset.num_classes
     if cfg.classes is not None:
         try:
             lines = Path(str(cfg.classes)).read_text(encoding="utf-8").splitlines()
