@@ -121,11 +121,13 @@ def test_another_model_s_program_is_noticed(exported: Callable[[str], Exported])
     assert not other
 
 
-def save(path: Path, *overrides: str) -> Path:
+def save(path: Path, *overrides: str, size: int = 64) -> Path:
     """Write a checkpoint of an untrained model, which names its classes."""
     torch.manual_seed(0)
     names = ["cat", "dog", "emu"]
-    module = build_module(load_config("dataset=folder", "dataset.root=.", "dataset.image_size=64", *overrides), names)
+    module = build_module(
+        load_config("dataset=folder", "dataset.root=.", f"dataset.image_size={size}", *overrides), names
+    )
     module.evaluation.thresholds = {"maxboxacc/gt_known_loc_predicted_class": 0.6}
     content: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
     module.on_save_checkpoint(content)

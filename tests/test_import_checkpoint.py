@@ -19,11 +19,13 @@ from torch import Tensor
 import wsolkit
 from tests.conftest import GOLDEN, write_listed
 from wsolkit import Localizer, build_datamodule, load_config
+from wsolkit.build import build_protocols
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.evaluate import main as evaluate
 from wsolkit.import_checkpoint import main
 from wsolkit.interop import from_official
 from wsolkit.methods.base import WSOLModule
+from wsolkit.metrics.evaluation import Evaluation, outcome
 
 
 def golden(method: str) -> dict[str, Tensor]:
@@ -105,12 +107,13 @@ def test_evaluation_gives_the_metrics_of_the_released_model(tmp_path: Path) -> N
     cfg = load_config("method=sat", "dataset=listed", f"dataset.root={tmp_path / 'data'}", *data[2:])
     datamodule = build_datamodule(cfg)
     datamodule.setup("test")
-    evaluation = wsolkit.build_module(cfg, [str(label) for label in range(7)]).evaluation
+    evaluation = Evaluation(build_protocols(cfg), num_classes=7)
     for batch in datamodule.test_dataloader():
         evaluation.update(batch, module.localize, module)
-    expected = wsolkit.metrics.evaluation.outcome(evaluation.compute()).results
+    results = outcome(evaluation.compute()).results
+    expected = {name: value for name, value in results.items() if np.isfinite(value)}  # JSON has no NaN
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert expected["sat/max_box_acc"] > 0
+    assert expected["maxboxacc/max_box_acc"] > 0
     assert {name: found[name] for name in expected} == expected
 
 
