@@ -99,7 +99,7 @@ def test_nothing_of_scm_s_blocks_is_left(exported: Callable[[str], Exported], tm
     assert beyond["ReduceMin"] == beyond["ReduceMax"] == beyond["Div"] == 1
     assert not any("calibration" in part.name for part in onnx.load(with_blocks).graph.initializer)
     assert not any("calibration" in name for name in torch.export.load(exported("scm").torch_export).state_dict)
-    assert len(list(exported("scm").module.calibration.parameters())) == 8  # the model keeps its own
+    assert any("calibration" in name for name in exported("scm").module.state_dict())  # the model keeps its own
 
 
 def test_files_are_valid_and_described(exported: Callable[[str], Exported]) -> None:
@@ -247,16 +247,8 @@ def test_example_draws_localizer_s_box_without_torch(method: str, backbone: str,
         coarse = PIL.Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
         coarse.resize(size, PIL.Image.Resampling.NEAREST).save(tmp_path / "photo.png")
         label = ["cat", "emu", None][number]
-        call = [
-            sys.executable,
-            "-c",
-            code,
-            str(EXAMPLE),
-            "model.onnx",
-            "photo.png",
-            "boxed.png",
-            *([label] * bool(label)),
-        ]
+        given = [] if label is None else [label]
+        call = [sys.executable, "-c", code, str(EXAMPLE), "model.onnx", "photo.png", "boxed.png", *given]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found = localizer(tmp_path / "photo.png", label, threshold=localizer.threshold)

@@ -20,7 +20,8 @@ import wsolkit
 from tests.conftest import GOLDEN, write_listed
 from wsolkit import Localizer, build_datamodule, load_config
 from wsolkit.build import build_protocols
-from wsolkit.checkpoint import read_checkpoint
+from wsolkit.checkpoint import check_resumable, read_checkpoint
+from wsolkit.errors import CheckpointError
 from wsolkit.evaluate import main as evaluate
 from wsolkit.import_checkpoint import main
 from wsolkit.interop import from_official
@@ -289,3 +290,9 @@ def test_released_width_names_the_backbone(tmp_path: Path) -> None:
     localizer = Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu")
     assert localizer.backbone == "deit_tiny"
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in localizer.module.state_dict().items())
+
+
+def test_training_does_not_go_on_from_it(tmp_path: Path) -> None:
+    assert imported(released("sat", tmp_path), "sat") == 0
+    with pytest.raises(CheckpointError, match="was imported: it holds a model, and no training that could go on"):
+        check_resumable(tmp_path / "best_loc.ckpt", load_config("method=sat"))

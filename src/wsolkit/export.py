@@ -60,15 +60,15 @@ def export(cfg: DictConfig, folder: Path) -> None:
         logits, maps, same = programs.differences(run(draft), localizer.module, localizer.image_size)
         if not same:
             raise CheckpointError(
-                f"the exported program is not the model: logits differ by {logits:.2g}, maps by {maps:.2g}; nothing "
-                "was written"
+                f"the exported program is not the model: logits differ by {logits:.2g} and maps by {maps:.2g} of the "
+                "largest value; nothing was written"
             )
         draft.replace(output)
     except OSError as error:
         raise ConfigError(f"output: '{output}' cannot be written ({error.strerror or error})") from error
     finally:
         draft.unlink(missing_ok=True)
-    print(f"Differs from the model by up to {logits:.1g} in logits and {maps:.1g} in maps, on random images")
+    print(f"Differs from the model by up to {logits:.1g} of the largest logit, {maps:.1g} of the largest score in maps")
     print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
