@@ -172,9 +172,10 @@ def test_what_research_code_leaves_in_files_is_no_obstacle(
     module = Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu").module
     assert torch.equal(module.state_dict()["network.head.weight"], golden("ts_cam")["head.weight"])
     said = capsys.readouterr().out
-    assert "Left out, and nothing of it was run: argparse.Namespace, pathlib" in said
-    assert "test_import_checkpoint.CfgNode" in said
-    assert "numpy" not in said
+    assert "Left out, and nothing of it was run: argparse.Namespace, " in said
+    for name in ("numpy.ndarray", "PosixPath", "test_import_checkpoint.CfgNode"):
+        assert name in said
+    assert "scalar" not in said
 
 
 class Evil:

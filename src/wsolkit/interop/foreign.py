@@ -29,8 +29,8 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict")
 # What PyTorch's restricted reader knows by itself, and numbers of numpy's versions 1 and 2.
 _KNOWN = re.compile(
     r"torch\.\w+|torch\.(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+|_codecs\.encode"
-    r"|collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|numpy\.(dtype|ndarray)"
-    r"|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
+    r"|collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|numpy\.dtype"
+    r"|numpy\._?core\.multiarray\.scalar"
 )
 _ADVICE = (
     "Best is to load the file with the code it comes from and save the model's state_dict() alone. If you trust it as "
@@ -63,10 +63,13 @@ class _Number:
 
 
 class _Array:
-    """Stands for numpy's function that begins an array."""
+    """Stands for numpy's function that begins an array; its content then comes as a state of another form."""
 
-    def __new__(cls, *_: object) -> Any:
-        return np.empty(0)
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _stand_in(name: str) -> type:
@@ -92,9 +95,9 @@ def read_foreign(path: Path, trust: bool = False) -> Foreign:
         if trust:
             content = torch.load(path, map_location="cpu", weights_only=False)
         else:
-            dtypes = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-            stand_ins = [_stand_in(name) for name in names if name not in ("numpy.dtype", "numpy.ndarray")]
-            with torch.serialization.safe_globals([*stand_ins, np.dtype, np.ndarray, *dtypes]):
+            dtypes: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
+            stand_ins = [_stand_in(name) for name in names if name != "numpy.dtype"]
+            with torch.serialization.safe_globals([*stand_ins, *dtypes]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise CheckpointError(f"'{path}' needs a package to be read with trust=true: {error}") from error
@@ -144,8 +147,8 @@ def _names(path: Path) -> list[str]:
             with path.open("rb") as file:
                 for _ in range(_LEGACY_PICKLES):
                     named |= _named(file)
-    except (ValueError, OSError, zipfile.BadZipFile, UnicodeDecodeError):
-        pass  # damaged, which the reader says better
+    except Exception:
+        pass  # damaged, in whatever way; the reader says it better
     return sorted(named)
 
 
