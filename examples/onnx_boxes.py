@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 session = onnxruntime.InferenceSession(sys.argv[1])
 info = json.loads(session.get_modelmeta().custom_metadata_map["wsolkit"])
+if info["protocol"]["threshold_rule"] != "relative_8_bit":
+    sys.exit(f"protocol {info['protocol']['name']} has other rules than this example: export with protocol=maxboxacc")
 photo = Image.open(sys.argv[2]).convert("RGB")
 
 side, size = info["resize"], info["image_size"]

@@ -236,6 +236,15 @@ def test_format_may_be_said_by_the_ending_or_a_setting() -> None:
     assert file_format(Path("a.pt2"), None) == file_format(Path("a"), "torch_export") == "torch_export"
 
 
+def test_example_refuses_other_rules(tmp_path: Path) -> None:
+    program = programs.trace(small("method=cam"), 64)
+    programs.write_onnx(program, tmp_path / "x.onnx", {"protocol": {"name": "sat", "threshold_rule": "above"}})
+    call = [sys.executable, str(EXAMPLE), "x.onnx", "photo.png", "boxed.png"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "protocol sat has other rules than this example: export with protocol=maxboxacc" in done.stderr
+
+
 @pytest.mark.parametrize(("method", "backbone"), [("cam", "cnn_micro"), ("sat", "vit_micro")])
 def test_example_draws_localizer_s_box_without_torch(method: str, backbone: str, tmp_path: Path) -> None:
     path = save(tmp_path / "x.ckpt", f"method={method}", f"backbone={backbone}")
