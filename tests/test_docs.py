@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import io
 import os
 import re
 import shlex
@@ -22,6 +25,10 @@ import torch
 from pycocotools.coco import COCO
 
 from tests.conftest import REPOSITORY
+from tests.data.layouts import write_cub
+from tests.test_export import save
+from wsolkit import build_module, load_config
+from wsolkit.interop.official import _released_name
 
 MODEL = "deit_small_patch16_224.fb_in1k"
 
@@ -53,33 +60,101 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": path}
 
 
-def test_page_on_predictions(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Every command and the Python of docs/predict.md, in a folder with a few photos of two classes."""
+def write_photos(folder: Path) -> None:
+    """A few photos of two classes."""
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (folder / "photos" / name).mkdir(parents=True)
         for number in range(3):
             pixels = rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
+            PIL.Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.jpg")
 
-    def call(*command: str) -> None:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (command, done.stderr)
 
+def follow(
+    page: str, folder: Path, environment: dict[str, str], added: dict[str, str] | None = None, here: bool = False
+) -> str:
+    """Type every command and run the Python of a page; how many there were, and what was printed.
+
+    Args:
+        added: what goes behind commands with a word, such as settings for a small copy of a data set.
+        here: run wsolkit's commands in this process, since starting one takes seconds.
+    """
     commands = python = 0
-    for block in blocks(REPOSITORY / "docs" / "predict.md"):
-        if block.startswith("python -m wsolkit"):
+    printed = ""
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        return done.stdout
+
+    for block in blocks(REPOSITORY / "docs" / page):
+        if block.startswith("python "):
             for line in block.splitlines():
-                call("bash", "-c", line)
+                line = " ".join([line, *(more for word, more in (added or {}).items() if word in line)])
+                printed += call_here(line, folder) if here and "-m wsolkit" in line else call("bash", "-c", line)
                 commands += 1
-        elif block.startswith("from wsolkit import"):
-            call("python", "-c", block)
+        elif block.startswith(("from wsolkit import", "import ")):
+            printed += call("python", "-c", block)
             python += 1
-    assert (commands, python) == (7, 1)
+    return f"{commands} commands, {python} Python\n{printed}"
+
+
+def call_here(line: str, folder: Path) -> str:
+    """What a command `python -m wsolkit.…` prints, run in this process."""
+    _, _, module, *arguments = shlex.split(line)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")  # put back afterwards: the command changes it
+        importlib.import_module(module).main()
+    return printed.getvalue()
+
+
+def test_page_on_predictions(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Every command and the Python of docs/predict.md, in a folder with a few photos of two classes."""
+    write_photos(tmp_path)
+    assert follow("predict.md", tmp_path, environment).startswith("7 commands, 1 Python\n")
     assert len(list((tmp_path / "boxes" / "overlays").rglob("*.jpg"))) == 6
     for folder, count in {"boxes": 6, "cats": 3, "some": 2, "one": 1, "labels": 6}.items():
         assert len(COCO(str(tmp_path / folder / "pseudo_labels.json")).imgs) == count
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_on_exported_programs(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Everything on docs/export.md, with an untrained model."""
+    write_photos(tmp_path)
+    (tmp_path / "outputs" / "photos" / "checkpoints").mkdir(parents=True)
+    save(tmp_path / "outputs" / "photos" / "checkpoints" / "best.ckpt", "method=ts_cam", "backbone=vit_micro", size=224)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    printed = follow("export.md", tmp_path, environment, here=True)
+    assert printed.startswith("4 commands, 1 Python\n")
+    assert '"label": "dog"' in printed
+    assert "['cat', 'dog', 'emu'] torch.Size([2, 3]) torch.Size([2, 3, 28, 28])" in printed
+    assert PIL.Image.open(tmp_path / "boxed.png").size == (120, 90)
+
+
+def test_page_on_released_files(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Everything on docs/import_checkpoint.md, with files of the released form and a small copy of CUB."""
+    write_photos(tmp_path)
+    write_cub(tmp_path / "CUB_200_2011")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    torch.save({"model": released_state("sat"), "best_thr": 0.4, "epoch": 1}, tmp_path / "best_loc.pth.tar")
+    torch.save({"state_dict": released_state("ts_cam"), "epoch": 1}, tmp_path / "model_best.pth")
+    small = "dataset.num_classes=2 dataset.expected=null"
+    added = {"dataset=cub": small, "evaluate": "num_examples=0 trainer.enable_progress_bar=false"}
+    printed = follow("import_checkpoint.md", tmp_path, environment, added, here=True)
+    assert printed.startswith("4 commands, 0 Python\n")
+    assert "sat on deit_tiny, 2 classes (001.Black_footed_Albatross, …), 224 pixels" in printed
+    assert len(COCO(str(tmp_path / "boxes" / "pseudo_labels.json")).imgs) == 6
+
+
+def released_state(method: str) -> dict[str, torch.Tensor]:
+    """The state dict of a random DeiT-Ti of four blocks with two classes, in released names."""
+    model = ("backbone=deit_tiny", "+backbone.options.depth=4", "backbone.pretrained=false")
+    state = build_module(
+        load_config(f"method={method}", "dataset=folder", "dataset.root=.", *model), ["a", "b"]
+    ).state_dict()
+    return {f"module.{_released_name(name)}": value for name, value in state.items()}
 
 
 WATCH = """

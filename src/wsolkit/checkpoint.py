@@ -372,6 +372,8 @@ def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
         CheckpointError: it does not, or cannot be read.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint.step == 0:
+        raise CheckpointError(f"resume={path} was imported: it holds a model, and no training that could go on")
     for group, name in checkpoint.names().items():
         own = _name(cfg, group)
         if own != name:

@@ -225,6 +225,10 @@ class RunSettings(typing.TypedDict, total=False):
     output: str
     host: str
     port: int
+    format: typing.Literal["onnx", "torch_export"] | None
+    overwrite: bool
+    num_heads: int | None
+    trust: bool
     classes: str | int | None
     top_k: int
     threshold: float | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,9 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
 """A mask [H, W]: 0 background, 1 object, 255 ignored."""
 
-Classes = Tensor | Callable[[Tensor], Tensor] | None
-"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class."""
+Classes = Tensor | Callable[[Tensor], Tensor] | Literal["all"] | None
+"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class;
+"all": of every class, in order, or one where a method has the same for all."""
 
 
 class Localization(NamedTuple):

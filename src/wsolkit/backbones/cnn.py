@@ -142,7 +142,7 @@ class CNN(nn.Module):
             ) / count  # of the finer cells, the image from 0 to 1
             axes.append(2 * (middles - 2 * self.offset / (self.stride * count)) - 1)
         y, x = torch.meshgrid(*axes, indexing="ij")
-        grid = torch.stack([x, y], dim=-1).expand(len(maps), -1, -1, -1)
+        grid = torch.stack([x, y], dim=-1).expand(maps.shape[0], -1, -1, -1)
         return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     def split(self, stage: str) -> tuple[nn.Sequential, nn.Sequential]:

@@ -153,8 +153,9 @@ class ViT(nn.Module):
     def grid(self, row: Tensor, image: Tensor) -> Tensor:
         """Lay the patch entries of [B, ≥ 1 + N, …] out as the image: [B, H/p, W/p, …]."""
         height, width = (side // self.patch_size for side in image.shape[-2:])
+        # Here as elsewhere shape[0], not len(): that would fix the batch size of exported programs.
         patches = row[:, self.num_prefix_tokens : self.num_prefix_tokens + height * width]
-        return patches.reshape(len(row), height, width, *row.shape[2:])  # [B, N, …] → [B, H, W, …]
+        return patches.reshape(row.shape[0], height, width, *row.shape[2:])  # [B, N, …] → [B, H, W, …]
 
 
 def load_timm_weights(network: VisionTransformer, state: StateDict, source: str) -> Tensor | None:

@@ -93,7 +93,8 @@ class WSOLModule(LightningModule, ABC):
 
         Args:
             image: normalised, [B, 3, H, W].
-            classes: whose maps: [B, K]; a function of the logits that returns them; None: each image's top class.
+            classes: whose maps: [B, K]; a function of the logits that returns them; None: each image's top class;
+                "all": K = C, or 1 where all classes have the same map.
         """
 
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
@@ -261,15 +262,19 @@ def logged_name(term: str) -> str:
     return f"{'train' if term.startswith('loss') else 'method'}/{term}"
 
 
-def choose_classes(classes: Classes, logits: Tensor) -> Tensor:
-    """Resolve the `classes` argument of `localize` to indices [B, K]."""
+def choose_classes(classes: Classes, logits: Tensor) -> Tensor | None:
+    """Resolve the `classes` argument of `localize` to indices [B, K]; None: of all classes."""
+    if classes == "all":
+        return None
     if classes is None:
         return logits.argmax(dim=1, keepdim=True)
     return classes(logits) if callable(classes) else classes
 
 
-def select_maps(maps: Tensor, classes: Tensor) -> Tensor:
-    """Pick the maps of chosen classes: [B, C, h, w] and [B, K] → [B, K, h, w]."""
+def select_maps(maps: Tensor, classes: Tensor | None) -> Tensor:
+    """Pick the maps of chosen classes: [B, C, h, w] and [B, K] → [B, K, h, w]; None: all of them."""
+    if classes is None:
+        return maps
     return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
 
 

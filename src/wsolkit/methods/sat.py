@@ -143,7 +143,7 @@ class SATNetwork(Network):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image [B, 3, H, W] → logits [B, C] and localization map [B, h, w] in [0, 1], float32."""
         tokens = self.backbone.embed(image)
-        spatial = (self.spatial_token + self.spatial_embed).expand(len(tokens), -1, -1)
+        spatial = (self.spatial_token + self.spatial_embed).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([tokens, spatial.to(tokens.dtype)], dim=1)  # [B, 1 + N, D] → [B, 1 + N + 1, D]
         masks = []
         for index, block in enumerate(self.backbone.blocks):
@@ -237,5 +237,6 @@ class SAT(WSOLModule):
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """See `WSOLModule.localize`; every class has the same map."""
         logits, maps = self.network(image)
-        count = choose_classes(classes, logits).shape[1]
+        chosen = choose_classes(classes, logits)
+        count = 1 if chosen is None else chosen.shape[1]
         return Localization(logits, maps[:, None].expand(-1, count, -1, -1))

@@ -117,8 +117,8 @@ def self_correlation_map(
         maps in [0, 1], shaped as `cam`.
     """
     columns = min_max(correlation.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)  # each column to [0, 1]
-    grid = (len(cam), -1, *cam.shape[-2:])
-    flat = cam.reshape(len(cam), -1, correlation.shape[-1])  # [B, K, H, W] → [B, K, HW]
+    grid = (cam.shape[0], -1, *cam.shape[-2:])
+    flat = cam.reshape(cam.shape[0], -1, correlation.shape[-1])  # [B, K, H, W] → [B, K, HW]
 
     def alike(seeds: Tensor) -> Tensor:
         # The sum of the seeds' columns, a matrix product: [B, HW, HW]·[B, HW, K] → [B, K, HW] → [B, K, H, W]

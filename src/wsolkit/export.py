@@ -1,0 +1,137 @@
+"""python -m wsolkit.export checkpoint=PATH output=model.onnx: a trained model as a file that runs without wsolkit.
+
+The file takes normalised images and gives logits and raw score maps, and carries what is needed to use them: class
+names, normalisation, input size, threshold and the rules by which maps become boxes. See `wsolkit.interop.programs`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsolkit.config import check_config, run_command
+from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from wsolkit.localizer import Localizer
+
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
+
+
+def export(cfg: DictConfig, folder: Path) -> None:
+    """Write the model of `cfg.checkpoint` to the file `cfg.output`, and compare the two."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from wsolkit.build import quieten_libraries
+    from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.interop import programs
+    from wsolkit.localizer import Localizer
+
+    lacking = [name for name in ("checkpoint", "output") if OmegaConf.is_missing(cfg, name)]
+    if lacking:
+        raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
+    checkpoint = read_checkpoint(cfg.checkpoint)
+    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task, protocols=True)
+    check_config(cfg)
+    quieten_libraries()
+    output = Path(cfg.output)
+    form = file_format(output, cfg.format)
+    check_place(output, cfg.overwrite)
+    if cfg.method.get("semantic_level") or cfg.method.get("attention_level"):
+        raise ConfigError(
+            "SCM's diffusion blocks are for training, and are left out of the file: add method.semantic_level=0 "
+            "method.attention_level=0"
+        )
+    localizer = Localizer(cfg, checkpoint, "cpu", "32-true")
+    program = programs.trace(localizer.module, localizer.image_size)
+    write, run = {
+        "onnx": (programs.write_onnx, programs.run_onnx),
+        "torch_export": (programs.write_torch_export, programs.run_torch_export),
+    }[form]
+    draft = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
+    try:
+        write(program, draft, describe(cfg, localizer))
+        logits, maps, same = programs.differences(run(draft), localizer.module, localizer.image_size)
+        if not same:
+            raise CheckpointError(
+                f"the exported program is not the model: logits differ by {logits:.2g} and maps by {maps:.2g} of the "
+                "largest value; nothing was written"
+            )
+        draft.replace(output)
+    except OSError as error:
+        raise ConfigError(f"output: '{output}' cannot be written ({error.strerror or error})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    print(f"Differs from the model by up to {logits:.1g} of the largest logit, {maps:.1g} of the largest score in maps")
+    print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def file_format(output: Path, given: str | None) -> str:
+    """The format of a file, as given or by its ending.
+
+    Raises:
+        ConfigError: the two contradict each other, or neither says it.
+    """
+    by_ending = {ending: name for name, ending in FORMATS.items()}.get(output.suffix)
+    if given is None and by_ending is None:
+        raise ConfigError(f"output: '{output}' ends in none of {', '.join(FORMATS.values())}: add format=onnx, or …")
+    if given is not None and by_ending not in (None, given):
+        raise ConfigError(f"output: '{output}' is named like format={by_ending}, and format={given} was given")
+    return given or str(by_ending)
+
+
+def check_place(output: Path, overwrite: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        ConfigError: there is one already, or no folder for it.
+    """
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"output: expected the name of a file in a folder that exists, got '{output}'")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"output: '{output}' is there already: add overwrite=true, or give another name")
+
+
+def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
+    """What goes into the file beside the program: all that is needed to get from an image to a box.
+
+    Images are resized to `resize`, whatever their aspect ratio, and the central `image_size` is cut out; `protocol` has
+    the rules, see `wsolkit.localization.protocol`; `threshold` is its τ.
+    """
+    rules = localizer.rules
+    return {
+        "wsolkit": localizer.version,
+        "method": localizer.method,
+        "backbone": localizer.backbone,
+        "postprocess": cfg.postprocess.name if cfg.get("postprocess") else None,
+        "class_names": localizer.class_names,
+        "image_size": localizer.image_size,
+        "resize": rules.resize if rules.input == "center_crop" else localizer.image_size,
+        "mean": localizer.mean,
+        "std": localizer.std,
+        "threshold": localizer.tau(None, given=False),
+        "protocol": {"name": localizer.protocol, **asdict(rules)},
+        "metrics": localizer.metrics,
+    }
+
+
+def main() -> None:
+    """Entry point of the command: the checkpoint's method, backbone, data set and protocol come before the settings."""
+    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
+        from wsolkit.checkpoint import choose_groups
+
+        try:
+            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol=True)
+        except WsolkitError as error:
+            sys.exit(f"error: {error}")
+    run_command("export", export)
+
+
+if __name__ == "__main__":
+    main()

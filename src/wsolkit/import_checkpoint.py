@@ -1,0 +1,104 @@
+"""python -m wsolkit.import_checkpoint source=FILE method=sat: a paper's released file as a checkpoint of wsolkit.
+
+TS-CAM's, SCM's and SAT's files are read, as their training leaves them, or the state dict alone. Nothing in them is
+executed, see `wsolkit.interop.foreign`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsolkit.config import check_config, run_command
+from wsolkit.errors import ConfigError, DataError
+from wsolkit.export import check_place
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from wsolkit.interop.foreign import Foreign
+
+
+METHODS = ("ts_cam", "scm", "sat")
+
+
+def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
+    """Write the model of `cfg.source` as a checkpoint to `cfg.output`."""
+    from omegaconf import OmegaConf
+
+    from wsolkit.build import quieten_libraries
+    from wsolkit.checkpoint import AtomicCheckpointIO
+    from wsolkit.interop.foreign import read_foreign
+    from wsolkit.interop.official import build_official, fitted
+
+    if OmegaConf.is_missing(cfg, "source"):
+        raise ConfigError("required and not given: source. Add source=…")
+    if cfg.method.name not in METHODS:
+        raise ConfigError(f"method={cfg.method.name}: released files of {', '.join(METHODS)} are read, not of others")
+    quieten_libraries()
+    source = Path(cfg.source)
+    cfg.output = cfg.output or str(source.with_name(f"{source.name.split('.')[0]}.ckpt"))
+    output = Path(cfg.output)
+    numbered = cfg.dataset.name == "folder" and OmegaConf.is_missing(cfg.dataset, "root")
+    if numbered:
+        cfg.dataset.root = "."
+    check_config(cfg)
+    check_place(output, cfg.overwrite)
+    found = read_foreign(source, cfg.trust)
+    given, cfg = cfg, fitted(cfg, found.state_dict, cfg.num_heads)
+    cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # the papers'
+    names = class_names(given, cfg.dataset.num_classes, numbered)
+    module = build_official(cfg, found.state_dict, names)
+    module.evaluation.thresholds = thresholds(found, cfg.method.name)
+    content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
+    module.on_save_checkpoint(content)
+    AtomicCheckpointIO().save_checkpoint(content, output)
+    known = "numbered" if names[0] == "0" else f"{names[0]}, …"
+    print(f"{cfg.method.name} on {cfg.backbone.name}, {len(names)} classes ({known}), {cfg.dataset.image_size} pixels")
+    if found.left_out:
+        print(f"Left out, and nothing of it was run: {', '.join(found.left_out)}")
+    print(f"Written to {output}")
+
+
+def class_names(cfg: DictConfig, count: int, numbered: bool) -> list[str]:
+    """Names of a model's classes, from a file, from the data set, or numbers.
+
+    Raises:
+        DataError: there are not as many as the model has, or they cannot be read.
+    """
+    if cfg.classes is not None:
+        try:
+            lines = Path(str(cfg.classes)).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"classes: '{cfg.classes}' cannot be read as a text file ({error})") from error
+        names, place = [line.strip() for line in lines if line.strip()], f"'{cfg.classes}'"
+    elif numbered:
+        return [str(label) for label in range(count)]
+    else:
+        from wsolkit.build import build_datamodule
+
+        names, place = list(build_datamodule(cfg).class_names), f"dataset={cfg.dataset.name}"
+    if len(names) != count:
+        raise DataError(f"{place} has {len(names)} classes, but the model in '{cfg.source}' knows {count}")
+    return names
+
+
+def thresholds(found: Foreign, method: str) -> dict[str, float]:
+    """The τ that SAT's training selects and stores; it counts where the paper gives none for the data set."""
+    best = found.others.get("best_thr")
+    if method != "sat" or not isinstance(best, float) or not 0 < best < 1:
+        return {}
+    return dict.fromkeys(("sat/gt_known_loc", "sat/gt_known_loc_predicted_class"), float(best))
+
+
+def main() -> None:
+    """Entry point of the command: the protocol named like the method comes before the user's settings."""
+    method = [argument.removeprefix("method=") for argument in sys.argv[1:] if argument.startswith("method=")]
+    if method and method[-1] in METHODS:
+        sys.argv.insert(1, f"protocol=[{method[-1]}]")
+    run_command("import_checkpoint", import_checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A trained model as a program that runs without wsolkit: ONNX, or what `torch.export` makes.
+
+Either takes `image` [B, 3, S, S], normalised, for any B, and gives `logits` [B, C] and raw score maps `maps`
+[B, C, h, w], one of each class, or [B, 1, h, w] where a method has the same for all. It carries a description as JSON,
+under `METADATA` among ONNX's metadata_props, and as the extra file `EXTRA_FILE` of a `torch.export` program.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from wsolkit.errors import ConfigError
+from wsolkit.methods.base import WSOLModule
+
+METADATA, EXTRA_FILE = "wsolkit", "wsolkit.json"
+OPSET = 18
+
+Run = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+"""image [B, 3, S, S] → logits [B, C] and maps [B, C or 1, h, w]."""
+
+
+class _AllMaps(nn.Module):
+    def __init__(self, module: WSOLModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = self.module.localize(image, "all")
+        return logits, maps
+
+
+def trace(module: WSOLModule, image_size: int) -> ExportedProgram:
+    """The program of a module's inference, without what only its training needs."""
+    model = _AllMaps(copy.deepcopy(module).eval())
+    program = _trace(model, image_size)
+    unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    for spec in program.graph_signature.input_specs:
+        if spec.arg.name in unread and spec.target is not None:  # SCM's blocks, for instance
+            owner, _, name = spec.target.rpartition(".")
+            delattr(model.get_submodule(owner), name)
+    return _trace(model, image_size)
+
+
+def _trace(model: nn.Module, image_size: int) -> ExportedProgram:
+    example = torch.zeros(2, 3, image_size, image_size)  # of one image, the batch size would count as fixed
+    with torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes={"image": {0: Dim("batch")}}, strict=False)
+
+
+def write_onnx(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> None:
+    """Write a program as an ONNX file.
+
+    Raises:
+        ConfigError: packages are missing.
+    """
+    onnx, _ = _packages()
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own workings
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["logits", "maps"],
+            external_data=False,
+            verbose=False,
+        )
+    assert made is not None
+    model = made.model_proto
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(description)})
+    onnx.save_model(model, path)
+
+
+def run_onnx(path: Path) -> Run:
+    """An ONNX file as a function, on this machine's CPU.
+
+    Raises:
+        ConfigError: packages are missing.
+    """
+    _, onnxruntime = _packages()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: tuple(session.run(["logits", "maps"], {"image": image}))
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch.onnx needs it
+    except ImportError as error:
+        raise ConfigError(f"format=onnx needs other packages ({error}): pip install 'wsolkit[export]'") from error
+    return onnx, onnxruntime
+
+
+def write_torch_export(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> None:
+    """Write a program in PyTorch's format, for `torch.export.load`."""
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(description)})
+
+
+def run_torch_export(path: Path) -> Run:
+    """A program in PyTorch's format as a function."""
+    with path.open("rb") as file:
+        model = torch.export.load(file).module()
+    return lambda image: tuple(output.numpy() for output in model(torch.from_numpy(image)))
+
+
+def differences(run: Run, module: WSOLModule, image_size: int) -> tuple[float, float, bool]:
+    """How far a program is from its model on random images, in batches of 1 and 3.
+
+    Returns:
+        largest differences of logits and maps, as shares of the largest value; and whether it is the same model:
+        differences are below a thousandth. Of maps, one in a hundred values may be further away: a post-process cuts
+        them at thresholds, which rounding can cross.
+    """
+    noise = np.random.default_rng(0)
+    logits, maps, same = 0.0, 0.0, True
+    for batch in (1, 3):
+        image = noise.standard_normal((batch, 3, image_size, image_size), np.float32)
+        expected = [output.numpy() for output in module.localize(torch.from_numpy(image), "all")]
+        off = [abs(got - own) / max(abs(own).max(), 1e-12) for got, own in zip(run(image), expected, strict=True)]
+        logits, maps = max(logits, float(off[0].max())), max(maps, float(off[1].max()))
+        same &= bool(off[0].max() < 1e-3 and np.quantile(off[1], 0.99) < 1e-3)
+    return logits, maps, same
