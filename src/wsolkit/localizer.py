@@ -151,6 +151,11 @@ class Localizer:
             self._uncropped = Transform(cfg.dataset.resize, cfg.dataset.resize, False, self.mean, self.std)
 
     @property
+    def module(self) -> WSOLModule:
+        """The model itself, for a look inside: its `network`, its `localize`, its `inside`."""
+        return self._module
+
+    @property
     def threshold(self) -> float | None:
         """See the class; of the predicted class's maps, where the protocol has another for given classes."""
         return self._thresholds["gt_known_loc_predicted_class"]
