@@ -17,7 +17,7 @@ def test_boxes_are_drawn_around_their_pixels() -> None:
     first, second = axes.patches
     assert isinstance(first, Rectangle)
     assert isinstance(second, Rectangle)
-    assert first.get_bbox().extents.tolist() == [1.5, 2.5, 5.5, 3.5]  # pixels are centred on whole numbers
-    assert second.get_bbox().extents.tolist() == [-0.5, -0.5, 9.5, 7.5]
+    assert np.asarray(first.get_bbox().extents).tolist() == [1.5, 2.5, 5.5, 3.5]  # pixels are centred on whole numbers
+    assert np.asarray(second.get_bbox().extents).tolist() == [-0.5, -0.5, 9.5, 7.5]
     assert (to_hex(first.get_edgecolor()), first.get_linestyle()) == ("#00e000", "--")
     assert axes.get_xlim() == (-0.5, 9.5)
