@@ -1,15 +1,19 @@
-# make train: a fresh machine to a trained model. make test: the same set-up, then the tests.
+# make train: a fresh machine to a trained model. make test: the same set-up, then the tests. make notebooks: run the
+# notebooks again and store them with what they show.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: train test lint format clean
+.PHONY: train test notebooks lint format clean
 
 train: $(VENV)/installed
 	$(RUN) -m wsolkit.train $(ARGS)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+
+notebooks: $(VENV)/installed
+	$(RUN) notebooks/execute.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

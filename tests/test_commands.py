@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command")
     out = run("train", "method=ts_cam", *TINY, "hydra.run.dir=run", cwd=folder)
     assert "ts_cam, vit_micro, shapes; checkpoint selected on the held-out val split" in out
-    for line in ("maxboxacc", "center_box", "gaussian", "full_image", "PxAP", "MaxBoxAcc,"):
+    for line in ("maxboxacc", "center_box", "gaussian", "full_image", "PxAP", "MaxBoxAcc,", "Written to run\n"):
         assert line in out
     return folder / "run"
 

@@ -85,6 +85,15 @@ def evaluated(run: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> tupl
     return module.evaluation.protocols[protocol].protocol, boxes, batch["size"].tolist()
 
 
+def test_model_can_be_looked_into(checkpoint: Path) -> None:
+    localizer = Localizer.from_checkpoint(checkpoint, device="cpu")
+    side = localizer.image_size
+    logits, maps = localizer.module.localize(torch.zeros(1, 3, side, side))
+    assert logits.shape == (1, len(localizer.class_names))
+    assert maps.shape[:2] == (1, 1)
+    assert not localizer.module.training
+
+
 @pytest.mark.parametrize("threshold", [None, 0.7, 0.9])
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "maxboxacc_v2"])
 def test_boxes_are_those_of_the_evaluation(

@@ -77,7 +77,8 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
                 run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
             else:
                 _prepare_children()
-                task(cfg, folder)
+                here = Path.cwd()
+                task(cfg, folder.relative_to(here) if folder.is_relative_to(here) else folder)  # as people name it
         except (WsolkitError, OmegaConfBaseException) as error:
             # Hydra would add lines of its own; in a multirun they say which job it was.
             if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:

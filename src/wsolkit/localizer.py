@@ -167,7 +167,7 @@ class Localizer:
 
     @property
     def module(self) -> WSOLModule:
-        """The method and its network, for inference."""
+        """The model itself, for a look inside: its `network`, its `localize`, its `inside`."""
         return self._module
 
     @property

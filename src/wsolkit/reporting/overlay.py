@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from wsolkit.reporting.charts import PREDICTED, SCORE_COLOURS
 from wsolkit.types import Boxes, Image
@@ -42,6 +44,14 @@ def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
         draw.rectangle(corners, outline="#ffffff", width=line + 2)
         draw.rectangle(corners, outline=PREDICTED, width=line)
     return np.asarray(picture)
+
+
+def draw_boxes(axes: Axes, boxes: Boxes, colour: str = PREDICTED, linestyle: str = "-") -> None:
+    """Draw boxes [n, 4], both corners inside, around their pixels of an image that `imshow` shows on these axes."""
+    for x0, y0, x1, y1 in np.asarray(boxes).tolist():
+        frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor=colour, linewidth=2)
+        frame.set_linestyle(linestyle)
+        axes.add_patch(frame)
 
 
 def prediction_figure(image: Image | None, score_map: ScoreMap, boxes: Boxes, title: str) -> Figure:
