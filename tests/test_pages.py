@@ -1,0 +1,188 @@
+"""Every command that the README and the pages tell is run: on small copies of the data sets, for a step.
+
+Pages that go from start to end (predict, export, …) are followed as they stand, in test_docs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from tests.conftest import REPOSITORY, write_imagenet, write_listed
+from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
+from tests.data.test_folder import write_folder
+from tests.test_resume import FRESH
+from tests.test_sweep_report import add_job
+from wsolkit import config, load_config
+from wsolkit.train import train
+
+FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}
+
+# What makes a run small, and runs on this machine what the page runs on another. Behind what the page says.
+SMALL = {
+    "train": (
+        *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_steps=1", "trainer.limit_train_batches=1"),
+        *("trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.enable_progress_bar=false"),
+        *("trainer.check_val_every_n_epoch=1", "dataset.batch_size=2", "dataset.eval_batch_size=2"),
+        *("dataset.num_workers=0", "backbone.pretrained=false", "num_examples=1", "dataset.subset_seed=0"),
+    ),
+    "evaluate": ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "dataset.eval_batch_size=2"),
+    "predict": ("device=cpu", "num_workers=0"),
+    "dashboard": ("save=false",),
+}
+CLASSES = {"imagenet": 2, "cub": len(CUB_CLASSES), "aircraft": len(AIRCRAFT)}  # in the copies
+
+
+def pages() -> list[Path]:
+    return [REPOSITORY / "README.md", *sorted(page for page in (REPOSITORY / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Commands of wsolkit in indented blocks and in tables, lines that end with a backslash joined."""
+    text = re.sub(r"\\\n +", " ", page.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        if line.startswith("    "):
+            found = [line] if "-m wsolkit." in line else []
+        else:  # within a sentence, a command without settings is only named
+            found = re.findall(r"`([^`]*-m wsolkit\.[^`]+ [^`]+)`", line)
+        for command in found:
+            yield re.sub(r".*-m wsolkit\.", "python -m wsolkit.", command)  # torchrun and srun start it elsewhere
+
+
+COMMANDS = sorted({(page.name, line) for page in pages() if page.name not in FOLLOWED for line in commands(page)})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of."""
+    folder = tmp_path_factory.mktemp("place")
+    data = folder / "data"
+    write_imagenet_v2(write_imagenet(data / "imagenet"))
+    write_cub(data / "cub", train=10)
+    write_aircraft(data / "aircraft")
+    write_listed(data / "listed", {"train": 4, "val": 4})
+    write_folder(data / "folder", "train", "val")
+    (data / "folder" / "val.json").write_text(json.dumps(boxes_of(data / "folder")), encoding="utf-8")
+    for name in ("red spots", "blue spots"):  # classes of the checkpoints below
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            PIL.Image.new("RGB", (60, 40), (80 * number, 100, 0)).save(folder / "photos" / name / f"{number}.jpg")
+    for model in ("vit_tiny_patch16_224", "mobilenetv2_100"):
+        safetensors.torch.save_file(timm.create_model(model).state_dict(), folder / f"{model}.safetensors")
+    for method in ("scm", "cam"):
+        train(load_config(f"method={method}", *SMALL["train"]), folder / method)
+    for name, accuracy in (("a", 50.0), ("b", 60.0)):
+        add_job(folder / "sweep", name, f"method.attention_level={name == 'b':d}", accuracy=accuracy)
+    for image in (path for split in ("val", "val2") for path in (data / "imagenet" / split).rglob("*.[jJ]*")):
+        score_map = folder / "maps" / f"{image.relative_to(data / 'imagenet')}.npy"
+        score_map.parent.mkdir(parents=True, exist_ok=True)
+        np.save(score_map, np.full((224, 224), 0.5, np.float32))
+    return folder
+
+
+def boxes_of(root: Path) -> dict[str, object]:
+    """COCO's JSON of a folder's images for evaluation."""
+    images = [path for path in sorted((root / "val").rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    images = [path for path in images if not path.name.startswith(".")]
+    sizes = [PIL.Image.open(path).size for path in images]
+    return {
+        "images": [
+            {"id": number, "file_name": str(path.relative_to(root / "val")), "width": width, "height": height}
+            for number, (path, (width, height)) in enumerate(zip(images, sizes, strict=True))
+        ],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 10, 8], "area": 80, "iscrowd": 0}
+            for n in range(len(images))
+        ],
+    }
+
+
+def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
+    """A page's command with places that exist instead of DIR, FILE, PATH and so on: its name, and its arguments."""
+    words = [word for word in shlex.split(line, comments=True)[2:] if word != "…"]
+    name, arguments = words[0].removeprefix("wsolkit."), words[1:]
+    dataset = next((word.split("=")[1] for word in arguments if word.startswith("dataset=")), "")
+    model = "mobilenetv2_100" if "backbone=mobilenetv2" in arguments else "vit_tiny_patch16_224"
+    root = place / ("photos" if "dataset.splits=null" in arguments else f"data/{dataset}")
+    here = {
+        "dataset.root": root,
+        "backbone.weights": place / f"{model}.safetensors",
+        "checkpoint": place / ("cam" if page == "cnn.md" else "scm") / "checkpoints" / "best.ckpt",
+        "score_maps": place / "maps",
+        "source": place / "photos",
+        "dataset.cache": Path("cache"),
+    }
+    elsewhere = ("hydra/launcher=", "hydra.launcher.", "trainer.num_nodes=")  # tested by themselves
+    arguments = [word for word in arguments if not word.startswith(elsewhere)]
+    for index, word in enumerate(arguments):
+        setting, equals, value = word.partition("=")
+        if equals and setting in here:
+            arguments[index] = f"{setting}={here[setting]}"
+        elif not equals and not word.startswith("-"):
+            arguments[index] = str(shutil.copytree(place / ("scm" if name == "dashboard" else "sweep"), Path(word)))
+        elif setting == "dataset.classes":
+            arguments[index] = word.replace(",17]", ",1]")
+        elif "," in value and not re.search(r"[\[{]", value) and "sweep=" not in word:
+            arguments[index] = f"{setting}={value.split(',')[0]}"  # the first job of a sweep stands for all
+    if dataset in CLASSES:
+        arguments += [f"dataset.num_classes={CLASSES[dataset]}", "dataset.expected=null"]
+    if name == "train" and dataset and "backbone=" not in line:
+        arguments.append("backbone=deit_tiny")
+    return name, [*arguments, *SMALL.get(name, ())]
+
+
+def exit_code(module: str, arguments: list[str]) -> object:
+    sys.argv = [module, *arguments]
+    try:
+        importlib.import_module(module).main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def run_in(folder: Path, module: str, arguments: list[str]) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(2)
+    sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line}" for page, line in COMMANDS])
+def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, arguments = filled_in(page, line, place)
+
+    def run_first_job(module: str, overrides: list[str], flags: list[str], settings: object, folder: Path) -> None:
+        job = [*flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
+        process = FRESH.Process(target=run_in, args=(in_tmp, module, job))
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)  # the others are as good
+
+    monkeypatch.setattr(config, "run_job", run_first_job)
+    monkeypatch.setattr(sys, "argv", [])  # put back afterwards, as is what the command changes
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert exit_code(f"wsolkit.{name}", arguments) == 0
+    if name in ("train", "evaluate"):
+        assert list(in_tmp.rglob("metrics.json"))
+
+
+def test_pages_have_commands() -> None:
+    """What the test above goes through is what the pages tell."""
+    assert len(COMMANDS) > 40
+    assert {line.split()[2].removeprefix("wsolkit.") for _, line in COMMANDS} >= {
+        *("train", "evaluate", "predict", "prepare", "sweep_report", "dashboard"),
+    }
