@@ -4,10 +4,10 @@
     python benchmarks/step_cost.py backbone=vit_tiny dataset.image_size=224 dataset.resize=224 dataset.batch_size=16
     python benchmarks/step_cost.py method=scm
 
-A step of a run as `python -m wsolkit.train` makes it (losses logged, progress bar, CSV log, learning rate, checks of
-the loss, checkpoint callbacks), and a bare step (forward, losses, backward, clipping, optimizer) of a twin on the same
-batches, in turns. Times are of the processor, one core, and sums over the ten steps between two logged ones;
-medians of those. What a second bare step seems to add is the noise.
+A step of a run as `python -m wsolkit.train` makes it (losses logged, progress bar, CSV log, learning rate, images a
+second, memory, checks of the loss, checkpoint callbacks), and a bare step (forward, losses, backward, clipping,
+optimizer) of a twin on the same batches, in turns. Times are of the processor, one core, and sums over the ten steps
+between two logged ones; medians of those. What a second bare step seems to add is the noise.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from wsolkit.build import build_loggers, build_trainer, quieten_libraries
 from wsolkit.checkpoint import LastCheckpoint
 from wsolkit.optim import build_optimizer
 from wsolkit.progress import Progress
+from wsolkit.speed import Speed
 from wsolkit.trouble import FiniteLoss
 
 TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
@@ -94,6 +95,7 @@ def measure(cfg: DictConfig) -> tuple[float, float, float]:
             FiniteLoss(WINDOW),
             LastCheckpoint(folder, **cfg.checkpoints),
             LearningRateMonitor("step"),
+            Speed(),
             Progress(console_kwargs={"file": io.StringIO(), "force_terminal": True}),
         ]
         trainer = build_trainer(cfg, folder, callbacks, build_loggers(cfg, folder))

@@ -25,6 +25,7 @@ import torch
 from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
+from tests.test_docs import released_state
 from tests.test_resume import FRESH
 from tests.test_sweep_report import add_job
 from wsolkit import config, load_config
@@ -63,7 +64,15 @@ def commands(page: Path) -> Iterator[str]:
             yield re.sub(r".*-m wsolkit\.", "python -m wsolkit.", command)  # torchrun and srun start it elsewhere
 
 
-COMMANDS = sorted({(page.name, line) for page in pages() if page.name not in FOLLOWED for line in commands(page)})
+COMMANDS = sorted(
+    {
+        (page.name, line)
+        for page in pages()
+        if page.name not in FOLLOWED
+        for line in commands(page)
+        if not line.startswith("python -m wsolkit.demo ")  # never ends by itself; test_docs opens it
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.torch.save_file(timm.create_model(model).state_dict(), folder / f"{model}.safetensors")
     for method in ("scm", "cam"):
         train(load_config(f"method={method}", *SMALL["train"]), folder / method)
+    torch.save({"model": released_state("sat"), "best_thr": 0.4}, folder / "best_loc.pth.tar")
     for name, accuracy in (("a", 50.0), ("b", 60.0)):
         add_job(folder / "sweep", name, f"method.attention_level={name == 'b':d}", accuracy=accuracy)
     for image in (path for split in ("val", "val2") for path in (data / "imagenet" / split).rglob("*.[jJ]*")):
@@ -124,7 +134,7 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
         "backbone.weights": place / f"{model}.safetensors",
         "checkpoint": place / ("cam" if page == "cnn.md" else "scm") / "checkpoints" / "best.ckpt",
         "score_maps": place / "maps",
-        "source": place / "photos",
+        "source": place / ("best_loc.pth.tar" if name == "import_checkpoint" else "photos"),
         "dataset.cache": Path("cache"),
     }
     elsewhere = ("hydra/launcher=", "hydra.launcher.", "trainer.num_nodes=")  # tested by themselves
@@ -184,5 +194,5 @@ def test_pages_have_commands() -> None:
     """What the test above goes through is what the pages tell."""
     assert len(COMMANDS) > 40
     assert {line.split()[2].removeprefix("wsolkit.") for _, line in COMMANDS} >= {
-        *("train", "evaluate", "predict", "prepare", "sweep_report", "dashboard"),
+        *("train", "evaluate", "predict", "prepare", "sweep_report", "dashboard", "export", "import_checkpoint"),
     }
