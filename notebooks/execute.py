@@ -20,7 +20,7 @@ _METADATA = {
 
 
 def execute(path: Path, folder: Path, seconds: int = 600) -> NotebookNode:
-    """A notebook run anew, with this checkout's wsolkit and two threads, without what tells when and where.
+    """A notebook run anew with this checkout's wsolkit, by default on two threads; without what tells when and where.
 
     Args:
         path: of the notebook, which stays as it is.
@@ -38,8 +38,8 @@ def execute(path: Path, folder: Path, seconds: int = 600) -> NotebookNode:
         coalesce_streams=True,
         resources={"metadata": {"path": folder}},
     )
-    own = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE.parent / "src"), "IPYTHONDIR": str(folder / ".ipython")}
-    client.execute(env=os.environ | own)
+    own = {"PYTHONPATH": str(HERE.parent / "src"), "IPYTHONDIR": str(folder / ".ipython")}
+    client.execute(env={"OMP_NUM_THREADS": "2"} | os.environ | own)
     notebook.metadata = nbformat.from_dict(_METADATA | {"wsolkit": {"sources": digest(notebook)}})
     return notebook
 

@@ -24,9 +24,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
-    os.environ["OMP_NUM_THREADS"] = "2"
+def _threads() -> None:
+    """Two, or one where tests run side by side: threads that wait for each other are slow on cores that are taken."""
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("WANDB_MODE", "offline")
 
 

@@ -167,7 +167,7 @@ def exit_code(module: str, arguments: list[str]) -> object:
 
 def run_in(folder: Path, module: str, arguments: list[str]) -> None:
     os.chdir(folder)
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
 
 

@@ -150,7 +150,7 @@ def test_overlays_show_each_image_with_its_box(trained: Path, images: Path, tmp_
     assert predict(*common, "overlays=true", cwd=tmp_path) == 0
     drawn = sorted((tmp_path / "out" / "overlays").rglob("*.jpg"))
     assert len(drawn) == 8
-    assert PIL.Image.open(tmp_path / "out" / "overlays" / CLASSES[0] / "0.png.jpg").size == (40, 30)
+    assert PIL.Image.open(tmp_path / "out" / "overlays" / CLASSES[0] / "0.png.jpg").size == (256, 192)
     assert PIL.Image.open(tmp_path / "out" / "overlays" / "large.jpg.jpg").size == (1024, 410)
     for name in FINAL:
         assert (tmp_path / "out" / name).is_file()

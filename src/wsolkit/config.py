@@ -102,6 +102,24 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         sys.exit("interrupted")
 
 
+def run_command_on_checkpoint(
+    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True
+) -> None:
+    """`run_command`, with the method, backbone and data set of `checkpoint=…` before the user's settings.
+
+    Args:
+        with_protocol: whether with the checkpoint's first protocol, too.
+    """
+    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
+        from wsolkit.checkpoint import choose_groups
+
+        try:
+            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol)
+        except WsolkitError as error:
+            sys.exit(f"error: {error}")
+    run_command(config_name, task)
+
+
 def name_directory() -> None:
     """Make the command line's first argument that is no setting `directory=…`."""
     for index, argument in enumerate(sys.argv[1:], start=1):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, run_command
-from wsolkit.errors import ConfigError, WsolkitError
+from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -84,15 +83,8 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
 
 
 def main() -> None:
-    """Entry point of the command: the checkpoint's method, backbone, data set and protocol come before the settings."""
-    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
-        from wsolkit.checkpoint import choose_groups
-
-        try:
-            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol=True)
-        except WsolkitError as error:
-            sys.exit(f"error: {error}")
-    run_command("demo", demo)
+    """Entry point of the command."""
+    run_command_on_checkpoint("demo", demo)
 
 
 if __name__ == "__main__":

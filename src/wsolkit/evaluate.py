@@ -7,12 +7,11 @@ score_maps=DIR dataset=…: the maps are read from files.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, run_command
-from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
+from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.train import finish, method_name, report, save_config, title
 
 if TYPE_CHECKING:
@@ -203,15 +202,8 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point of the command: the checkpoint's method, backbone and data set come before the user's settings."""
-    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
-        from wsolkit.checkpoint import choose_groups
-
-        try:
-            sys.argv[1:] = choose_groups(sys.argv[1:])
-        except WsolkitError as error:
-            sys.exit(f"error: {error}")
-    run_command("evaluate", evaluate)
+    """Entry point of the command."""
+    run_command_on_checkpoint("evaluate", evaluate, with_protocol=False)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ names, normalisation, input size, threshold and the rules by which maps become b
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import check_config, run_command
-from wsolkit.errors import CheckpointError, ConfigError, WsolkitError
+from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -122,15 +121,8 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the command: the checkpoint's method, backbone, data set and protocol come before the settings."""
-    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
-        from wsolkit.checkpoint import choose_groups
-
-        try:
-            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol=True)
-        except WsolkitError as error:
-            sys.exit(f"error: {error}")
-    run_command("export", export)
+    """Entry point of the command."""
+    run_command_on_checkpoint("export", export)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import check_config, plain, run_command
-from wsolkit.errors import ConfigError, DataError, WsolkitError
+from wsolkit.config import check_config, plain, run_command_on_checkpoint
+from wsolkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -290,15 +290,8 @@ def _overlay_path(folder: Path, name: str) -> Path:
 
 
 def main() -> None:
-    """Entry point of the command: the checkpoint's method, backbone, data set and protocol come before the settings."""
-    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
-        from wsolkit.checkpoint import choose_groups
-
-        try:
-            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol=True)
-        except WsolkitError as error:
-            sys.exit(f"error: {error}")
-    run_command("predict", predict)
+    """Entry point of the command."""
+    run_command_on_checkpoint("predict", predict)
 
 
 if __name__ == "__main__":

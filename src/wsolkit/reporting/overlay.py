@@ -16,12 +16,14 @@ from matplotlib.patches import Rectangle
 from wsolkit.reporting.charts import PREDICTED, SCORE_COLOURS
 from wsolkit.types import Boxes, Image
 
-_MAX_SIDE = 1024
+_MIN_SIDE, _MAX_SIDE = 256, 1024
 ScoreMap = npt.NDArray[np.floating[Any]]
 
 
 def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
-    """The image under its score map, with boxes: [h, w, 3], of the image's proportions, up to 1,024 pixels a side.
+    """The image under its score map, with boxes: [h, w, 3], of the image's proportions.
+
+    The longer side has 256 to 1,024 pixels, so that lines are neither lost nor in the way.
 
     Args:
         image: [H, W, 3]; None: the map alone.
@@ -29,7 +31,8 @@ def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
         boxes: [n, 4] in pixels of both.
     """
     height, width = score_map.shape
-    scale = min(1, _MAX_SIDE / max(height, width))
+    longest = max(height, width)
+    scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
     size = max(1, round(scale * width)), max(1, round(scale * height))
     scores = _resized(PIL.Image.fromarray(np.asarray(score_map, np.float32)), size).clip(0, 1)
     colours = 255 * matplotlib.colormaps[SCORE_COLOURS](scores)[..., :3]  # [h, w] → [h, w, 3]
