@@ -77,8 +77,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
                 run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
             else:
                 _prepare_children()
-                here = Path.cwd()
-                task(cfg, folder.relative_to(here) if folder.is_relative_to(here) else folder)  # as people name it
+                task(cfg, folder)
         except (WsolkitError, OmegaConfBaseException) as error:
             # Hydra would add lines of its own; in a multirun they say which job it was.
             if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -118,6 +117,12 @@ def run_command_on_checkpoint(
         except WsolkitError as error:
             sys.exit(f"error: {error}")
     run_command(config_name, task)
+
+
+def as_named(folder: Path) -> Path:
+    """A run directory as people name it: relative to where they are, if it is below."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def name_directory() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import check_config, plain, run_command_on_checkpoint
+from wsolkit.config import as_named, check_config, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -84,10 +84,13 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
     )
-    print(f"Written to {folder}")
+    print(f"Written to {as_named(folder)}")
     if failed:
         first, reason = next(iter(failed.items()))
-        print(f"{len(failed)} images could not be read, see {folder / FAILED}; '{first}': {reason}", file=sys.stderr)
+        print(
+            f"{len(failed)} images could not be read, see {as_named(folder) / FAILED}; '{first}': {reason}",
+            file=sys.stderr,
+        )
         sys.exit(UNREADABLE)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import check_config, run_command
+from wsolkit.config import as_named, check_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def report(
     # Numbers that are cut off would be worse than long lines.
     console.width = max(console.width, Console(width=400).measure(table).maximum)
     console.print(table)
-    console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Written to {as_named(folder)}", soft_wrap=True, highlight=False)
 
 
 def finish(loggers: Sequence[Logger]) -> None:
