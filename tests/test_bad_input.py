@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.fresh import command
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.config import load_config
 from wsolkit.data.imagenet import imagenet_records
@@ -23,12 +22,6 @@ from wsolkit.train import train
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
 BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
-
-
-def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 # What is seen at the command line: one message, no traceback. One process each, so only the kinds that differ.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import yaml
 from omegaconf import DictConfig
 
 from tests.conftest import write_imagenet, write_listed
+from tests.fresh import command
 from wsolkit import load_config
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import check_config, plain
@@ -35,10 +33,7 @@ TINY = (
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
-    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments]
-    done = subprocess.run(
-        call, cwd=cwd, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=False
-    )
+    done = command(name, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -188,8 +183,7 @@ def test_resume_takes_no_other_run(trained: Path, tmp_path: Path) -> None:
 
 def test_evaluate_takes_no_other_method(trained: Path) -> None:
     checkpoint = f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}"
-    call = [sys.executable, "-m", "wsolkit.evaluate", checkpoint, "method=sat"]
-    done = subprocess.run(call, cwd=trained.parent, capture_output=True, text=True, check=False)
+    done = command("evaluate", checkpoint, "method=sat", cwd=trained.parent)
     assert done.returncode == 1
     assert done.stderr == "error: method=sat: the checkpoint's method is ts_cam; leave the setting out\n"
 
@@ -198,8 +192,7 @@ def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Pat
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     content["wsolkit"]["config"]["method"]["name"] = "mine"
     torch.save(content, tmp_path / "x.ckpt")
-    call = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=x.ckpt"]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = command("evaluate", "checkpoint=x.ckpt", cwd=tmp_path)
     assert done.returncode == 1
     assert "there is no method 'mine'; choose from: bridging_gap, cam, sat, scm, spa, ts_cam" in done.stderr
 
@@ -322,20 +315,6 @@ def test_schedule_reaches_the_optimizer(tmp_path: Path) -> None:
     column = header.split(",").index("lr/decay")
     rates = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
-
-
-def test_multirun_makes_a_directory_a_job(tmp_path: Path) -> None:
-    run(
-        *("train", "-m", "method=ts_cam,sat", "seed=0,1", *TINY, "trainer.max_epochs=1", "protocol=[maxboxacc]"),
-        "hydra.sweep.dir=sweep",
-        "logger=wandb",
-        cwd=tmp_path,
-    )
-    folders = sorted(path.parent for path in (tmp_path / "sweep").rglob("metrics.json"))
-    assert len(folders) == 4
-    assert len({(folder / "metrics.json").read_text() for folder in folders}) == 4
-    for folder in folders:
-        assert len(list((folder / "wandb").glob("offline-run-*"))) == 1  # a run of its own for each job
 
 
 @pytest.fixture(scope="module")

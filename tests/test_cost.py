@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.backbones.sync_batch_norm import synchronise
@@ -216,9 +214,9 @@ def test_compiled_run_leaves_the_checkpoint_of_any_other(tmp_path: Path, monkeyp
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value)
 
-    call = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=compiled/checkpoints/best.ckpt", "compile=true"]
     nothing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": ""}
-    done = subprocess.run(call, cwd=tmp_path, env=os.environ | nothing, capture_output=True, text=True, check=False)
+    given = ("checkpoint=compiled/checkpoints/best.ckpt", "compile=true")
+    done = command("evaluate", *given, cwd=tmp_path, environment=nothing)
     assert done.returncode == 1
     assert "error: compile: torch.compile failed (" in done.stderr
     assert "set compile=false" in done.stderr

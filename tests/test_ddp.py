@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.utils.data import DataLoader
 
-from tests.test_resume import FRESH
+from tests import fresh
+from tests.fresh import FRESH
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.data.dataset import EachOnce, evaluation_batch
@@ -183,9 +182,9 @@ def test_area_loss_on_one_process_is_plain() -> None:
 
 
 def command(name: str, *arguments: str, cwd: Path) -> None:
-    call = [sys.executable, "-m", f"wsolkit.{name}", *arguments, "trainer.enable_progress_bar=false"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = fresh.command(
+        name, *arguments, "trainer.enable_progress_bar=false", cwd=cwd, environment={"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
 
 

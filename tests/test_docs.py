@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import importlib
-import io
 import os
 import re
 import shlex
@@ -26,6 +23,7 @@ from pycocotools.coco import COCO
 
 from tests.conftest import REPOSITORY
 from tests.data.layouts import write_cub
+from tests.fresh import command
 from tests.test_export import save
 from wsolkit import build_module, load_config
 from wsolkit.interop.official import _released_name
@@ -70,44 +68,38 @@ def write_photos(folder: Path) -> None:
             PIL.Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.jpg")
 
 
-def follow(
-    page: str, folder: Path, environment: dict[str, str], added: dict[str, str] | None = None, here: bool = False
-) -> str:
+def follow(page: str, folder: Path, environment: dict[str, str], added: dict[str, str] | None = None) -> str:
     """Type every command and run the Python of a page; how many there were, and what was printed.
 
     Args:
         added: what goes behind commands with a word, such as settings for a small copy of a data set.
-        here: run wsolkit's commands in this process, since starting one takes seconds.
     """
     commands = python = 0
     printed = ""
 
-    def call(*command: str) -> str:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (command, done.stderr)
+    def call(*words: str) -> str:
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (words, done.stderr)
+        return done.stdout
+
+    def typed(line: str) -> str:
+        _, _, module, *arguments = shlex.split(line, comments=True)
+        if not module.startswith("wsolkit.") or module == "wsolkit.train":  # which looks for weights as it is imported
+            return call("bash", "-c", line)
+        done = command(module.removeprefix("wsolkit."), *arguments, cwd=folder)
+        assert done.returncode == 0, (line, done.stderr)
         return done.stdout
 
     for block in blocks(REPOSITORY / "docs" / page):
         if block.startswith("python "):
             for line in block.splitlines():
                 line = " ".join([line, *(more for word, more in (added or {}).items() if word in line)])
-                printed += call_here(line, folder) if here and "-m wsolkit" in line else call("bash", "-c", line)
+                printed += typed(line)
                 commands += 1
         elif block.startswith(("from wsolkit import", "import ")):
             printed += call("python", "-c", block)
             python += 1
     return f"{commands} commands, {python} Python\n{printed}"
-
-
-def call_here(line: str, folder: Path) -> str:
-    """What a command `python -m wsolkit.…` prints, run in this process."""
-    _, _, module, *arguments = shlex.split(line)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [module, *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "0")  # put back afterwards: the command changes it
-        importlib.import_module(module).main()
-    return printed.getvalue()
 
 
 def test_page_on_predictions(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -126,7 +118,7 @@ def test_page_on_exported_programs(tmp_path: Path, environment: dict[str, str]) 
     (tmp_path / "outputs" / "photos" / "checkpoints").mkdir(parents=True)
     save(tmp_path / "outputs" / "photos" / "checkpoints" / "best.ckpt", "method=ts_cam", "backbone=vit_micro", size=224)
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
-    printed = follow("export.md", tmp_path, environment, here=True)
+    printed = follow("export.md", tmp_path, environment)
     assert printed.startswith("4 commands, 1 Python\n")
     assert '"label": "dog"' in printed
     assert "['cat', 'dog', 'emu'] torch.Size([2, 3]) torch.Size([2, 3, 28, 28])" in printed
@@ -142,7 +134,7 @@ def test_page_on_released_files(tmp_path: Path, environment: dict[str, str]) -> 
     torch.save({"state_dict": released_state("ts_cam"), "epoch": 1}, tmp_path / "model_best.pth")
     small = "dataset.num_classes=2 dataset.expected=null"
     added = {"dataset=cub": small, "evaluate": "num_examples=0 trainer.enable_progress_bar=false"}
-    printed = follow("import_checkpoint.md", tmp_path, environment, added, here=True)
+    printed = follow("import_checkpoint.md", tmp_path, environment, added)
     assert printed.startswith("4 commands, 0 Python\n")
     assert "sat on deit_tiny, 2 classes (001.Black_footed_Albatross, …), 224 pixels" in printed
     assert len(COCO(str(tmp_path / "boxes" / "pseudo_labels.json")).imgs) == 6

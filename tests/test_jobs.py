@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import command
 from wsolkit.config import CONF
 from wsolkit.errors import JobError
 from wsolkit.jobs import Job, differences, job_name, read_job, run_job
@@ -162,11 +163,6 @@ def test_differences() -> None:
     assert differences({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 2}) == {"a.c", "d", "e"}
 
 
-def sweep(*arguments: str, cwd: Path, command: str = "train") -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", f"wsolkit.{command}", *arguments]
-    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def states(folder: Path) -> dict[str, str]:
     jobs = {path.parent.name: read_job(path.parent) for path in folder.glob("*/job.json")}
     return {name: job.state for name, job in jobs.items() if job is not None}
@@ -181,7 +177,9 @@ def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) ->
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     chosen = [] if launcher is None else [f"hydra/launcher={launcher}"]
     arguments = ("sweep=sat_blocks", "method.num_blocks=6,7", "seed=0", *SMOKE, *chosen)
-    done = sweep(*arguments, cwd=tmp_path)
+    # Not a forked process: a launcher's own processes would outlive it.
+    call = [sys.executable, "-m", "wsolkit.train", *arguments]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "method.num_blocks=7: expected 1 to 6" in done.stdout + done.stderr
     folder = tmp_path / "outputs" / "sweeps" / "sat_blocks_shapes"
@@ -190,12 +188,12 @@ def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) ->
     assert states(folder) == {good: "finished", bad: "failed"}
     result = (folder / good / "metrics.json").stat().st_mtime_ns
     if launcher is None:
-        assert sweep(*arguments, cwd=tmp_path).returncode == 1
+        assert command("train", *arguments, cwd=tmp_path).returncode == 1
         assert (folder / good / "metrics.json").stat().st_mtime_ns == result
 
 
 def test_what_a_job_lacks_is_said_by_the_job(tmp_path: Path) -> None:
-    done = sweep("-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    done = command("train", "-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 1
     assert "output.log: required and not given: dataset.root" in done.stderr
     assert list(states(tmp_path / "sweep").values()) == ["failed"]
@@ -203,7 +201,7 @@ def test_what_a_job_lacks_is_said_by_the_job(tmp_path: Path) -> None:
 
 def test_presets_of_launchers_compose(tmp_path: Path) -> None:
     for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
-        done = sweep(f"hydra/launcher={path.stem}", "--cfg", "hydra", cwd=tmp_path)
+        done = command("train", f"hydra/launcher={path.stem}", "--cfg", "hydra", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "_target_: hydra_plugins" in done.stdout
 

@@ -25,8 +25,8 @@ import torch
 from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
+from tests.fresh import FRESH
 from tests.test_docs import released_state
-from tests.test_resume import FRESH
 from tests.test_sweep_report import add_job
 from wsolkit import config, load_config
 from wsolkit.train import train
@@ -41,7 +41,9 @@ SMALL = {
         *("trainer.check_val_every_n_epoch=1", "dataset.batch_size=2", "dataset.eval_batch_size=2"),
         *("dataset.num_workers=0", "backbone.pretrained=false", "num_examples=1", "dataset.subset_seed=0"),
     ),
-    "evaluate": ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "dataset.eval_batch_size=2"),
+    "evaluate": (
+        *("trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "dataset.eval_batch_size=2", "num_examples=1"),
+    ),
     "predict": ("device=cpu", "num_workers=0"),
     "dashboard": ("save=false",),
 }

@@ -26,6 +26,7 @@ from tests.data.layouts import (
 )
 from tests.data.packing import pack, pack_each, tar_of, tree
 from tests.data.serving import serving
+from tests.fresh import command
 from wsolkit.config import CONF
 from wsolkit.prepare import main
 
@@ -129,16 +130,12 @@ def test_cub_is_prepared_and_trained_on(root: Path, tmp_path: Path, prepare: Pre
         path.unlink()
     assert prepare(*given).returncode == 0  # nor for archives
 
-    (command,) = (line.removeprefix("Train: python ") for line in again.stdout.splitlines() if "Train: " in line)
+    (line,) = (line for line in again.stdout.splitlines() if "Train: python -m wsolkit.train " in line)
     small = (
-        "backbone=vit_micro",
-        "dataset.image_size=32",
-        "dataset.resize=36",
-        "trainer=smoke",
-        "dataset.batch_size=4",
+        *("backbone=vit_micro", "dataset.image_size=32", "dataset.resize=36", "dataset.batch_size=4"),
+        *("trainer=smoke", "trainer.accelerator=cpu", "logger=none", "hydra.run.dir=run"),
     )
-    call = [sys.executable, *command.split(), *small, "trainer.accelerator=cpu", "logger=none", "hydra.run.dir=run"]
-    trained = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    trained = command("train", *line.partition("wsolkit.train ")[2].split(), *small, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "is not used" not in trained.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fresh import FRESH
 from tests.test_commands import config, metrics, weights
 from wsolkit.checkpoint import latest_checkpoint, read_checkpoint
 from wsolkit.errors import CheckpointError
@@ -26,10 +26,6 @@ SETTINGS = (
     *("trainer.max_epochs=4", "schedule.name=cosine", "backbone.drop_path_rate=0.2", "dataset.num_workers=0"),
     *("resume=auto", "checkpoints.every_n_steps=1"),
 )
-
-# Processes are forked from one that has imported everything and computed nothing: they begin at once.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["wsolkit.train", "wsolkit.build", "wsolkit.methods.sat", "wsolkit.reporting.pictures"])
 
 
 def begin(folder: Path, *settings: str) -> ForkServerProcess:

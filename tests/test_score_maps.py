@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY, write_listed
+from tests.fresh import command
 from wsolkit.evaluate import main
 from wsolkit.reporting.examples import read_examples
 
@@ -40,11 +40,10 @@ def metrics(folder: Path) -> dict[str, Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder, with what evaluating it under several protocols left, and its maps."""
     folder = tmp_path_factory.mktemp("maps")
-    train = [sys.executable, "-m", "wsolkit.train", "trainer=smoke", SIZES, "dataset.batch_size=16", "num_examples=0"]
-    subprocess.run([*train, "hydra.run.dir=run"], cwd=folder, check=True, capture_output=True)
-    command = [sys.executable, "-m", "wsolkit.evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps"]
-    command += ["protocol=[maxboxacc_v2,ts_cam,scm,sat,spa]", "hydra.run.dir=own", "num_examples=2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    smoke = ("trainer=smoke", SIZES, "dataset.batch_size=16", "num_examples=0", "hydra.run.dir=run")
+    command("train", *smoke, cwd=folder).check_returncode()
+    protocols = ("protocol=[maxboxacc_v2,ts_cam,scm,sat,spa]", "hydra.run.dir=own", "num_examples=2")
+    done = command("evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps", *protocols, cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "table.txt").write_text(done.stdout)
     return folder

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from omegaconf import OmegaConf
 
+from tests import fresh
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import Job, State
 from wsolkit.reporting.charts import Shown
@@ -100,8 +101,7 @@ def grid(*keys: str, shape: tuple[int, ...], seeds: int = 1) -> Sweep:
 
 
 def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "wsolkit.sweep_report", *map(str, arguments)]
-    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, check=False)
+    return fresh.command("sweep_report", *arguments, cwd=cwd)
 
 
 def table(path: Path) -> list[dict[str, str]]:

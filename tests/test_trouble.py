@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from tests.fresh import FRESH, command
 from tests.test_commands import TINY, config, weights
-from tests.test_resume import FRESH, _train, finish, stop
+from tests.test_resume import _train, finish, stop
 from wsolkit.checkpoint import is_whole, read_checkpoint
 from wsolkit.config import as_override
 from wsolkit.data.shapes import ShapesRecords
@@ -158,14 +157,8 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
 def test_run_goes_on_where_wandb_cannot_be_reached(tmp_path: Path) -> None:
     """Nobody listens on port 9; the run is kept, to be sent later."""
     nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": 40 * "a", "WANDB_INIT_TIMEOUT": "5"}
-    done = subprocess.run(
-        [sys.executable, "-m", "wsolkit.train", *TINY, "logger=wandb", "trainer.max_epochs=1", "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env=os.environ | nobody | {"WANDB_MODE": "online"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    given = (*TINY, "logger=wandb", "trainer.max_epochs=1", "hydra.run.dir=run")
+    done = command("train", *given, cwd=tmp_path, environment=nobody | {"WANDB_MODE": "online"})
     assert done.returncode == 0, done.stderr
     assert "W&B cannot be reached, or does not know you" in done.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")

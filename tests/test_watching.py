@@ -94,6 +94,13 @@ def offline(sweep: dict[str, Path]) -> dict[str, OfflineRun]:
     return {method: read_offline(folder) for method, folder in sweep.items()}
 
 
+def test_multirun_makes_a_directory_a_job(sweep: dict[str, Path]) -> None:
+    assert sorted(sweep) == ["sat", "scm"]
+    assert len({(folder / "metrics.json").read_text() for folder in sweep.values()}) == 2
+    for folder in sweep.values():
+        assert len(list((folder / "wandb").glob("offline-run-*"))) == 1  # a run of its own for each job
+
+
 def test_wandb_has_what_there_is_to_watch(offline: dict[str, OfflineRun]) -> None:
     common = {
         *(

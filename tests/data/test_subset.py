@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from tests.data.layouts import write_cub
+from tests.fresh import command
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.checkpoint import check_resumable
 from wsolkit.data.records import Records, Split, file_records
@@ -205,9 +206,8 @@ def test_a_run_keeps_what_it_was_trained_on(trained: Path) -> None:
 
 
 def evaluate(trained: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "wsolkit.evaluate", f"checkpoint={trained}/checkpoints/best.ckpt"]
-    options = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "hydra.run.dir=out", *arguments]
-    return subprocess.run([*call, *options], cwd=trained, capture_output=True, text=True, check=False)
+    options = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "hydra.run.dir=out", *arguments)
+    return command("evaluate", f"checkpoint={trained}/checkpoints/best.ckpt", *options, cwd=trained)
 
 
 def test_a_checkpoint_is_evaluated_on_its_classes(trained: Path) -> None:

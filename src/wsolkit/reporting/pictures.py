@@ -112,9 +112,11 @@ def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ())
 def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
     """A sheet of examples, two in a row, with a legend."""
     rows = max(1, (len(examples) + 1) // 2)
-    figure = Figure(figsize=(10, 3.0 * rows + 0.8), layout="constrained")
+    height = 2.95 * rows + 0.85
+    figure = Figure(figsize=(10, height))  # of equal cells, for which a layout engine takes long
     for axes in figure.subplots(rows, 2, squeeze=False).ravel():
         axes.set_axis_off()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.5 / height, top=1 - 0.85 / height, wspace=0.03, hspace=0.2)
     for axes, example in zip(figure.axes, examples, strict=False):
         axes.imshow(example_image(example))
         known = example.predicted_label in (None, example.label)
@@ -124,7 +126,7 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
         Patch(edgecolor=TRUTH, fill=False, label="ground truth"),
         Patch(edgecolor=PREDICTED, fill=False, linestyle="--", label="predicted box"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="lower center", ncols=2)
     figure.suptitle(title)
     return figure
 
@@ -179,8 +181,9 @@ def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.f
             row = [(f"${name}^{step}$", one) for step, one in enumerate(maps[which])]
             rows.append((None if place else picture, row))
     columns = 1 + max(len(row) for _, row in rows)
-    figure = Figure(figsize=(1.3 * columns, 1.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.3 * columns, 1.5 * len(rows)))
     grid = figure.subplots(len(rows), columns, squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - 0.22 / (1.5 * len(rows)), wspace=0.05, hspace=0.17)
     for axes in grid.ravel():
         axes.set_axis_off()
     for line, (picture_or_none, row) in zip(grid, rows, strict=True):
@@ -283,11 +286,10 @@ class Report(Callback):
             localize_with(module),
             examples,
         )
-        figures = {f"charts/{name}": figure for name, figure in charts(*outcome).items()}
-        if inside is not None:
-            figures["examples/inside"] = inside
-        _log_figures(trainer, figures)
-        _log_tables(trainer, tables, outcome)
+        if _loggers(trainer, WandbLogger, TensorBoardLogger):
+            figures = {f"charts/{name}": figure for name, figure in charts(*outcome).items()}
+            _log_figures(trainer, figures if inside is None else figures | {"examples/inside": inside})
+            _log_tables(trainer, tables, outcome)
 
 
 def _loggers(trainer: Trainer, *kinds: type) -> list[Any]:
@@ -312,8 +314,6 @@ def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
 
 def _log_figures(trainer: Trainer, figures: Mapping[str, Figure]) -> None:
     """Log figures by name."""
-    if not _loggers(trainer, WandbLogger, TensorBoardLogger):
-        return
     for name, picture in {name: pixels(figure) for name, figure in figures.items()}.items():
         for logger in _loggers(trainer, WandbLogger):
             logger.log_image(name, [picture])
