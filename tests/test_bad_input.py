@@ -240,6 +240,7 @@ class Evil:
     ("content", "message"),
     [
         (b"PK\x03\x04 cut short", "cannot be read, perhaps it was cut short"),
+        (b"junk\n", r"cannot be read, perhaps it was cut short \(KeyError\)"),
         (b"no checkpoint", "holds something else than tensors and plain containers, or is damaged"),
         ({"state_dict": {}}, "is not a checkpoint of wsolkit"),
         ({"state_dict": Evil()}, r"holds pickled code \(posix.system\), or is damaged; it is not read"),
@@ -253,6 +254,14 @@ def test_broken_checkpoints(content: Any, message: str, in_tmp: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint("x.ckpt")
     assert not Path("evil").exists()
+
+
+def test_checkpoint_with_a_wrong_byte_among_its_weights_is_damaged(shapes_checkpoint: Path, tmp_path: Path) -> None:
+    content = bytearray(shapes_checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.ckpt' is damaged: a part of it has not the check sum"):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_weights_with_code_are_refused(in_tmp: Path) -> None:

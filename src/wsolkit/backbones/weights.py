@@ -59,8 +59,9 @@ def _load_pickle(path: Path) -> Mapping[str, object]:
             f"'{path}' is not a plain state dict: reading it would run code stored in the file, or the file is "
             f"damaged. Save it again as a state dict or as safetensors. ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"'{path}' is not a readable PyTorch file, perhaps cut short ({error})") from error
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"'{path}' is not a readable PyTorch file, perhaps cut short ({reason})") from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state dict")
     return state
