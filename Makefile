@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(RUN) -m wsolkit.train $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 notebooks: $(VENV)/installed
 	$(RUN) notebooks/execute.py $(ARGS)

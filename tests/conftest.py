@@ -23,6 +23,11 @@ REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs first: those given out last, one to each worker, are short."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     """Two, or one where tests run side by side: threads that wait for each other are slow on cores that are taken."""
