@@ -29,7 +29,7 @@ def command(
     """
     module = f"wsolkit.{name}"
     call = [module, *map(str, arguments)]
-    variables = os.environ | {"HYDRA_FULL_ERROR": "0"} | (environment or {})
+    variables = os.environ | {"HYDRA_FULL_ERROR": "0", "WANDB_MODE": "offline"} | (environment or {})
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, stream) for stream in ("stdout", "stderr")]
         process = FRESH.Process(target=_run, args=(call, cwd, variables, printed))
