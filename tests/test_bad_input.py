@@ -91,7 +91,11 @@ def test_commands_say_it_in_one_message(name: str, arguments: list[str], message
         (["monitor=nothing"], "monitor=nothing: expected one of top1_cls, top5_cls, maxboxacc/"),
         (["backbone=vit_tiny", "backbone.weights=gone.pth"], "no weight file at 'gone.pth'"),
         (["backbone.model=vit_huge_patch3"], "timm has no model 'vit_huge_patch3'"),
-        (["method._target_=wsolkit.methods.cam2.CAM"], "method._target_=wsolkit.methods.cam2.CAM: cannot be imported"),
+        (
+            ["method._target_=wsolkit.methods.cam2.CAM"],
+            "method._target_=wsolkit.methods.cam2.CAM: wsolkit runs only what its own YAML files or those of "
+            "--config-dir=FOLDER name as a _target_ (did you mean 'wsolkit.methods.cam.CAM'?)",
+        ),
         (["dataset=listed", "dataset.root=gone"], "dataset.root: there is no folder 'gone'"),
         (["trainer.accelerator=gpu", "trainer.devices=64"], "trainer: "),
         (["dataset.batch_size=9", "trainer.accumulate_grad_batches=2"], "dataset.batch_size=9 is the global batch"),

@@ -22,10 +22,11 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning import LightningModule, Trainer
@@ -38,29 +39,38 @@ from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import load_config, plain
+from wsolkit.config import as_text, load_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint; a resumed run takes it along from the directory of the run it continues."""
+    """Keeps the best checkpoint as `best.ckpt`; a resumed run takes along the one beside the checkpoint it continues.
+
+    A checkpoint says which file was the best. Nothing that it says is read, copied or deleted as a file: it may come
+    from anywhere.
+
+    Args:
+        folder: of the checkpoints.
+        monitor: the metric of which the best checkpoint has most.
+        resume: the checkpoint that the run continues; None: it begins anew.
+    """
+
+    def __init__(self, folder: Path, monitor: str, resume: str | Path | None) -> None:
+        super().__init__(folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
+        self._here = folder / "best.ckpt"
+        self._earlier = None if resume is None else Path(resume).parent / "best.ckpt"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook: make the state of the earlier run that of this one, in this one's directory."""
-        assert self.dirpath is not None
-        earlier, here = Path(state_dict["best_model_path"]), Path(self.dirpath) / f"{self.filename}.ckpt"
-        state = dict(state_dict)
-        if earlier.is_file() and earlier != here:
-            here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(earlier, here)
-            state |= {
-                "dirpath": self.dirpath,
-                "best_model_path": str(here),
-                "kth_best_model_path": str(here),
-                "best_k_models": {str(here): state["best_model_score"]},
-                "last_model_path": "",
-            }
-        super().load_state_dict(state)
+        """Lightning's hook: make the score of the earlier run's best checkpoint, and the file, those of this run."""
+        score = state_dict.get("best_model_score")
+        if self._earlier is None or not isinstance(score, torch.Tensor) or not self._earlier.is_file():
+            return
+        if self._earlier.resolve() != self._here.resolve():
+            self._here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._earlier, self._here)
+        self.best_model_score = self.kth_value = score
+        self.best_model_path = self.kth_best_model_path = str(self._here)
+        self.best_k_models = {str(self._here): score}
 
 
 _STEPS_BETWEEN_LOOKS = 16  # at the clock: to agree upon it, processes wait for each other
@@ -297,21 +307,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if zipfile.is_zipfile(path) and not is_whole(path):  # PyTorch's reader looks at no check sums
         raise CheckpointError(f"'{path}' is damaged: a part of it has not the check sum that was written with it")
     try:
-        if not all(isinstance(own["config"][group], dict) for group in ("method", "backbone", "dataset")):
-            raise TypeError("its settings are incomplete")
-        checkpoint = Checkpoint(
-            path,
-            content["state_dict"],
-            own["config"],
-            list(own["class_names"]),
-            str(own["version"]),
-            int(content["global_step"]),
-        )
-        known = {key: own[key] for key in ("thresholds", "metrics", "mean", "std") if key in own}
-        checkpoint = replace(checkpoint, **known)
-        checkpoint.names()
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"'{path}' is a damaged checkpoint of wsolkit ({error})") from error
+        checkpoint = _checked(path, content, own)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is a damaged checkpoint of wsolkit ({_first_line(error)})") from error
     if checkpoint.version != wsolkit.__version__:
         warnings.warn(
             f"'{path}' was written by wsolkit {checkpoint.version}, this is {wsolkit.__version__}: if its results are "
@@ -319,6 +317,83 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             stacklevel=1,
         )
     return checkpoint
+
+
+# Fields of a checkpoint, beside the trainer's state, and their types; early checkpoints lack the last four.
+_FIELDS: Mapping[str, Any] = {
+    "config": dict[str, Any],
+    "class_names": list[str],
+    "version": str,
+    "thresholds": dict[str, float],
+    "metrics": dict[str, float],
+    "mean": list[float],
+    "std": list[float],
+}
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def _checked(path: Path, content: Mapping[str, Any], own: Mapping[str, Any]) -> Checkpoint:
+    """Take the fields of a checkpoint that are of their types.
+
+    Raises:
+        TypeError, ValueError: a field is missing, or its content is not what a run of wsolkit writes.
+    """
+    if not isinstance(own, dict):
+        raise TypeError(f"its field 'wsolkit' is a {type(own).__name__}")
+    lacking = [name for name in ("config", "class_names", "version") if name not in own]
+    if lacking:
+        raise TypeError(f"it has no '{lacking[0]}'")
+    for name, kind in _FIELDS.items():
+        if name in own:
+            _check_type(name, own[name], kind)
+    for name, kind in {"state_dict": dict[str, torch.Tensor], "global_step": int}.items():
+        _check_type(name, content.get(name), kind)
+    fields = {name: own[name] for name in _FIELDS if name in own}
+    checkpoint = Checkpoint(path, content["state_dict"], step=content["global_step"], **fields)
+    _check_plain(checkpoint.config, "config")
+    for group in GROUPS:
+        node = checkpoint.config.get(group) or {}
+        _check_type(group, node, dict[str, Any])
+        if not isinstance(node.get("name"), str) and (node or group != "postprocess"):
+            raise TypeError(f"its settings have no {group} with a name")
+    for side in ("image_size", "resize"):
+        _check_type(f"dataset.{side}", checkpoint.config["dataset"].get(side), int)
+    protocols = checkpoint.config.get("protocol") or {}
+    _check_type("protocol", protocols, dict[str, dict[str, Any]])
+    for group, name in [*checkpoint.names().items(), *(("protocol", name) for name in protocols)]:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"its {group} is called {name!r}: expected the plain name of a YAML file in conf/{group}")
+    return checkpoint
+
+
+# Names go into Hydra's grammar, where a path or a list would mean another file, and null nothing at all.
+_PLAIN_NAME = re.compile(r"(?!null$)[A-Za-z0-9_-]+", re.IGNORECASE)
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    adapter = pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+    try:
+        adapter.validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        raise TypeError(f"{name}: {error.errors()[0]['msg']}") from None
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Check that settings hold nothing but dictionaries, lists and scalars."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has a key of type {type(key).__name__}")
+            _check_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{place}]")
+    elif type(value) not in _SCALARS:
+        raise TypeError(f"{where} is a {type(value).__name__}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _described(content: object) -> str:
@@ -446,6 +521,7 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], p
             _merge(node, values, derived)
     cfg.dataset.image_size = saved["dataset"]["image_size"]
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
+    cfg.dataset.cache = None  # it would write where the checkpoint says, and evaluation reads no cache
     if checkpoint.mean:
         cfg.backbone.mean, cfg.backbone.std = list(checkpoint.mean), list(checkpoint.std)
     for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
@@ -469,7 +545,7 @@ def _merge(node: DictConfig, saved: Mapping[str, Any], derived: bool) -> None:
         if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
             _merge(node[key], value, derived)
         elif not _mentions_target(value) and not (derived and node[key] == value):
-            node[key] = value
+            node[key] = as_text(value)
 
 
 def _mentions_target(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -334,15 +335,41 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
 
 
 def locate(target: str, path: str) -> Any:
-    """Import what a `_target_` names.
+    """Import what a `_target_` names, if a YAML file of the package or of `--config-dir` names it as one.
+
+    Wherever settings come from, they can run nothing else.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: no such file names it, or there is no such thing.
     """
+    folders = [CONF, *_own_folders()]
+    if not any(target in _targets(folder) for folder in folders):
+        known = sorted(frozenset[str]().union(*map(_targets, folders)))
+        close = difflib.get_close_matches(target, known, n=1)
+        raise ConfigError(
+            f"{path}_target_={target}: wsolkit runs only what its own YAML files or those of --config-dir=FOLDER name "
+            "as a _target_" + (f" (did you mean '{close[0]}'?)" if close else "")
+        )
     try:
         return hydra.utils.get_object(target)
     except Exception as error:
         raise ConfigError(f"{path}_target_={target}: cannot be imported ({error})") from error
+
+
+def _own_folders() -> list[Path]:
+    """Folders of YAML files that the command line adds to the package's."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if source.schema == "file" and Path(source.path) != CONF]
+
+
+@functools.cache
+def _targets(folder: Path) -> frozenset[str]:
+    """What the YAML files of a folder and its groups name as a `_target_`."""
+    paths = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return frozenset(name for text in texts for name in re.findall(r"""_target_["']?\s*:\s*["']?([\w.]+)""", text))
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -350,6 +377,15 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
+
+
+def as_text(value: Any) -> Any:
+    """A value for a configuration in which each string stands for itself: `${…}` in it is no interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+    if isinstance(value, Mapping):
+        return {key: as_text(inner) for key, inner in value.items()}
+    return [as_text(inner) for inner in value] if isinstance(value, list) else value
 
 
 def arguments(node: DictConfig) -> dict[str, Any]:

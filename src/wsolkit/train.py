@@ -62,13 +62,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
 
-    best = BestCheckpoint(
-        folder / "checkpoints",
-        filename="best",
-        monitor=f"val/{monitor}",
-        mode="max",
-        enable_version_counter=False,
-    )
+    best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", resume)
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from wsolkit.errors import CheckpointError, ConfigError
 
+# Arguments of timm's that name a file or an address. Settings may come from a checkpoint of somebody else's.
+_SOURCES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+
 
 def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Module:
     """A model of timm's, with weights from its hub if `pretrained`.
@@ -18,6 +21,11 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
     Raises:
         ConfigError: timm has no such model, or none with these settings. CheckpointError: the weights did not come.
     """
+    for name in sorted(_SOURCES & settings.keys()):
+        raise ConfigError(
+            f"backbone.options.{name}: options change the shape of timm's model and read nothing from elsewhere: "
+            "give weights as backbone.weights=FILE or backbone.pretrained=true"
+        )
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
     try:
