@@ -213,7 +213,7 @@ def test_unreadable_images_are_listed_and_do_not_stop_the_rest(
     assert predict(*given, cwd=tmp_path) == 3
     captured = capsys.readouterr()
     assert "7 images, 7 of them new" in captured.out
-    assert f"4 images could not be read, see {Path('out') / 'failed.csv'}" in captured.err
+    assert f"4 images have no predictions, see {Path('out') / 'failed.csv'}" in captured.err
     failed = {row["file_name"]: row["reason"] for row in table(tmp_path / "out" / "failed.csv")}
     assert failed.keys() == {"cut.png", "text.jpg", "empty.png", "broken.tif"}
     assert "cannot identify image file" in failed["text.jpg"]

@@ -239,6 +239,7 @@ class RunSettings(typing.TypedDict, total=False):
     resume: str | None
     checkpoints: Checkpoints
     fit_memory: bool
+    allow_not_finite: bool
     checkpoint: str | None
     score_maps: str | None
     save_maps: str | None

@@ -54,7 +54,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.trouble import named_compilation
+    from wsolkit.trouble import check_finite, named_compilation
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
@@ -112,6 +112,8 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         report(folder, heading, method_name(cfg), checkpoint.class_names, chosen_on, outcome)
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
+        network = f"the network of '{checkpoint.path}'"
+        check_finite(outcome, datamodule.dataset("test").records, network, cfg.allow_not_finite)
     return module.results
 
 

@@ -144,6 +144,7 @@ class Localizer:
     def __init__(self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision) -> None:
         """Build the model of restored settings; `from_checkpoint` is for everybody else."""
         self.class_names = checkpoint.class_names
+        self._path = checkpoint.path
         self.method, self.backbone = str(cfg.method.name), str(cfg.backbone.name)
         self.protocol, self.rules = next(iter(build_protocols(cfg).items()))
         self.metrics, self.version = dict(checkpoint.metrics), checkpoint.version
@@ -236,7 +237,8 @@ class Localizer:
             a `Prediction`; for a list of images a list; with `top_k` a list for each image.
 
         Raises:
-            DataError: an image cannot be read. ConfigError: another argument is wrong.
+            DataError: an image cannot be read. ConfigError: another argument is wrong. CheckpointError: the network
+                gives logits or score maps that are not finite.
         """
         single = isinstance(images, str | Path | PIL.Image.Image | np.ndarray | Tensor)
         given = cast("list[ImageLike]", [images] if single else list(cast("Sequence[ImageLike]", images)))
@@ -250,6 +252,7 @@ class Localizer:
             batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
             part = None if labels is None else labels[start : start + _BATCH_SIZE]
             found += self.localize(batch, part, top_k or 1, threshold, select, pictures)
+        self._check_finite(bool(predictions) for predictions in found)
         results = found if top_k is not None else [each[0] for each in found]
         return results[0] if single else results
 
@@ -266,7 +269,9 @@ class Localizer:
         picture = as_rgb(image)
         batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
         labels = None if classes is None else [[self.label(name) for name in classes]]
-        chosen = zip(*(of_image[0] for of_image in self._forward(batch, labels, top_k)), strict=True)
+        found = self._forward(batch, labels, top_k)
+        self._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
+        chosen = zip(*(of_image[0] for of_image in found), strict=True)
         return [RawMap(self.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen]
 
     def at_threshold(self, found: RawMap, threshold: float | None = None, select: Select = "largest") -> Prediction:
@@ -312,6 +317,8 @@ class Localizer:
     ) -> Iterator[list[Prediction]]:
         """Predictions of a batch of `dataset`, image by image, so that few large maps are in memory at a time.
 
+        There are none for an image whose logits or score maps are not finite.
+
         Args:
             labels: whose maps, one for each image; None: of the `top_k` most probable classes.
             threshold, select: see `__call__`.
@@ -323,10 +330,12 @@ class Localizer:
         classes, scores, raw = self._forward(batch, given, top_k)
         sizes = batch["size"].tolist()
         found = self._maps_and_levels(raw, sizes, tau)
+        finite = (raw.isfinite().flatten(1).all(dim=1).cpu() & scores.isfinite().all(dim=1)).tolist()
         for row, (width, height) in enumerate(sizes):
             picture = None if images is None else images[row]
             each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
-            yield [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
+            drawn = [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
+            yield drawn if finite[row] else []
 
     def check(self, top_k: int, select: Select) -> None:
         """Check what `localize` is asked for.
@@ -422,6 +431,14 @@ class Localizer:
             threshold=tau,
             image=image,
         )
+
+    def _check_finite(self, finite: Iterable[bool]) -> None:
+        for place, fine in enumerate(finite):
+            if not fine:
+                raise CheckpointError(
+                    f"the network of '{self._path}' gives logits or score maps that are not finite for image "
+                    f"{place} of those given: try precision='32-true', or another checkpoint"
+                )
 
     def _labels(self, classes: str | int | Sequence[str | int], count: int) -> list[int]:
         if isinstance(classes, str | int):

@@ -2,7 +2,7 @@
 
 The output folder holds predictions.json (COCO's results), pseudo_labels.json (a COCO data set: images, categories and,
 as annotations, the objects of each image's given or most probable class), predictions.csv, settings.json,
-progress.jsonl; overlays/ on request; failed.csv, if images could not be read. The exit code is then 3.
+progress.jsonl; overlays/ on request; failed.csv, if some images have no predictions. The exit code is then 3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from wsolkit.types import EvaluationBatch
 
 UNREADABLE = 3
-"""Exit code where all is done but for images that could not be read."""
+"""Exit code where all is done but for images that could not be read, or of which the network made nothing."""
 
 OVERLAYS = "overlays"
 
@@ -35,7 +35,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     """Write the predictions for the images of `cfg.source` into a folder.
 
     Raises:
-        SystemExit: with code 3, some images could not be read.
+        SystemExit: with code 3, some images have no predictions.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -79,7 +79,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
                 given = None if labels is None else [labels[missing[place]] for place in places]
                 predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
                 of_batch = [sources[missing[place]] for place in places]
-                files.add(_each(of_batch, predictions, base, folder if cfg.overlays else None))
+                files.add(_each(of_batch, predictions, failed, base, folder if cfg.overlays else None))
         count = files.write(sources, failed)
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
@@ -88,7 +88,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     if failed:
         first, reason = next(iter(failed.items()))
         print(
-            f"{len(failed)} images could not be read, see {as_named(folder) / FAILED}; '{first}': {reason}",
+            f"{len(failed)} images have no predictions, see {as_named(folder) / FAILED}; '{first}': {reason}",
             file=sys.stderr,
         )
         sys.exit(UNREADABLE)
@@ -272,14 +272,24 @@ def _collate(
 
 
 def _each(
-    sources: Sequence[Source], found: Iterator[list[Prediction]], base: Path, folder: Path | None
+    sources: Sequence[Source],
+    found: Iterator[list[Prediction]],
+    failed: dict[str, str],
+    base: Path,
+    folder: Path | None,
 ) -> Iterator[tuple[Source, list[Prediction]]]:
-    """The images of a batch with their predictions, one by one; pictures of them are written, if there is a folder."""
+    """The images of a batch with their predictions, one by one; pictures of them are written, if there is a folder.
+
+    An image without predictions joins those that failed.
+    """
     from wsolkit.data.records import read_image
     from wsolkit.reporting.charts import jpeg
     from wsolkit.reporting.overlay import overlay
 
     for source, predictions in zip(sources, found, strict=True):
+        if not predictions:
+            failed[source.name] = "the network gives logits or score maps that are not finite for it"
+            continue
         if folder is not None:
             path = _overlay_path(folder, source.name)
             path.parent.mkdir(parents=True, exist_ok=True)

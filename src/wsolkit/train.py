@@ -46,7 +46,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
     from wsolkit.speed import Speed
-    from wsolkit.trouble import FiniteLoss, FitMemory, named_compilation, named_trouble, parts_that_fit
+    from wsolkit.trouble import (
+        FiniteLoss,
+        FitMemory,
+        check_finite,
+        named_compilation,
+        named_trouble,
+        parts_that_fit,
+    )
 
     check_config(cfg)
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
@@ -103,6 +110,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
+        network = f"the network of '{as_named(folder)}'"
+        check_finite(outcome, datamodule.dataset("test").records, network, cfg.allow_not_finite)
     return module.results
 
 

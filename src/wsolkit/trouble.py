@@ -13,8 +13,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
 from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.data.records import Records
 from wsolkit.errors import TrainingError
 from wsolkit.methods.base import WSOLModule
+from wsolkit.metrics.evaluation import Outcome
 
 _NAMED = 5
 _NONE = torch.iinfo(torch.int64).max
@@ -147,6 +149,28 @@ _ADVICE = (
     "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; the last checkpoint in "
     "checkpoints/ is from before"
 )
+
+
+def check_finite(outcome: Outcome, records: Records, network: str, allowed: bool) -> None:
+    """Check that an evaluation met no logits or score maps that are not finite.
+
+    Args:
+        outcome: of the evaluation, in which these images count as wrong.
+        records: of the split.
+        network: whose they are.
+        allowed: whether they are allowed all the same.
+
+    Raises:
+        TrainingError: it met some; the message names their images.
+    """
+    count = int(outcome.results.get("not_finite", 0))
+    if count and not allowed:
+        named = [records.name(int(index)) for index in outcome.curves["not_finite_images"]]
+        raise TrainingError(
+            f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
+            f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "
+            "trainer.precision=32-true, or another checkpoint; allow_not_finite=true accepts such results"
+        )
 
 
 @contextmanager

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
-from wsolkit.localization.maps import central_crop, min_max, ten_crops, upsample
+from wsolkit.localization.maps import Interpolation, central_crop, min_max, ten_crops, upsample
 
 
 def test_min_max_scales_each_map_by_itself() -> None:
@@ -16,6 +17,22 @@ def test_min_max_scales_each_map_by_itself() -> None:
 
 def test_constant_map_becomes_zero_and_not_nan() -> None:
     assert min_max(torch.full((1, 3, 3), 7.0)).eq(0).all()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-3, 123.456, -7.7, 1e-30])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_constant_map_stays_constant_when_it_is_enlarged(value: float, interpolation: Interpolation) -> None:
+    """Interpolation leaves differences in the last places, which must not become a map from 0 to 1."""
+    for side in (7, 14, 28):
+        enlarged = upsample(torch.full((1, side, side), value), (224, 224), interpolation)
+        assert min_max(enlarged).eq(0).all()
+        assert min_max(enlarged, epsilon=1e-5).eq(0).all()
+
+
+def test_faint_map_is_none_that_is_constant() -> None:
+    faint = torch.tensor([[[1.0, 1.0 + 1e-5], [1.0, 1.0]]])
+    assert min_max(faint).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
+    assert min_max(torch.tensor([[[0.0, 1e-30], [0.0, 0.0]]])).max() == 1
 
 
 def test_upsampling_is_that_of_opencv() -> None:

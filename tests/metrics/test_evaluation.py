@@ -396,3 +396,46 @@ def test_constant_map_is_legal_and_an_outcome_like_any_other() -> None:
         evaluation = Evaluation({name: rules(name)}, CLASSES)
         evaluation.update_maps(batch_of(0, 1), [torch.nn.functional.pad(constant, (0, 24, 0, 24))])
         assert outcome(evaluation.compute()).results[f"{name}/error_correct"] in (0, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("what", ["maps", "logits", "both"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_counts_as_wrong(name: str, what: str, value: float) -> None:
+    """Even where nothing above the threshold makes the whole image the box, and where that box is right."""
+
+    class Broken(Network):
+        def classify(self, image: Tensor) -> Tensor:
+            logits = super().classify(image)
+            logits[1, 2] = value if what != "maps" else logits[1, 2]
+            return logits
+
+        def maps(self, image: Tensor) -> Tensor:
+            maps = super().maps(image)
+            maps[1, :, 3, 4] = value if what != "logits" else maps[1, :, 3, 4]
+            return maps
+
+    batch = batch_of(0, 3)
+    batch["boxes"] = [np.array([[0, 0, WIDTH - 1, HEIGHT - 1]])] * 3
+    batch["label"] = Network().classify(batch["image"]).argmax(dim=1)
+    evaluation, broken = Evaluation({name: rules(name)}, CLASSES), Broken()
+    seen: list[Any] = []
+    evaluation.protocols[name].boxes.on_verdicts = seen.append
+    evaluation.update(batch, broken.localize, broken.classify)
+    results, curves = outcome(evaluation.compute())
+    assert results["not_finite"] == 1
+    assert curves["not_finite_images"] == [1]
+    (verdicts,) = seen
+    if what != "logits":
+        assert (verdicts.iou[1] == 0).all()
+        assert (verdicts.predicted_iou[1] == 0).all()
+        assert (verdicts.error[1] == ERRORS.index("other")).all()
+    if what != "maps":
+        assert not verdicts.top1[1]
+        assert not verdicts.top5[1]
+        assert results["top1_cls"] < 100
+    whole = evaluation.protocols[name].protocol.empty == "image"
+    assert not whole or (verdicts.iou[0] > 0).any()
+    evaluation.reset()
+    evaluation.update(batch_of(0, 3), Network().localize, Network().classify)
+    assert "not_finite" not in evaluation.compute()

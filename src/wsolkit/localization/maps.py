@@ -8,21 +8,27 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
+_ROUNDING = 8  # units in the last place by which the values of a constant map may differ
+
 
 def min_max(maps: Tensor, epsilon: float = 0) -> Tensor:
-    """Scale each map [..., H, W] to [0, 1] over space; a constant map becomes 0.
+    """Scale each map [..., H, W] to [0, 1] over space; a map that is constant up to rounding becomes 0.
 
     Args:
         epsilon: added to the range that is divided by, as some released code does.
     """
-    low = maps.amin(dim=(-2, -1), keepdim=True)
-    span = maps.amax(dim=(-2, -1), keepdim=True) - low + epsilon
-    return (maps - low) / span.masked_fill(span == 0, 1)
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    # Enlarging a constant map leaves differences of a few units in the last place.
+    rounding = _ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(low.abs(), high.abs())
+    constant = high - low <= rounding
+    scaled = (maps - low) / (high - low + epsilon).masked_fill(constant, 1)
+    return scaled.masked_fill(constant, 0)
 
 
 def upsample(maps: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:

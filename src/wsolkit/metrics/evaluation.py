@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torchmetrics import Metric
 
 from wsolkit.cores import available_cores
 from wsolkit.localization.boxes import Levels, best_iou, matched_boxes
@@ -20,12 +21,14 @@ from wsolkit.localization.maps import central_crop, ten_crops, upsample
 from wsolkit.localization.protocol import Input, Protocol
 from wsolkit.metrics.boxes import BASELINES, CONDITIONS, BoxEvaluation, Verdicts
 from wsolkit.metrics.classification import TopKAccuracy
-from wsolkit.metrics.errors import ERRORS, localization_errors
+from wsolkit.metrics.errors import ERRORS, OTHER, localization_errors
 from wsolkit.metrics.functional import in_top_k, pixel_histogram
 from wsolkit.metrics.masks import PIXEL_BINS, MaskEvaluation
 from wsolkit.types import Boxes, Classes, EvaluationBatch, Localization
 
 _MAX_SIZES = 64
+_NUM_NAMED = 5  # images that are named for numbers that are not finite
+_NO_IMAGE = torch.iinfo(torch.int64).max
 
 Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
 """Of an image's boxes at T thresholds: IoU [T], what is wrong with them [T], and the baselines' IoU [baselines, T]."""
@@ -80,10 +83,42 @@ class Outcome(NamedTuple):
     curves: dict[str, list[Any]]
 
 
+class NotFinite(Metric):
+    """Images whose logits or score maps are not finite: how many, and the positions of the first ones.
+
+    The state has a fixed size and sums across processes.
+    """
+
+    count: Tensor
+    first: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("first", torch.full((_NUM_NAMED,), _NO_IMAGE), dist_reduce_fx=_lowest)
+
+    def update(self, finite: Tensor, index: Tensor) -> None:
+        """Count a batch: whether each image's are finite, bool [B], and its position in the split [B]."""
+        self.count += (~finite).sum()
+        self.first = _lowest(torch.cat([self.first, index.masked_fill(finite, _NO_IMAGE)]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`not_finite`, and positions as `not_finite_images`; nothing where all are finite."""
+        if not int(self.count):
+            return {}
+        named = self.first[self.first < _NO_IMAGE]
+        return {"not_finite": self.count.cpu().double(), "not_finite_images": named.cpu().double()}
+
+
+def _lowest(positions: Tensor) -> Tensor:
+    return positions.flatten().sort().values[:_NUM_NAMED]
+
+
 class _Pending(NamedTuple):
-    """A batch whose boxes are being drawn."""
+    """A batch whose boxes are being drawn; `finite` says of which images the score maps are."""
 
     metric: BoxEvaluation
+    finite: npt.NDArray[np.bool_]
     by_label: list[Future[Judged]]
     by_predicted: dict[int, Future[Judged]]
     image: npt.NDArray[np.int64]
@@ -101,6 +136,8 @@ class _Pending(NamedTuple):
             predicted_iou = iou.copy()
             for row, future in self.by_predicted.items():
                 predicted_iou[row] = future.result()[0]
+            predicted_iou[~self.finite] = 0
+        iou[~self.finite], error[~self.finite] = 0, OTHER
         verdicts = Verdicts(
             self.image,
             self.label,
@@ -218,6 +255,7 @@ class Evaluation(nn.Module):
         self._protocols = nn.ModuleDict({n: ProtocolEvaluation(rules, num_classes) for n, rules in protocols.items()})
         self._inputs: list[Input] = sorted({rules.input for rules in protocols.values()}, reverse=True)
         self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
+        self.not_finite = NotFinite()
         self._pending: list[Future[None]] = []
         self.on_maps: Callable[[EvaluationBatch, list[Tensor]], None] | None = None
         """Called with each batch and its localization maps by label, under the first protocol."""
@@ -250,7 +288,7 @@ class Evaluation(nn.Module):
         localize: Callable[[Tensor, Classes], Localization],
         classify: Callable[[Tensor], Tensor],
     ) -> None:
-        """Count a batch.
+        """Count a batch. An image whose logits or score maps are not finite counts as wrong, and is named.
 
         Args:
             localize: see `WSOLModule.localize`; called once for each way in which protocols feed the network.
@@ -264,9 +302,13 @@ class Evaluation(nn.Module):
             return torch.stack([label, *(top.argmax(dim=1) for top in tops)], dim=1)
 
         submitted = []
+        all_finite = torch.ones_like(label, dtype=torch.bool)
         for way in self._inputs:
             image, mask = network_input(batch, way)
             localization = localize(image, classes)
+            finite = localization.maps.isfinite().flatten(1).all(dim=1)
+            all_finite &= finite & localization.logits.isfinite().all(dim=1)
+            score_maps = localization.maps.where(finite[:, None, None, None], 0)
             shared = _Shared()
             for metric in self.protocols.values():
                 rules = metric.protocol
@@ -276,7 +318,7 @@ class Evaluation(nn.Module):
                 logits = pooled if by_crops and pooled is not None else localization.logits
                 metric.top1_cls.update(logits, label)
                 metric.top5_cls.update(logits, label)
-                raw = localization.maps[:, 0], localization.maps[:, 2 if by_crops else 1]
+                raw = score_maps[:, 0], score_maps[:, 2 if by_crops else 1]
                 maps = shared.get("maps", rules.map_rule, functools.partial(rules.localization_maps, raw[0]))
                 if self.on_maps is not None and metric is next(iter(self.protocols.values())):
                     self.on_maps(batch, metric.localization_maps(raw[0], batch))
@@ -285,7 +327,10 @@ class Evaluation(nn.Module):
                     metric.masks.update(shared.get("histograms", rules.map_rule, histograms))
                 rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
                 if rows:
-                    submitted.append(_submit(metric, batch, rows, maps, raw, logits, shared))
+                    submitted.append(_submit(metric, batch, rows, maps, raw, logits, finite, shared))
+        if pooled is not None:
+            all_finite &= pooled.isfinite().all(dim=1)
+        self.not_finite.update(all_finite, batch["index"])
         self._finish(submitted)
 
     def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
@@ -306,7 +351,8 @@ class Evaluation(nn.Module):
             if rows:
                 sized = metric.at_size(maps, batch)
                 levels = [rules.levels(sized[row][None])[0] for row in rows]
-                submitted.append(_submit_levels(metric, batch, rows, levels, {}, None))
+                finite = torch.ones(len(maps), dtype=torch.bool)  # files of others are not read
+                submitted.append(_submit_levels(metric, batch, rows, levels, {}, None, finite))
         self._finish(submitted)
 
     def map_sizes(self, batch: EvaluationBatch) -> list[set[tuple[int, int]]]:
@@ -333,11 +379,12 @@ class Evaluation(nn.Module):
             computed = metric.compute()
             values = {key: computed[key] for key in ("top1_cls", "top5_cls") if key in computed} | values
             values |= {f"{name}/{key}": value for key, value in computed.items()}
-        return values
+        return values | self.not_finite.compute()
 
     def reset(self) -> None:
         """Forget what was counted; selected thresholds stay."""
         self._finish([])
+        self.not_finite.reset()
         for metric in self.protocols.values():
             for part in (metric.top1_cls, metric.top5_cls, metric.boxes, metric.masks):
                 part.reset()
@@ -421,6 +468,7 @@ def _submit(
     maps: Tensor,
     raw: tuple[Tensor, Tensor],
     logits: Tensor,
+    finite: Tensor,
     shared: _Shared,
 ) -> _Pending:
     """Have the boxes of some images of a batch drawn.
@@ -429,6 +477,7 @@ def _submit(
         maps: localization maps [B, R, R] of the labels.
         raw: score maps [B, h, w] of the labels and of the predicted classes.
         logits: [B, C].
+        finite: whether the score maps are, bool [B].
         shared: with other protocols.
     """
     rules, sizes = metric.protocol, metric.sizes(batch)
@@ -447,7 +496,7 @@ def _submit(
     if others:
         made = shared.get("predicted", (*rules.level_rule, rules.classification), other_levels)
         predicted = dict(zip(others, made, strict=True))
-    return _submit_levels(metric, batch, rows, levels, predicted, logits)
+    return _submit_levels(metric, batch, rows, levels, predicted, logits, finite)
 
 
 def _submit_levels(
@@ -457,12 +506,14 @@ def _submit_levels(
     levels: list[Levels],
     predicted: dict[int, Levels],
     logits: Tensor | None,
+    finite: Tensor,
 ) -> _Pending:
     label, truths = batch["label"][rows], metric.truths(batch, rows)
     threads = _threads()
     top1, top5 = (None if logits is None else in_top_k(logits[rows], label, k).cpu().numpy() for k in (1, 5))
     return _Pending(
         metric.boxes,
+        finite[rows].cpu().numpy(),
         [threads.submit(metric.judge, part, truth) for part, truth in zip(levels, truths, strict=True)],
         {place: threads.submit(metric.judge, part, truths[place]) for place, part in predicted.items()},
         batch["index"][rows].cpu().numpy(),

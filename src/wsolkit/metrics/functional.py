@@ -13,9 +13,12 @@ from wsolkit.types import Boxes
 
 
 def in_top_k(logits: Tensor, label: Tensor, k: int) -> Tensor:
-    """Whether each label [B] is among the k classes with the highest logits [B, C]: bool [B]."""
+    """Whether each label [B] is among the k classes with the highest logits [B, C]: bool [B].
+
+    No label is among logits that are not finite.
+    """
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == label[:, None]).any(dim=1)
+    return (top == label[:, None]).any(dim=1) & logits.isfinite().all(dim=1)
 
 
 def box_iou(boxes: Boxes, others: Boxes) -> npt.NDArray[np.float64]:
