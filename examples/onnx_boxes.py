@@ -5,13 +5,18 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1])
 info = json.loads(session.get_modelmeta().custom_metadata_map["wsolkit"])
 if info["protocol"]["threshold_rule"] != "relative_8_bit":
     sys.exit(f"protocol {info['protocol']['name']} has other rules than this example: export with protocol=maxboxacc")
-photo = Image.open(sys.argv[2]).convert("RGB")
+photo = Image.open(sys.argv[2])
+if photo.mode[0] in "IF":
+    sys.exit(f"'{sys.argv[2]}' is of mode {photo.mode}, with more than 8 bits a pixel: convert it to 8")
+if info.get("exif") == "apply":  # the photo of a phone, as people see it
+    photo = ImageOps.exif_transpose(photo)
+photo = photo.convert("RGB")
 
 side, size = info["resize"], info["image_size"]
 margin = (side - size) // 2

@@ -254,7 +254,9 @@ def test_example_draws_localizer_s_box_without_torch(method: str, backbone: str,
     code = "import runpy, sys; sys.modules['torch'] = sys.modules['wsolkit'] = None; runpy.run_path(sys.argv.pop(1))"
     for number, size in enumerate([(90, 60), (64, 64), (50, 200)]):
         coarse = PIL.Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-        coarse.resize(size, PIL.Image.Resampling.NEAREST).save(tmp_path / "photo.png")
+        exif = PIL.Image.Exif()
+        exif[0x0112] = [1, 3, 6][number]
+        coarse.resize(size, PIL.Image.Resampling.NEAREST).save(tmp_path / "photo.png", exif=exif)
         label = ["cat", "emu", None][number]
         given = [] if label is None else [label]
         call = [sys.executable, "-c", code, str(EXAMPLE), "model.onnx", "photo.png", "boxed.png", *given]
@@ -262,4 +264,4 @@ def test_example_draws_localizer_s_box_without_torch(method: str, backbone: str,
         assert done.returncode == 0, done.stderr
         found = localizer(tmp_path / "photo.png", label, threshold=localizer.threshold)
         assert json.loads(done.stdout) == {"label": found.label, "box": found.boxes[0].tolist()}
-        assert PIL.Image.open(tmp_path / "boxed.png").size == size
+        assert PIL.Image.open(tmp_path / "boxed.png").size == found.mask.shape[::-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import pytest
 import torch
@@ -22,6 +23,7 @@ from wsolkit.checkpoint import read_checkpoint, restore
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
+from wsolkit.localizer import as_rgb
 from wsolkit.metrics import evaluation
 from wsolkit.train import train
 from wsolkit.types import Boxes
@@ -255,11 +257,80 @@ def test_boxes_and_masks_lie_in_images_of_any_size(
         assert (np.abs([rows.min() - y0, rows.max() - y1]) <= near[1]).all()
 
 
-def test_rotation_in_exif_data_is_not_applied(localizer: Localizer, tmp_path: Path) -> None:
+@pytest.fixture
+def turned(tmp_path: Path) -> Path:
+    """A photo of 90×50 pixels that is to be seen upright, 50×90."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    PIL.Image.fromarray(picture()).save(tmp_path / "turned.jpg", exif=exif)
-    assert localizer(tmp_path / "turned.jpg").mask.shape == (50, 90)
+    PIL.Image.fromarray(picture()).save(tmp_path / "turned.png", exif=exif)
+    return tmp_path / "turned.png"
+
+
+def test_photos_are_seen_upright_unless_told_otherwise(checkpoint: Path, localizer: Localizer, turned: Path) -> None:
+    assert localizer.exif == "apply"
+    upright = np.rot90(picture(), -1)
+    for form in (turned, PIL.Image.open(turned)):
+        same(localizer(form), localizer(upright))
+        assert localizer(form).mask.shape == (90, 50)
+        assert np.array_equal(localizer.raw_maps(form)[0].image, upright)
+    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", exif="ignore")
+    for form in (turned, PIL.Image.open(turned)):
+        same(localizer(form), localizer(picture()))
+    localizer.exif = "apply"
+    assert localizer(turned).mask.shape == (90, 50)
+    with pytest.raises(ConfigError, match="exif='upright': expected one of apply, ignore"):
+        Localizer.from_checkpoint(checkpoint, device="cpu", exif="upright")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("trained", "expected"), [("ignore", "ignore"), ("apply", "apply"), (None, "apply")])
+def test_photos_are_seen_as_in_training(checkpoint: Path, tmp_path: Path, trained: str | None, expected: str) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["wsolkit"]["config"]["dataset"]["exif"] = trained
+    torch.save(content, tmp_path / "x.ckpt")
+    assert Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu").exif == expected
+    assert Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu", exif="apply").exif == "apply"
+
+
+def forms(pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    """The same picture as arrays and tensors of other kinds."""
+    tensor, levels = torch.from_numpy(pixels).permute(2, 0, 1), pixels / 255
+    locked, wide = pixels.copy(), np.zeros((100, 90, 4), np.uint8)
+    locked.flags.writeable = False
+    wide[::2, :, :3] = pixels
+    return {
+        "float64": levels,
+        "float16": levels.astype(np.float16),
+        "longdouble": levels.astype(np.longdouble),
+        "big-endian float32": levels.astype(">f4"),
+        "big-endian uint16": (pixels.astype(np.uint16) * 257).astype(">u2"),
+        "read-only": locked,
+        "not contiguous": wide[::2, :, :3],
+        "Fortran's order": np.asfortranarray(pixels),
+        "negative strides": pixels[::-1, ::-1].copy()[::-1, ::-1],
+        "tensor of bfloat16": (tensor / 255).bfloat16(),
+        "tensor of float16": (tensor / 255).half(),
+        "tensor of float64": tensor.double() / 255,
+        "tensor of uint16": torch.from_numpy(pixels.astype(np.uint16) * 257).permute(2, 0, 1),
+        "tensor with a gradient": (tensor / 255).requires_grad_(),
+        "result of a network": torch.nn.Identity()((tensor / 255).requires_grad_()) * 1,
+        "view": torch.from_numpy(wide)[::2].permute(2, 0, 1)[:3],
+        "with opacity": torch.cat([tensor, tensor[:1] // 2]),
+        "with opacity in float": torch.cat([tensor / 255, torch.full((1, 50, 90), 7.0)]).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("name", forms(np.zeros((50, 90, 3), np.uint8)))
+def test_arrays_and_tensors_of_any_kind_hold_the_same_pixels(name: str) -> None:
+    found = as_rgb(forms(picture())[name], "apply")
+    assert np.array_equal(found, picture())
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("form", [np.array([[True, False]]), torch.tensor([[True, False]]), torch.eye(2)[None] > 2])
+def test_of_bool_true_is_white(form: Any) -> None:
+    found = as_rgb(form, "apply")
+    assert found[..., 0].tolist() == (255 * np.asarray(form).reshape(found.shape[:2])).tolist()
 
 
 @pytest.mark.parametrize(
@@ -274,6 +345,22 @@ def test_rotation_in_exif_data_is_not_applied(localizer: Localizer, tmp_path: Pa
         (np.full((8, 8, 3), 2.0), "float64 with values from 2.0 to 2.0: expected uint8"),
         (np.full((8, 8, 3), np.nan), "float64 with values from nan"),
         (np.zeros((8, 8), np.int64), "int64 with values from 0 to 0"),
+        (np.full((8, 8), 255, ">i4"), "an image came as int32 with values from 255 to 255: expected uint8 from 0 to"),
+        (
+            torch.full((3, 8, 8), 200),
+            "int64 with values from 200 to 200: expected uint8 from 0 to 255, uint16 from 0 to",
+        ),
+        (torch.full((3, 8, 8), -1, dtype=torch.int8), "int8 with values from -1 to -1"),
+        (torch.full((3, 8, 8), 1.5, dtype=torch.bfloat16), "float32 with values from 1.5 to 1.5"),
+        (torch.zeros((2, 3, 8, 8), dtype=torch.bfloat16), "tensor of shape (2, 3, 8, 8): expected [H, W] or [C, H, W]"),
+        (torch.zeros((3, 8, 8), dtype=torch.complex64), "an image came as complex64: expected uint8"),
+        (torch.zeros((3, 8, 8)).to_sparse(), "an image cannot be decoded ("),
+        (torch.zeros((3, 8, 8), device="meta"), "an image cannot be decoded ("),
+        (np.full((8, 8), "x"), "an image came as str"),
+        (np.full((8, 8), None), "an image came as object: expected uint8"),
+        (PIL.Image.new("RGB", (0, 5)), "an image has 0×5 pixels"),
+        (PIL.Image.new("I", (4, 5), 70000), "an image is of mode I and holds int32 with values from 70000 to 70000"),
+        (PIL.Image.new("F", (4, 5), 2.5), "an image is of mode F and holds float32 with values from 2.5 to 2.5"),
     ],
 )
 def test_what_is_no_image_is_named(image: Any, message: str, localizer: Localizer) -> None:

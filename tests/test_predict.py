@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import wsolkit
+from wsolkit.data.decoding import Exif
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import read_image
 from wsolkit.interop import coco as files
@@ -52,6 +54,8 @@ def save(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **opti
     width, height = size
     if mode == "I;16":
         image = PIL.Image.fromarray(rng.integers(0, 65535, (height, width), dtype=np.uint16))
+    elif mode == "F":
+        image = PIL.Image.fromarray(rng.random((height, width), dtype=np.float32))
     else:
         image = PIL.Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).convert(mode)
     image.save(path, **options)
@@ -175,23 +179,51 @@ def test_images_of_any_mode_and_size(trained: Path, tmp_path: Path) -> None:
     source = tmp_path / "images"
     for name, mode in MODES.items():
         save(source / name, mode=mode)
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by 90°
-    save(source / "turned.jpg", (40, 30), exif=exif)
     save(source / "pixel.png", (1, 1))
     save(source / "line.png", (700, 1))
     save(source / "large.jpg", (6000, 4000))
     assert predict(f"checkpoint={trained}", "source=images", "output=out", "select=all", cwd=tmp_path) == 0
     coco = quietly(COCO, str(tmp_path / "out" / "pseudo_labels.json"))
-    assert len(coco.imgs) == len(MODES) + 4
+    assert len(coco.imgs) == len(MODES) + 3
     for image in coco.imgs.values():
         with PIL.Image.open(source / image["file_name"]) as opened:
-            assert opened.size == (image["width"], image["height"])  # as PIL has it: not turned
+            assert opened.size == (image["width"], image["height"])
         for annotation in coco.loadAnns(coco.getAnnIds(imgIds=image["id"])):
             x, y, width, height = annotation["bbox"]
             assert 0 <= x < x + width <= image["width"]
             assert 0 <= y < y + height <= image["height"]
             assert annotation["area"] == coco.annToMask(annotation).sum() > 0
+
+
+@pytest.mark.parametrize(("setting", "exif"), [("exif=null", "apply"), ("exif=ignore", "ignore")])
+def test_boxes_of_photos_are_in_the_pixels_that_the_files_name(
+    setting: str, exif: Exif, trained: Path, tmp_path: Path
+) -> None:
+    """In those that people see, or in those that are stored; either way the files say so and are ground truth again."""
+    source = tmp_path / "photos" / CLASSES[0]
+    for name, orientation, size in (("a.jpg", 6, (40, 30)), ("b.png", 8, (40, 30)), ("c.tif", 3, (40, 30))):
+        noted = PIL.Image.Exif()
+        noted[0x0112] = orientation
+        save(source / name, size, exif=noted)
+    given = (f"checkpoint={trained}", "source=photos", "output=out", "overlays=true", f"classes={CLASSES[0]}", setting)
+    assert predict(*given, cwd=tmp_path) == 0
+    content = read(tmp_path / "out" / "pseudo_labels.json")
+    expected = [(30, 40), (30, 40), (40, 30)] if exif == "apply" else [(40, 30)] * 3
+    assert [(image["width"], image["height"]) for image in content["images"]] == expected
+    assert content["info"]["exif"] == read(tmp_path / "out" / "settings.json")["exif"] == exif
+    with PIL.Image.open(tmp_path / "out" / "overlays" / CLASSES[0] / "a.jpg.jpg") as drawn:
+        assert (drawn.width < drawn.height) == (exif == "apply")
+    splits = {"train": "photos", "val": "photos", "test": "photos"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        records = folder_records("test", str(tmp_path), splits, 0.2, "out/pseudo_labels.json", None)
+    assert records.upright.tolist() == [exif == "apply"] * 3
+    localizer = wsolkit.Localizer.from_checkpoint(trained, device="cpu", exif=exif)
+    for index in range(3):
+        found = localizer(tmp_path / records.name(index), CLASSES[0])
+        np.testing.assert_array_equal(records.image(index), read_image(tmp_path / records.name(index), exif))
+        np.testing.assert_array_equal(records.boxes(index), found.boxes)
+        np.testing.assert_array_equal(records.mask(index), found.mask)
 
 
 def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
@@ -209,13 +241,15 @@ def test_unreadable_images_are_listed_and_do_not_stop_the_rest(
     (images / "text.jpg").write_text("no picture")
     (images / "empty.png").write_bytes(b"")
     (images / "broken.tif").write_bytes(b"II*\0\x08\0\0\0\xff\xff" + bytes(30))
+    PIL.Image.new("F", (4, 3), 7).save(images / "depth.tif")
     given = (f"checkpoint={trained}", "source=images", "output=out", "batch_size=2", f"num_workers={workers}")
     assert predict(*given, cwd=tmp_path) == 3
     captured = capsys.readouterr()
     assert "7 images, 7 of them new" in captured.out
-    assert f"4 images have no predictions, see {Path('out') / 'failed.csv'}" in captured.err
+    assert f"5 images have no predictions, see {Path('out') / 'failed.csv'}" in captured.err
     failed = {row["file_name"]: row["reason"] for row in table(tmp_path / "out" / "failed.csv")}
-    assert failed.keys() == {"cut.png", "text.jpg", "empty.png", "broken.tif"}
+    assert failed.keys() == {"cut.png", "text.jpg", "empty.png", "broken.tif", "depth.tif"}
+    assert "depth.tif' is of mode F and holds float32 with values from 7.0 to 7.0: expected" in failed["depth.tif"]
     assert "cannot identify image file" in failed["text.jpg"]
     assert len(read(tmp_path / "out" / "pseudo_labels.json")["images"]) == 7
     for name in failed:

@@ -260,6 +260,7 @@ class RunSettings(typing.TypedDict, total=False):
     threshold: float | None
     select: typing.Literal["largest", "all"]
     overlays: bool
+    exif: typing.Literal["apply", "ignore"] | None
     batch_size: int
     num_workers: int | typing.Literal["auto"]
     device: str

@@ -44,7 +44,7 @@ def demo(cfg: DictConfig, _: Path) -> None:
     check_config(cfg)
     quieten_libraries()
     base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))
-    localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision)
+    localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
     threshold = localizer.tau(cfg.threshold, given=False)
     localizer(np.zeros((8, 8, 3), np.uint8))  # the first image takes longest, and nobody should wait for it
     with listen(cfg.host, cfg.port) as listening, TemporaryDirectory(prefix="wsolkit_demo_") as folder:

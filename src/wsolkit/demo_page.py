@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 from fastapi import FastAPI
 
+from wsolkit.data.decoding import Exif
 from wsolkit.data.records import read_image
 from wsolkit.errors import WsolkitError
 from wsolkit.localization.boxes import Select
@@ -100,7 +101,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         examples: images to choose from; the first ones that can be read are shown.
     """
     names = localizer.class_names
-    offered = list(islice(thumbnails(examples), _EXAMPLES))
+    offered = list(islice(thumbnails(examples, localizer.exif), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
         """All classes, the most probable ones first."""
@@ -124,7 +125,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
             return *nothing, _WELCOME, ""
         name = Path(path).name
         try:
-            image = read_image(Path(path))
+            image = read_image(Path(path), localizer.exif)
         except Exception as error:  # decoders of broken files raise whatever comes
             reason = str(error.__cause__ or error).replace(path, name)
             return *nothing, message(f"{name} cannot be read as an image ({reason})"), ""
@@ -187,11 +188,11 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
     return page
 
 
-def thumbnails(paths: Sequence[Path]) -> Iterator[tuple[Image, Path]]:
+def thumbnails(paths: Sequence[Path], exif: Exif) -> Iterator[tuple[Image, Path]]:
     """Small pictures of the images that can be read."""
     for path in paths:
         with suppress(Exception):  # decoders of broken files raise whatever comes
-            picture = PIL.Image.fromarray(read_image(path))
+            picture = PIL.Image.fromarray(read_image(path, exif))
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
             yield np.asarray(picture), path
 

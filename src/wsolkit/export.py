@@ -101,7 +101,7 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
     """What goes into the file beside the program: all that is needed to get from an image to a box.
 
     Images are resized to `resize`, whatever their aspect ratio, and the central `image_size` is cut out; `protocol` has
-    the rules, see `wsolkit.localization.protocol`; `threshold` is its τ.
+    the rules, see `wsolkit.localization.protocol`; `threshold` is its τ; `exif`: whether images are turned upright.
     """
     rules = localizer.rules
     return {
@@ -112,6 +112,7 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
         "class_names": localizer.class_names,
         "image_size": localizer.image_size,
         "resize": rules.resize if rules.input == "center_crop" else localizer.image_size,
+        "exif": localizer.exif,
         "mean": localizer.mean,
         "std": localizer.std,
         "threshold": localizer.tau(None, given=False),

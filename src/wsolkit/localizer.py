@@ -29,7 +29,8 @@ from wsolkit.build import build_module, build_protocols, quieten_libraries
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import CONF, load_config
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
-from wsolkit.data.records import Records, read_image, rgb
+from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
+from wsolkit.data.records import Records, read_image
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.localization.boxes import Levels, Select, regions
@@ -40,8 +41,9 @@ from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.types import Boxes, EvaluationBatch, Image
 
 ImageLike = str | Path | PIL.Image.Image | npt.NDArray[Any] | Tensor
-"""A file; or a PIL image in any mode; or pixels, uint8 or from 0 to 1: an array [H, W] or [H, W, C], a tensor [C, H, W]
-or [H, W], C = 1, 3 or 4, the last of 4 being opacity, which is left out."""
+"""A file; or a PIL image in any mode; or pixels: an array [H, W] or [H, W, C], a tensor [C, H, W] or [H, W], C = 1, 3
+or 4, the last of 4 being opacity, which is left out; uint8, uint16, bool, or floating point of any precision from 0 to
+1, see wsolkit/data/decoding.py."""
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -51,7 +53,7 @@ _MAX_SIDE = 32767
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """Where an image shows a class, in pixels of that image as it lies in its file (EXIF rotation is not applied).
+    """Where an image shows a class, in pixels of that image as it was read: upright, unless the localizer ignores EXIF.
 
     label, label_index: name and number of the class; score: its probability, in [0, 1]; boxes [n, 4]: x0, y0, x1, y1,
     both corners inside, n = 0 where nothing is above the threshold; score_map [H, W] in [0, 1]; regions [H, W]: 0
@@ -111,6 +113,8 @@ class Localizer:
         metrics: numbers of the last validation before the checkpoint was written, in percent.
         version: of wsolkit, which wrote the checkpoint.
         device: on which the network is.
+        exif: "apply": files and PIL images are turned upright, as their EXIF orientation says; "ignore": they are read
+            as they are stored. It may be changed.
     """
 
     @classmethod
@@ -120,6 +124,7 @@ class Localizer:
         device: str = "auto",
         protocol: str | None = None,
         precision: Precision = "32-true",
+        exif: Exif | None = None,
     ) -> Localizer:
         """Build the model of a checkpoint of `python -m wsolkit.train`; nothing that is in it is executed.
 
@@ -128,6 +133,7 @@ class Localizer:
             device: "auto": a GPU if there is one; or PyTorch's name, such as "cpu" or "cuda:1".
             protocol: by whose rules maps become boxes, see conf/protocol; None: the first one of its training.
             precision: as Lightning has it.
+            exif: see the attribute; None: "apply", unless the model was trained with dataset.exif=ignore.
 
         Raises:
             CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
@@ -139,9 +145,11 @@ class Localizer:
             groups += ["dataset=folder", "dataset.root=."]
         cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]")
         quieten_libraries()
-        return cls(restore(cfg, checkpoint, (), protocols=True), checkpoint, device, precision)
+        return cls(restore(cfg, checkpoint, (), protocols=True), checkpoint, device, precision, exif)
 
-    def __init__(self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision) -> None:
+    def __init__(
+        self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision, exif: Exif | None = None
+    ) -> None:
         """Build the model of restored settings; `from_checkpoint` is for everybody else."""
         self.class_names = checkpoint.class_names
         self._path = checkpoint.path
@@ -150,6 +158,7 @@ class Localizer:
         self.metrics, self.version = dict(checkpoint.metrics), checkpoint.version
         self.image_size: int = cfg.dataset.image_size
         self.device = _device(device)
+        self.exif = _exif(exif, checkpoint)
         self._module = _loaded(build_module(cfg, self.class_names), checkpoint).to(self.device)
         settings = self._module.training_settings
         self.mean, self.std = tuple(settings.mean), tuple(settings.std)
@@ -247,7 +256,7 @@ class Localizer:
             raise ConfigError("top_k chooses classes by their probability: it does not go with given classes")
         found: list[list[Prediction]] = []
         for start in range(0, len(given), _BATCH_SIZE):
-            pictures = [as_rgb(image) for image in given[start : start + _BATCH_SIZE]]
+            pictures = [as_rgb(image, self.exif) for image in given[start : start + _BATCH_SIZE]]
             dataset = self.dataset(_Pictures(self.class_names, pictures))
             batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
             part = None if labels is None else labels[start : start + _BATCH_SIZE]
@@ -266,7 +275,7 @@ class Localizer:
             DataError: the image cannot be read. ConfigError: another argument is wrong.
         """
         self.check(top_k, "largest")
-        picture = as_rgb(image)
+        picture = as_rgb(image, self.exif)
         batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
         labels = None if classes is None else [[self.label(name) for name in classes]]
         found = self._forward(batch, labels, top_k)
@@ -478,17 +487,18 @@ class _Pictures:
         return None
 
 
-def as_rgb(image: ImageLike) -> Image:
+def as_rgb(image: ImageLike, exif: Exif) -> Image:
     """Pixels [H, W, 3] uint8 of an image in any of the forms of `ImageLike`.
 
     Raises:
         DataError: it cannot be read, or is in none of them.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, PIL.Image.Image):
-        return rgb(image)
-    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        return read_image(Path(image), exif)
+    with decoding("an image"):
+        if isinstance(image, PIL.Image.Image):
+            return rgb(image, exif, "an image")
+        pixels = _array(image) if isinstance(image, Tensor) else np.asarray(image)
     if isinstance(image, Tensor) and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] → [H, W, C]
     if pixels.ndim == 2:
@@ -499,17 +509,14 @@ def as_rgb(image: ImageLike) -> Image:
             f"an image came as a {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
             "4; several images go in a list"
         )
-    pixels = np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3))
-    if pixels.dtype == np.uint8:
-        return np.ascontiguousarray(pixels)
-    if pixels.dtype == np.uint16:
-        return np.ascontiguousarray(pixels // 257).astype(np.uint8)
-    if not np.issubdtype(pixels.dtype, np.floating) or not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
-        raise DataError(
-            f"an image came as {pixels.dtype} with values from {pixels.min()} to {pixels.max()}: expected uint8 from "
-            "0 to 255, or floating point from 0 to 1"
-        )
-    return np.asarray((pixels * 255).round(), np.uint8)
+    levels = to_8_bits(pixels[..., :3], "an image came as")
+    return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
+
+
+def _array(image: Tensor) -> npt.NDArray[Any]:
+    pixels = image.detach().cpu()
+    half = pixels.is_floating_point() and pixels.itemsize < 4  # numpy has no bfloat16
+    return np.asarray(pixels.float() if half else pixels)
 
 
 def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
@@ -534,6 +541,12 @@ def _device(name: str) -> torch.device:
             f"device={name}: not to be had here ({reason}); expected auto, cpu, cuda, cuda:1, mps, …"
         ) from error
     return device
+
+
+def _exif(given: Exif | None, checkpoint: Checkpoint) -> Exif:
+    if given not in (None, *get_args(Exif)):
+        raise ConfigError(f"exif={given!r}: expected one of {', '.join(get_args(Exif))}")
+    return given or ("ignore" if checkpoint.config["dataset"].get("exif") == "ignore" else "apply")
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

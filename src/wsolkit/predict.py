@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.dataset import Sample, WSOLDataset
+    from wsolkit.data.decoding import Exif
     from wsolkit.interop.coco import Source
     from wsolkit.localizer import Localizer, Prediction
     from wsolkit.types import EvaluationBatch
@@ -57,7 +58,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"batch_size={cfg.batch_size}: expected 1 or more")
     quieten_libraries()
     base, names = find_images(cfg.source, folder)
-    localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision)
+    localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
     labels = given_labels(cfg.classes, base, names, localizer)
     if labels is not None and cfg.top_k > 1:
         raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
@@ -67,10 +68,11 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         Source(name, _stamp(base / name), None if labels is None else labels[place]) for place, name in enumerate(names)
     ]
     failed: dict[str, str] = {}
-    with prediction_files(folder, localizer.class_names, _settings(cfg, threshold)) as files:
+    with prediction_files(folder, localizer.class_names, _settings(cfg, threshold, localizer)) as files:
         missing = files.missing(sources, lambda name: not cfg.overlays or _overlay_path(folder, name).is_file())
         chosen = [names[place] for place in missing]
-        dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), localizer.class_names, {}, None))
+        classes, upright = localizer.class_names, localizer.exif == "apply"
+        dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), classes, {}, None, upright=upright))
         batches = -(-len(missing) // cfg.batch_size)
         loaded = _load(dataset, cfg, localizer)
         for batch, places, reasons in track(loaded, "Predicting", batches, disable=not cfg.progress):
@@ -79,7 +81,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
                 given = None if labels is None else [labels[missing[place]] for place in places]
                 predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
                 of_batch = [sources[missing[place]] for place in places]
-                files.add(_each(of_batch, predictions, failed, base, folder if cfg.overlays else None))
+                files.add(_each(of_batch, predictions, failed, base, folder if cfg.overlays else None, localizer.exif))
         count = files.write(sources, failed)
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
@@ -186,7 +188,7 @@ def _label(localizer: Localizer, name: str, where: str) -> int:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _settings(cfg: DictConfig, threshold: float) -> dict[str, Any]:
+def _settings(cfg: DictConfig, threshold: float, localizer: Localizer) -> dict[str, Any]:
     """What predictions depend on, flat."""
     values = plain(cfg)
     with Path(cfg.checkpoint).open("rb") as file:
@@ -196,7 +198,7 @@ def _settings(cfg: DictConfig, threshold: float) -> dict[str, Any]:
     kept: dict[str, Any] = {"checkpoint": digest.hexdigest(), "source": str(Path(cfg.source).absolute())}
     (protocol, rules), *_ = values["protocol"].items()
     kept |= {key: values[key] for key in ("classes", "top_k", "select", "precision")}
-    kept |= {"protocol": protocol, "threshold": threshold}
+    kept |= {"protocol": protocol, "threshold": threshold, "exif": localizer.exif}
     for group in ("method", "backbone", "postprocess"):
         kept |= dict(_flat(values.get(group) or {}, group))
     kept |= dict(_flat(rules, "rules"))
@@ -277,6 +279,7 @@ def _each(
     failed: dict[str, str],
     base: Path,
     folder: Path | None,
+    exif: Exif,
 ) -> Iterator[tuple[Source, list[Prediction]]]:
     """The images of a batch with their predictions, one by one; pictures of them are written, if there is a folder.
 
@@ -294,7 +297,7 @@ def _each(
             path = _overlay_path(folder, source.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             best = predictions[0]
-            path.write_bytes(jpeg(overlay(read_image(base / source.name), best.score_map, best.boxes)))
+            path.write_bytes(jpeg(overlay(read_image(base / source.name, exif), best.score_map, best.boxes)))
         yield source, predictions
 
 

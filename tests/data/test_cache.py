@@ -14,12 +14,13 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.data.layouts import draw
 from wsolkit import build_datamodule, load_config
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.listed import listed_records
 from wsolkit.data.pixels import resize
-from wsolkit.data.records import FileRecords
+from wsolkit.data.records import FileRecords, file_records
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import ConfigError, DataError
 
@@ -67,6 +68,17 @@ def test_images_are_decoded_once_and_evaluation_decodes_always(
     assert read == []
     assert torch.equal(next(iter(again.val_dataloader()))["image"], evaluated)
     assert len(read) == 5
+
+
+def test_photos_read_upright_and_as_they_are_stored_do_not_mix(tmp_path: Path) -> None:
+    draw(tmp_path / "x.jpg", [(0, 0, 9, 9)], "exif")
+    for upright in (True, False, True):
+        kept = file_records(tmp_path, ["x.jpg"], [0], ["a"], {}, None, upright=upright)
+        for _ in range(2):
+            image, size = ImageCache(tmp_path / "cache", kept, 32).image(0)
+            assert size == ((30, 40) if upright else (40, 30))
+            assert np.array_equal(image, resize(kept.image(0), 32, 32))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_boxes_and_masks_follow_a_cached_image() -> None:

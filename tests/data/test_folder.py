@@ -14,7 +14,7 @@ from pycocotools import mask as rle_masks
 
 from tests.data.layouts import BOXES, KINDS, draw
 from wsolkit.data.folder import folder_records
-from wsolkit.data.records import FileRecords, Split
+from wsolkit.data.records import FileRecords, Split, read_image
 from wsolkit.errors import ConfigError, DataError
 
 CLASSES = ("grey cat", "Žába, green")
@@ -59,7 +59,8 @@ def test_folders_are_classes(root: Path) -> None:
         "train/grey cat/gre 1.JPEG",
         "train/grey cat/more of them/gre 2.jpeg",
     ]
-    assert {train.image(index).shape for index in range(6)} == {(30, 40, 3)}
+    upright = {name for index, name in enumerate(names(train)) if train.image(index).shape == (40, 30, 3)}
+    assert upright == {"train/Žába, green/more of them/Žáb 2.jpeg"}  # a photo that EXIF data turn
     assert len(test.boxes(0)) == 0
     assert test.mask(0) is None
 
@@ -343,15 +344,125 @@ def test_files_that_are_no_json_are_named(root: Path) -> None:
         annotated(root, [1, 2])
 
 
-def test_images_annotated_after_rotation_are_named(root: Path) -> None:
-    """Annotation tools turn images as EXIF says; the papers' evaluations, and this one, do not."""
-    path = root / "val" / "grey cat" / "gre 0.jpg"
+def photos(root: Path, *orientations: int) -> list[str]:
+    """Note orientations in the first images of val; their names."""
+    found = names(read(root, "test"))[: len(orientations)]
+    for name, orientation in zip(found, orientations, strict=True):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        PIL.Image.new("RGB", (40, 30), (200, 0, 0)).save(root / name, "JPEG", exif=exif)
+    return found
+
+
+def shapes(records: FileRecords, count: int) -> list[tuple[int, ...]]:
+    return [records.image(index).shape[:2] for index in range(count)]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_without_annotations_are_read_upright_unless_the_setting_says_otherwise(
+    root: Path, split: Split
+) -> None:
+    photos(root, 6, 8, 1)
+    draw(root / "train" / "grey cat" / "gre 0.jpg", [], "exif")
+    assert shapes(read(root, split), 1) == shapes(read(root, split, exif="apply"), 1) == [(40, 30)]
+    assert shapes(read(root, split, exif="ignore"), 1) == [(30, 40)]
+
+
+def sized(root: Path, *sizes: tuple[int, int], **changes: Any) -> dict[str, Any]:
+    """Annotations that give the first images other sizes."""
+    content = coco(root, **changes)
+    for image, (width, height) in zip(content["images"], sizes, strict=False):
+        image |= {"width": width, "height": height}
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [1, 1, 4, 4]
+    return content
+
+
+STORED, UPRIGHT = (40, 30), (30, 40)
+
+
+@pytest.mark.parametrize(
+    ("orientations", "sizes", "exif", "upright", "line"),
+    [
+        ((6, 8), (UPRIGHT, UPRIGHT), None, (True, True), None),
+        ((6, 8), (STORED, STORED), None, (False, False), None),
+        ((5, 7), ((60, 80), (15, 20)), None, (True, True), None),  # but for scale
+        ((6, 3), (UPRIGHT, STORED), None, (True, True), "1 images, such as '{1}', have one size, whether"),
+        (
+            (6, 3),
+            (STORED, STORED),
+            None,
+            (False, False),
+            "they are read as they are stored, and with dataset.exif=apply",
+        ),
+        (
+            (2, 4),
+            (STORED, STORED),
+            None,
+            (True, True),
+            "2 images, such as '{0}', have one size, whether their EXIF data tu",
+        ),
+        (
+            (2, 4),
+            (STORED, STORED),
+            None,
+            (True, True),
+            "they are read upright, and with dataset.exif=ignore as they are s",
+        ),
+        ((2, 4), (STORED, STORED), "apply", (True, True), None),
+        ((2, 4), (STORED, STORED), "ignore", (False, False), None),
+        (
+            (6, 8),
+            (UPRIGHT, STORED),
+            None,
+            (True, False),
+            "1 images, such as '{1}', are read as they are stored, as sized",
+        ),
+        (
+            (6, 8),
+            (UPRIGHT, UPRIGHT),
+            "ignore",
+            (True, True),
+            "2 images, such as '{0}', are read upright, as sized there, in ",
+        ),
+        ((6, 8), (STORED, UPRIGHT), "apply", (False, True), "stored, as sized there, in spite of dataset.exif=apply"),
+    ],
+)
+def test_annotated_sizes_say_whether_an_image_is_upright(
+    root: Path,
+    orientations: tuple[int, ...],
+    sizes: tuple[tuple[int, int], ...],
+    exif: str | None,
+    upright: tuple[bool, ...],
+    line: str | None,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    found = photos(root, *orientations, 1, 1, 1, 1)
+    save(root, sized(root, *sizes))
+    records = read(root, "test", annotations="annotations/val.json", exif=exif)
+    assert records.upright[: len(upright)].tolist() == list(upright)
+    assert len(recwarn) == (line is not None)
+    assert line is None or line.format(*found) in str(recwarn[0].message)
+    for index, (orientation, turn) in enumerate(zip(orientations, upright, strict=True)):
+        expected = read_image(root / found[index], "apply" if turn else "ignore")
+        assert np.array_equal(records.image(index), expected)
+        assert (records.image(index).shape[0] == 40) == (turn and orientation >= 5)
+
+
+def test_square_photos_are_read_as_the_others_or_as_the_file_says(root: Path, recwarn: pytest.WarningsRecorder) -> None:
+    found = photos(root, 6, 6, 1, 1, 1, 1)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    PIL.Image.open(path).save(path, exif=exif)
-    content = coco(root)
-    content["images"][0] |= {"width": 30, "height": 40}
-    with pytest.raises(
-        DataError, match=r"gre 0.jpg' is 40×30 pixels, .* says 30×40. If the image was annotated as its"
-    ):
-        annotated(root, content)
+    PIL.Image.new("RGB", (20, 20)).save(root / found[0], "JPEG", exif=exif)
+    for said, expected in ((None, False), ({"exif": "apply"}, True), ({"exif": "ignore"}, False), ("text", False)):
+        assert annotated(root, sized(root, (20, 20), STORED, info=said)).upright[0] == expected
+    assert len(recwarn) == 2  # where the file does not say it, and where the other photo is sized otherwise
+    assert f"1 images, such as '{found[0]}', have one size" in str(recwarn[0].message)
+
+
+def test_images_of_other_proportions_than_annotated_are_named(root: Path) -> None:
+    photos(root, 6)
+    with pytest.raises(DataError) as caught:
+        annotated(root, sized(root, (40, 40)))
+    assert "gre 0.jpg' is 40×30 pixels (30×40 as its EXIF data turn it), '" in str(caught.value)
+    assert "says 40×40: these are other proportions, so the annotation is of another image" in str(caught.value)

@@ -54,6 +54,71 @@ def test_missing_and_broken_masks_are_named(tmp_path: Path) -> None:
         masks(1)
 
 
+NUMBERS = np.array([[0, 0, 1], [2, 2, 0]], np.uint8)
+MARKED = (NUMBERS > 0).astype(np.uint8)
+
+
+def palette(*colours: tuple[int, int, int]) -> PIL.Image.Image:
+    mask = PIL.Image.fromarray(NUMBERS, "P")
+    mask.putpalette([level for colour in colours for level in colour])
+    return mask
+
+
+def opaque(grey: int, opacity: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.stack([np.full_like(opacity, grey), opacity], axis=2))
+
+
+BLACK, RED, BLUE, WHITE = (0, 0, 0), (128, 0, 0), (0, 0, 128), (255, 255, 255)
+READ = {
+    "numbers.png": PIL.Image.fromarray(NUMBERS),
+    "bits.png": PIL.Image.fromarray(MARKED * 255).convert("1"),
+    "bits.tif": PIL.Image.fromarray(MARKED * 255).convert("1"),
+    "sixteen.png": PIL.Image.fromarray(MARKED.astype(np.uint16)),
+    "sixteen bits, all.png": PIL.Image.fromarray(MARKED.astype(np.uint16) * 65535),
+    "float.tif": PIL.Image.fromarray(MARKED.astype(np.float32) / 1000),
+    "colours.png": palette(BLACK, RED, BLUE),
+    "greys in any order.png": PIL.Image.fromarray(1 - MARKED, "P"),
+    "no background in view.png": PIL.Image.fromarray(MARKED * 255).convert("RGBA"),
+    "opacity says the same.png": PIL.Image.fromarray(np.stack([MARKED * 255] * 2, axis=2)),
+}
+READ["greys in any order.png"].putpalette([255, 255, 255, 0, 0, 0])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_mask_marks_does_not_depend_on_how_it_is_stored(tmp_path: Path, name: str) -> None:
+    READ[name].save(tmp_path / name)
+    assert MaskFiles(tmp_path, [[name]], None, 0)(0).tolist() == MARKED.tolist()  # type: ignore[union-attr]
+
+
+UNCLEAR = {
+    "another black.png": (palette(BLACK, BLACK, RED), "has a palette in which another colour than number 0 is black"),
+    "coloured background.png": (palette(RED, BLUE, WHITE), "has a palette in which another colour than number 0"),
+    "white, cut out.png": (opaque(255, MARKED * 255), "marks pixels by its opacity, and others by its grey levels"),
+    "black, cut out.png": (opaque(0, MARKED * 255), "marks pixels by its opacity, and others by its grey levels"),
+    "integers.tif": (
+        PIL.Image.fromarray(NUMBERS.astype(np.int32)),
+        "is of mode I and holds int32 with values from 0 to 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_masks_that_may_mean_one_thing_or_another_are_named(tmp_path: Path, name: str) -> None:
+    mask, message = UNCLEAR[name]
+    mask.save(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        MaskFiles(tmp_path, [[name]], None, 0)(0)
+    assert str(caught.value).startswith(f"mask '{tmp_path / name}' {message}")
+
+
+def test_masks_of_0_and_1_are_named_where_grey_levels_up_to_255_are_expected(tmp_path: Path) -> None:
+    PIL.Image.fromarray(MARKED).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x.png' holds nothing above 1, and marks are above 127: .* threshold of 0"):
+        MaskFiles(tmp_path, [["x.png"]], None, 127)(0)
+    save(tmp_path / "nothing.png", np.zeros((2, 3)))
+    assert MaskFiles(tmp_path, [["nothing.png"]], None, 127)(0).max() == 0  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("shape", [(300, 500), (480, 800), (61, 101)])
 def test_masks_are_scaled_from_their_own_pixels(shape: tuple[int, int]) -> None:
     """As the reference evaluations do: the nearest pixel of the mask as it is stored."""

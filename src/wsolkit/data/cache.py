@@ -29,7 +29,7 @@ class ImageCache:
 
     Args:
         folder: where the file lies, on a local disk; runs that read the same images share it.
-        records: which images.
+        records: which images; all are read upright, or all as they are stored.
         size: side in pixels.
 
     Raises:
@@ -43,7 +43,7 @@ class ImageCache:
         if first is None:
             raise ConfigError(f"dataset.cache={folder}: this data set's images are in memory already: leave it null")
         names = [records.name(index) for index in range(len(records.labels))]
-        what = [str(part) for part in (_FORMAT, size, first.banner, first.path.resolve())]
+        what = [str(part) for part in (_FORMAT, size, first.banner, first.exif, first.path.resolve())]
         identity = hashlib.sha256("\n".join([*what, *names]).encode()).hexdigest()
         self.path = folder / f"{size}_{identity[:16]}"
         slot = np.dtype([("source", "<i8", 2), ("width_height", "<i8", 2), ("image", "u1", (size, size, 3))])

@@ -10,17 +10,23 @@ or, without such a division, `splits` null, and a share of each class is evaluat
 Classes are the training folders' names; labels are their positions in alphabetical order. Training needs no boxes.
 Where there are none, classification alone is evaluated; boxes and masks of the evaluated images come in COCO's JSON
 (wsolkit/data/coco.py).
+
+Images are read upright, as their EXIF orientation turns them and people see them. Where there are annotations, their
+width and height decide: tools differ in whether they show an image upright.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from wsolkit.data.coco import coco_annotations
+from wsolkit.data.decoding import Exif
 from wsolkit.data.files import IMAGE_SUFFIXES, list_folders
 from wsolkit.data.records import (
     FileRecords,
@@ -28,7 +34,7 @@ from wsolkit.data.records import (
     check_classes,
     file_records,
     no_held_out,
-    read_sizes,
+    read_orientations,
     require_folder,
 )
 from wsolkit.errors import ConfigError, DataError
@@ -42,6 +48,7 @@ def folder_records(
     test_fraction: float,
     annotations: str | Mapping[str, str] | None,
     num_classes: int | None,
+    exif: Exif | None = None,
 ) -> FileRecords:
     """Read one split.
 
@@ -53,6 +60,8 @@ def folder_records(
         annotations: COCO's JSON with boxes or masks of the images that are evaluated, relative to `root`; or one by
             split. None: there are none.
         num_classes: expected number of classes; None: any.
+        exif: whether images are turned as their EXIF orientation says; the sizes of annotations go before. None:
+            "apply", or what the annotations say elsewhere.
 
     Raises:
         ConfigError: a setting is wrong. DataError: a folder is missing or empty, or an annotation is wrong.
@@ -72,21 +81,81 @@ def folder_records(
         ids, labels = [ids[index] for index in chosen], [labels[index] for index in chosen]
     file = annotations.get(split) if isinstance(annotations, Mapping) else annotations
     if split == "train" or file is None:
-        return file_records(base, ids, labels, classes, {}, None)
+        return file_records(base, ids, labels, classes, {}, None, upright=exif != "ignore")
     path = base / file
     found = coco_annotations(path, ids, name, [classes[label] for label in labels])
-    _check_sizes(base, ids, found.sizes, path)
-    return file_records(base, ids, labels, classes, found.boxes, found.sizes, found.masks)
+    upright = _annotated_upright(base, ids, found.sizes, path, exif)
+    return file_records(base, ids, labels, classes, found.boxes, found.sizes, found.masks, upright=upright)
 
 
-def _check_sizes(base: Path, ids: Sequence[str], annotated: npt.NDArray[np.int64], path: Path) -> None:
-    """Check that images are annotated as they lie in their files, but for scale."""
-    for name, (width, height), (w, h) in zip(ids, read_sizes(base, ids).tolist(), annotated.tolist(), strict=True):
-        if abs(h * width - w * height) > h + w + height + width:
+def _annotated_upright(
+    base: Path, ids: Sequence[str], annotated: npt.NDArray[np.int64], path: Path, exif: Exif | None
+) -> npt.NDArray[np.bool_]:
+    """Which images were annotated as their EXIF orientation turns them, by the sizes in the annotations [n, 2].
+
+    Says in one line where those differ from each other or from `exif`, or leave it open.
+
+    Raises:
+        DataError: an image was not annotated at its proportions.
+    """
+    by_size: dict[int, bool] = {}
+    left_open = []
+    for place, (width, height, orientation) in enumerate(read_orientations(base, ids).tolist()):
+        w, h = annotated[place].tolist()
+        upright = (height, width) if orientation >= 5 else (width, height)
+        fitting = _fitting((w, h), (width, height), upright)
+        if not fitting:
+            turned = f" ({upright[0]}×{upright[1]} as its EXIF data turn it)" if orientation >= 5 else ""
             raise DataError(
-                f"'{base / name}' is {width}×{height} pixels, '{path}' says {w}×{h}. If the image was annotated as its "
-                "EXIF data turns it: that is not applied here, so turn the pixels in the file"
+                f"'{base / ids[place]}' is {width}×{height} pixels{turned}, '{path}' says {w}×{h}: these are other "
+                "proportions, so the annotation is of another image"
             )
+        if len(fitting) == 1:
+            by_size[place] = True in fitting
+        elif orientation != 1:
+            left_open.append(place)
+    said = exif or (_said(path) if left_open else None)
+    rule = said or ("ignore" if by_size and not any(by_size.values()) else "apply")
+    found = np.full(len(ids), rule == "apply")
+    found[list(by_size)] = list(by_size.values())
+    others = [ids[place] for place, upright in by_size.items() if upright != (rule == "apply")]
+    lines = _lines(rule, others, [] if said else [ids[place] for place in left_open], exif)
+    if lines:
+        rank_zero_warn(f"'{path}': {'; '.join(lines)}")
+    return found
+
+
+_READ = {"apply": "upright", "ignore": "as they are stored"}
+
+
+def _lines(rule: Exif, others: Sequence[str], left_open: Sequence[str], exif: Exif | None) -> list[str]:
+    """What to say of images that are not read by the rule, and of those that are for want of a better reason."""
+    other: Exif = "ignore" if rule == "apply" else "apply"
+    lines = []
+    if others:
+        spite = "" if exif is None else f", in spite of dataset.exif={exif}"
+        lines.append(f"{len(others)} images, such as '{others[0]}', are read {_READ[other]}, as sized there{spite}")
+    if left_open:
+        lines.append(
+            f"{len(left_open)} images, such as '{left_open[0]}', have one size, whether their EXIF data turn them or "
+            f"not: they are read {_READ[rule]}, and with dataset.exif={other} {_READ[other]}"
+        )
+    return lines
+
+
+def _fitting(annotated: tuple[int, int], stored: tuple[int, int], upright: tuple[int, int]) -> set[bool]:
+    """Which of an image's sizes the annotated one may be, but for scale: the upright one (True), the stored (False)."""
+    w, h = annotated
+    sizes = {True: upright, False: stored}
+    same = {key for key, size in sizes.items() if size == (w, h)}
+    return same or {key for key, (x, y) in sizes.items() if abs(h * x - w * y) <= h + w + x + y}
+
+
+def _said(path: Path) -> Exif | None:
+    """Which pixels the boxes of a file are in, where `python -m wsolkit.predict` has written it."""
+    info = json.loads(path.read_bytes()).get("info")
+    exif = info.get("exif") if isinstance(info, dict) else None
+    return exif if exif in ("apply", "ignore") else None
 
 
 def _class_names(base: Path, train: str) -> list[str]:

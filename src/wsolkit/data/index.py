@@ -5,6 +5,7 @@ Columns, a record batch for each split:
     path     name of an image, relative to its split's folder
     label    from 0
     size     width and height that the boxes refer to; null: those of the file
+    upright  whether the image is turned as its EXIF orientation says
     boxes    x0, y0, x1, y1 each
     masks    paths of the files in which the objects are marked, or run lengths: height, width and COCO's "counts"
     ignored  the same of what is to be ignored
@@ -39,7 +40,7 @@ from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
 from wsolkit.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the file's form changes, or what is read from official files."""
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
@@ -50,6 +51,7 @@ _SCHEMA = pa.schema(
         "path": pa.large_string(),
         "label": pa.int64(),
         "size": pa.list_(pa.int64(), 2),
+        "upright": pa.bool_(),
         "boxes": pa.large_list(pa.list_(pa.int64(), 4)),
         "masks": pa.large_list(pa.large_string()),
         "ignored": pa.large_list(pa.large_string()),
@@ -188,6 +190,7 @@ def _batch(records: FileRecords, schema: pa.Schema) -> pa.RecordBatch:
         pa.LargeStringArray.from_buffers(count, pa.py_buffer(records.ids.starts), pa.py_buffer(records.ids.block)),
         pa.array(records.labels),
         sizes,
+        pa.array(records.upright),
         pa.LargeListArray.from_arrays(records.box_starts, boxes),
         _column("masks", objects, count),
         _column("ignored", ignored, count),
@@ -221,7 +224,7 @@ def _column(name: str, values: Sequence[Any] | None, count: int) -> pa.Array:
 
 
 def _records(batch: pa.RecordBatch, about: Mapping[str, Any], root: Path) -> FileRecords:
-    path, label, size, boxes, objects, ignored = batch.columns
+    path, label, size, upright, boxes, objects, ignored = batch.columns
     _, starts, block = path.buffers()
     return FileRecords(
         root / about["root"],
@@ -233,6 +236,7 @@ def _records(batch: pa.RecordBatch, about: Mapping[str, Any], root: Path) -> Fil
         boxes.offsets.to_numpy(),
         _masks(about["masks"], objects, ignored, root),
         about["banner"],
+        upright.to_numpy(zero_copy_only=False),
     )
 
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from wsolkit.data.records import read_grey
+from wsolkit.errors import DataError
 from wsolkit.types import Mask
 
 
@@ -33,7 +34,7 @@ class MaskFiles:
         """Read the mask of an image [h, w]: 0, 1, 255 to ignore.
 
         Raises:
-            DataError: a file is missing, or cannot be decoded.
+            DataError: see `read_grey`; or a file has 0 and 1 where grey levels up to 255 are expected.
         """
         marked = [self._marked(name) for name in self.objects[index]]
         if not marked:
@@ -50,7 +51,13 @@ class MaskFiles:
         return sum(len(files) > 0 for files in self.objects)
 
     def _marked(self, name: str) -> Mask:
-        return (read_grey(self.root / name) > self.threshold).astype(np.uint8)
+        levels = read_grey(self.root / name)
+        if self.threshold > 0 and levels.max() == 1:
+            raise DataError(
+                f"mask '{self.root / name}' holds nothing above 1, and marks are above {self.threshold}: store it with "
+                "255 for the object, or set a threshold of 0"
+            )
+        return (levels > self.threshold).astype(np.uint8)
 
 
 def _at_size(mask: Mask, width: int, height: int) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import PIL.Image
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from wsolkit.data.decoding import Exif, decoding, grey, orientation, rgb, stored_size, turned
 from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Image, Mask
 
@@ -21,10 +23,11 @@ Split = Literal["train", "val", "test"]
 
 
 class Source(NamedTuple):
-    """What an image is read from: a file, and how many rows at its bottom are left out."""
+    """What an image is read from: a file, how many rows at its bottom are left out, and what becomes of EXIF data."""
 
     path: Path
     banner: int
+    exif: Exif
 
 
 class Records(Protocol):
@@ -97,6 +100,7 @@ class FileRecords:
         box_starts: where each image's boxes start in `box_table` [n + 1].
         masks: reads the mask of an image; None: the split has none.
         banner: rows of pixels at the bottom of each file that are no part of the image.
+        upright: which images are turned as their EXIF orientation says [n].
     """
 
     root: Path
@@ -108,6 +112,7 @@ class FileRecords:
     box_starts: npt.NDArray[np.int64]
     masks: Callable[[int], Mask | None] | None
     banner: int
+    upright: npt.NDArray[np.bool_]
 
     def name(self, index: int) -> str:
         """The image's id."""
@@ -115,16 +120,16 @@ class FileRecords:
 
     def source(self, index: int) -> Source:
         """See `Records.source`."""
-        return Source(self.root / self.ids[index], self.banner)
+        return Source(self.root / self.ids[index], self.banner, "apply" if self.upright[index] else "ignore")
 
     def image(self, index: int) -> Image:
         """Read an image as RGB.
 
         Raises:
-            DataError: it is missing, or cannot be decoded.
+            DataError: see `read_image`.
         """
-        path, banner = self.source(index)
-        image = read_image(path)
+        path, banner, exif = self.source(index)
+        image = read_image(path, exif)
         return image[: len(image) - banner]
 
     def boxes(self, index: int) -> Boxes:
@@ -152,45 +157,43 @@ def file_records(
     sizes: npt.NDArray[np.int64] | None,
     masks: Callable[[int], Mask | None] | None = None,
     banner: int = 0,
+    upright: bool | npt.NDArray[np.bool_] = False,
 ) -> FileRecords:
-    """Lay out images and their boxes by id in columns; see `FileRecords`."""
+    """Lay out images and their boxes by id in columns; see `FileRecords`. `upright` may be one for all."""
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return FileRecords(root, Names(ids), np.asarray(labels, np.int64), classes, sizes, table, starts, masks, banner)
+    turn = np.broadcast_to(upright, len(ids))
+    numbers = np.asarray(labels, np.int64)
+    return FileRecords(root, Names(ids), numbers, classes, sizes, table, starts, masks, banner, turn)
 
 
-def read_image(path: Path) -> Image:
-    """Decode an image file as RGB, without applying its EXIF rotation, as the papers' evaluations do.
+def read_image(path: Path, exif: Exif = "ignore") -> Image:
+    """Decode an image file as RGB, its first frame; without `exif` as it is stored, as the papers' evaluations do.
 
     Raises:
-        DataError: the file is missing, or cannot be decoded.
+        DataError: the file is missing, cannot be decoded, or does not say how bright its values are.
     """
     with _opened(path, "image") as image:
-        pixels = _decode_jpeg(path) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
-        return rgb(image) if pixels is None else pixels
-
-
-def rgb(image: PIL.Image.Image) -> Image:
-    """Pixels [H, W, 3] of an image in any mode: 16 bits are scaled to 8, opacity is left out."""
-    if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
-        image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+        pixels = _decode_jpeg(path) if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") else None
+        if pixels is None:
+            return rgb(image, exif, f"image '{path}'")
+        return pixels if exif == "ignore" else turned(pixels, orientation(image))
 
 
 def read_grey(path: Path) -> npt.NDArray[np.uint8]:
     """Decode an image file as grey levels [H, W], as masks are stored.
 
     Raises:
-        DataError: the file is missing, or cannot be decoded.
+        DataError: the file is missing or cannot be decoded, or it is not clear what it marks.
     """
     with _opened(path, "mask") as image:
-        return np.asarray(image.convert("L"))
+        return grey(image, f"mask '{path}'")
 
 
 def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Width and height [n, 2] of images, from the heads of their files.
+    """Width and height [n, 2] of images as they are stored, from the heads of their files.
 
     Raises:
         DataError: a file is missing, or is no image.
@@ -198,20 +201,50 @@ def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.array([_size(root / name) for name in ids], np.int64).reshape(-1, 2)
 
 
+def read_orientations(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Width and height as they are stored, and EXIF orientation [n, 3] of images.
+
+    Raises:
+        DataError: a file is missing, or is no image.
+    """
+    return np.array([_orientation(root / name) for name in ids], np.int64).reshape(-1, 3)
+
+
 def _size(path: Path) -> tuple[int, int]:
     with _opened(path, "image") as image:
-        return image.size
+        return stored_size(image)
+
+
+def _orientation(path: Path) -> tuple[int, int, int]:
+    with _opened(path, "image") as image:
+        if image.format == "PNG" and _goes_on_after_pixels(path):
+            image.load()
+        return *stored_size(image), orientation(image)
+
+
+def _goes_on_after_pixels(path: Path) -> bool:
+    """Whether a PNG file may have EXIF data behind its pixels, where they are found by decoding these alone."""
+    with path.open("rb") as file:
+        kind, after = b"", False
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and kind != b"IEND":
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if after and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+                return True
+            after |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
-    try:
-        with PIL.Image.open(path) as image:
+    with decoding(f"{what} '{path}'", ": replace it or take it off the list"):
+        try:
+            image = PIL.Image.open(path)
+        except FileNotFoundError as error:
+            raise DataError(f"{what} '{path}' does not exist, but the data set's lists name it") from error
+        with image:
             yield image
-    except FileNotFoundError as error:
-        raise DataError(f"{what} '{path}' does not exist, but the data set's lists name it") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{what} '{path}' cannot be decoded ({error}): replace it or take it off the list") from error
 
 
 def _decode_jpeg(path: Path) -> Image | None:

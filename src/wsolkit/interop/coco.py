@@ -63,7 +63,7 @@ def prediction_files(
     Args:
         folder: theirs; made if there is none.
         class_names: by label.
-        settings: on which the predictions depend, flat.
+        settings: on which the predictions depend, flat; "exif" among them.
 
     Raises:
         DataError: the folder holds predictions under other settings, or is being written to by another process.
@@ -72,14 +72,14 @@ def prediction_files(
     with (folder / PROGRESS).open("a+b") as progress:
         _lock(progress.fileno(), folder)
         _check_settings(folder / SETTINGS, settings)
-        yield PredictionFiles(folder, class_names, progress)
+        yield PredictionFiles(folder, class_names, str(settings["exif"]), progress)
 
 
 class PredictionFiles:
     """The files of a folder of predictions; see `prediction_files`."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str], progress: BinaryIO) -> None:
-        self.folder, self.class_names, self._file = folder, class_names, progress
+    def __init__(self, folder: Path, class_names: Sequence[str], exif: str, progress: BinaryIO) -> None:
+        self.folder, self.class_names, self._exif, self._file = folder, class_names, exif, progress
         self._lines = dict(self._read())
 
     def missing(self, sources: Sequence[Source], complete: Callable[[str], bool]) -> list[int]:
@@ -149,7 +149,7 @@ class PredictionFiles:
                 ),
             )
         with _draft(self.folder / LABELS) as file:
-            file.write('{"info": ' + json.dumps({"description": f"wsolkit {wsolkit.__version__}"}) + ',\n"images": ')
+            file.write('{"info": ' + json.dumps(self._info()) + ',\n"images": ')
             _write_list(
                 file, ({key: image[key] for key in ("id", "file_name", "width", "height")} for image in images())
             )
@@ -172,6 +172,15 @@ class PredictionFiles:
             with _draft(self.folder / FAILED) as file:
                 csv.writer(file).writerows([("file_name", "reason"), *failed.items()])
         return len(known)
+
+    def _info(self) -> dict[str, str]:
+        how = (
+            "turned upright as its EXIF data say"
+            if self._exif == "apply"
+            else "as it is stored, whatever its EXIF data"
+        )
+        text = f"wsolkit {wsolkit.__version__}; sizes, boxes and masks are in pixels of each image {how}"
+        return {"description": text, "exif": self._exif}
 
     def _line(self, name: str) -> dict[str, Any]:
         self._file.seek(self._lines[name][0])
