@@ -236,12 +236,12 @@ def test_checked_settings_are_only_of_their_type() -> None:
 def test_imports_point_along_the_path_of_an_image() -> None:
     """data, backbones → localization → metrics → methods → reporting → commands; never back."""
     allowed = {
-        "data": {"data", "compiled", "cores", "seeding", "errors", "types"},
+        "data": {"data", "compiled", "cores", "drafts", "seeding", "errors", "types"},
         "backbones": {"backbones", "errors", "types"},
         "localization": {"localization", "compiled", "errors", "types"},
         "metrics": {"metrics", "localization", "compiled", "cores", "errors", "types"},
         "methods": {"methods", "metrics", "localization", "backbones", "optim", "seeding", "errors", "types"},
-        "reporting": {"reporting", "methods", "metrics", "localization", "data", "errors", "types"},
+        "reporting": {"reporting", "methods", "metrics", "localization", "data", "drafts", "errors", "types"},
     }
     source = REPOSITORY / "src" / "wsolkit"
     for package, may_import in allowed.items():

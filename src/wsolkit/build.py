@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import inspect
 import logging
@@ -18,7 +17,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,6 +29,7 @@ from wsolkit.backbones.pretrained import normalization
 from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.config import CONF, arguments, check_config, locate, plain
+from wsolkit.csv_log import RunLog
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
 from wsolkit.data.records import Records, Split
@@ -199,11 +199,8 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         folder: run directory.
         continued_at: the step from which the run in it goes on; its log and its W&B run are then continued.
     """
-    log, earlier_log = folder / "metrics.csv", folder / "metrics.csv.earlier"
     if getattr(rank_zero_only, "rank", 0):
         continued_at = None
-    if continued_at is not None and log.is_file() and not earlier_log.is_file():
-        log.replace(earlier_log)
     loggers: list[Logger] = []
     for node in cfg.logger.values():
         kind = str(node._target_).rpartition(".")[2]
@@ -219,10 +216,8 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         logger = build()
         if isinstance(logger, WandbLogger) and not _reaches_wandb(logger):
             logger = build(mode="offline")
-        if isinstance(logger, CSVLogger) and continued_at is not None and earlier_log.is_file():
-            logger.experiment.metrics = _rows_before(earlier_log, continued_at)  # it begins by deleting the log
-            logger.save()
-            earlier_log.unlink(missing_ok=True)
+        if isinstance(logger, RunLog) and continued_at is not None:
+            logger.go_on(continued_at)
         loggers.append(logger)
     return loggers
 
@@ -265,13 +260,6 @@ def _reaches_wandb(logger: WandbLogger) -> bool:
         )
         return False
     return True
-
-
-def _rows_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rows of a log up to a step; those after it will come again."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) < step]
 
 
 def _earlier_wandb_run(folder: Path) -> dict[str, str]:

@@ -40,7 +40,9 @@ from omegaconf import DictConfig, OmegaConf
 import wsolkit
 from wsolkit.backbones.weights import StateDict
 from wsolkit.config import as_text, load_config, plain
+from wsolkit.csv_log import RunLog
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.methods.base import WSOLModule
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -164,8 +166,10 @@ class LastCheckpoint(Checkpointing):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        if isinstance(trainer.lightning_module, WSOLModule):
+            trainer.lightning_module.log_losses()  # what comes before the checkpoint will not be logged again
         for logger in trainer.loggers:
-            logger.save()  # what comes before the checkpoint will not be logged again
+            logger.sync() if isinstance(logger, RunLog) else logger.save()
         last = self.folder / LAST
         if trainer.is_global_zero and last.is_file():
             draft = self.folder / f".{PREVIOUS}.{os.getpid()}"

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from wsolkit.errors import ConfigError, WsolkitError
-from wsolkit.jobs import run_job
+from wsolkit.jobs import run_job, watch_sweep
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -77,6 +77,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
             else:
+                watch_sweep()
                 _prepare_children()
                 task(cfg, folder)
         except (WsolkitError, OmegaConfBaseException) as error:

@@ -21,5 +21,9 @@ class TrainingError(WsolkitError, RuntimeError):
     """Training cannot go on: a loss is not finite, memory is full, a loader's process died."""
 
 
+class BusyError(WsolkitError, RuntimeError):
+    """Another process is at work in a folder that only one may write to."""
+
+
 class JobError(WsolkitError, RuntimeError):
     """A job of a sweep failed, or its record cannot be used."""

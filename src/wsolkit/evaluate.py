@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from wsolkit.config import check_config, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.run_directory import one_run
 from wsolkit.train import finish, method_name, report, save_config, title
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from wsolkit.types import EvaluationBatch
 
 
+@one_run
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate a checkpoint or a folder of score maps and report into a run directory; returns the metrics."""
     if cfg.score_maps is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -20,17 +21,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from wsolkit.drafts import remove_drafts, write_text
 from wsolkit.errors import JobError
+from wsolkit.locks import is_held
+from wsolkit.run_directory import LOCK
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
 _FIRST = ("method", "optimizer", "seed")  # what sweeps are mostly over: long names are cut at the end
 _HEARTBEAT = 20.0
+_GLANCE = 1.0  # seconds between two looks at a job, and at the sweep that it belongs to
+_PATIENCE = 60.0  # seconds that a job has to write its checkpoint when it is stopped
+_SWEEP = "WSOLKIT_SWEEP"  # variable of a job's environment: the number of the process that runs it
 _SILENCE = 120.0  # seconds after which a running job that says nothing is taken for interrupted
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -57,22 +66,12 @@ class Job:
     @property
     def abandoned(self) -> bool:
         """Whether the sweep that runs the job is known to be dead; on another machine, nobody knows."""
-        if self.host != platform.node():
-            return False
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.host == platform.node() and _is_gone(self.process)
 
     def write(self, folder: Path) -> None:
         """Write the record, so that a reader finds the old one or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{RECORD}.{os.getpid()}"
-        draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        draft.replace(folder / RECORD)
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=1))
 
 
 def read_job(folder: Path) -> Job | None:
@@ -153,29 +152,40 @@ def run_job(
     Raises:
         JobError: it failed, or was run with other settings of the same name, or another process runs it.
     """
+    _end_with_sweep()
     settings = json.loads(json.dumps(settings))
     with _alone(folder):  # of two sweeps that come upon a job at the same time, one runs it
         if not _is_due(folder, settings):
             return
+        remove_drafts([folder / RECORD])
         job = Job(list(overrides), settings)
         job.write(folder)
     command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
+    _await_end_of_run(folder)
     with (folder / OUTPUT).open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=partial(_die_with, os.getpid()),
+            env=os.environ | {_SWEEP: str(os.getpid())},
+        )
         try:
             _raise_at_termination()
+            written = time.monotonic()
             while process.poll() is None:
-                try:
-                    process.wait(_HEARTBEAT)
-                except subprocess.TimeoutExpired:
-                    job.seconds = time.time() - job.started
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GLANCE)
+                _end_with_sweep()
+                if time.monotonic() - written >= _HEARTBEAT:
+                    job.seconds, written = time.time() - job.started, time.monotonic()
                     job.write(folder)
-        except BaseException:  # Ctrl-C, or the end of a cluster's patience
+        except BaseException:  # Ctrl-C, the end of a cluster's patience, or that of the sweep
             job.state, job.error = "interrupted", "stopped from outside"
             job.write(folder)
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
@@ -233,10 +243,48 @@ def _raise_at_termination() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def _die_with_parent() -> None:
-    """Where the system can: end with the sweep, even if that is killed, rather than train on unseen."""
+def _end_with_sweep() -> None:
+    """End, if this is one of the processes among which a launcher divides a sweep, and the sweep was killed."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and launcher.pid is not None and _is_gone(launcher.pid):
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _is_gone(process: int) -> bool:
+    """Whether a process has ended, by its number."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _await_end_of_run(folder: Path) -> None:
+    """Wait for the job that a killed sweep has left to write its checkpoint and end."""
+    deadline = time.monotonic() + _PATIENCE
+    while is_held(folder / LOCK) and time.monotonic() < deadline:
+        time.sleep(_GLANCE)
+
+
+def _die_with(sweep: int) -> None:
+    """In the process of a job, on Linux: end with the sweep, even if that is killed, rather than train on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != sweep:  # killed meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def watch_sweep() -> None:
+    """In the process of a job, on other systems: the same, by looking every second whether the sweep is there."""
+    sweep = os.environ.pop(_SWEEP, None)
+    if sweep is None or platform.system() == "Linux":
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(sweep):
+            time.sleep(_GLANCE)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> set[str]:

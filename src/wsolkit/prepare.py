@@ -9,11 +9,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsolkit.config import CONF, arguments, check_config, locate, plain, run_command
+from wsolkit.drafts import remove_drafts
 from wsolkit.errors import ConfigError, DataError
+from wsolkit.locks import alone
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,8 +32,6 @@ def prepare(cfg: DictConfig, _: Path) -> None:
     if cfg.dataset.get("root") is None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "dataset").glob("*.yaml") if path.stem != name))
         raise ConfigError(f"dataset={name} is made in memory: there is nothing to prepare; choose from: {choices}")
-    from filelock import FileLock, Timeout
-
     from wsolkit.build import build_records
     from wsolkit.data.archives import STATE
     from wsolkit.data.index import write_index
@@ -43,21 +44,31 @@ def prepare(cfg: DictConfig, _: Path) -> None:
     todo = {name: archive for name, archive in archives.items() if not archive.finished(root)}
     check_there(todo, cfg, root)
     # A data set that is only indexed may lie where nobody can write.
-    place = root / STATE / "lock" if todo else index.with_name(f".{index.name}.lock")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place).acquire(blocking=False)
-    except Timeout as error:
-        raise DataError(f"another process is preparing '{root}': wait until it ends") from error
-    except OSError as error:
-        raise DataError(f"'{place.parent}' cannot be written to ({error}); dataset.index=FILE is elsewhere") from error
-    with lock:
+    places = [index.with_name(f".{index.name}.lock"), *([root / STATE / "lock"] if todo else [])]
+    with ExitStack() as locks:
+        for place in places:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(alone(place, f"preparing '{root}'"))
+            except OSError as error:
+                raise DataError(
+                    f"'{place.parent}' cannot be written to ({error}); dataset.index=FILE is elsewhere"
+                ) from error
+        remove_leftovers(index, root / STATE)
         install(todo, root, cfg.progress)
         splits: list[Split] = ["train", "val", "test"] if cfg.dataset.held_out else ["train", "test"]
         print(f"Reading {', '.join(splits)} of {name} and writing the index", flush=True)
         records = write_index(index, splits, build_records(cfg), plain(cfg)["dataset"]["records"], root)
     files = [root / archive.file for archive in archives.values()]
     show(cfg, records, index, [path for path in files if path.is_file()])
+
+
+def remove_leftovers(index: Path, state: Path) -> None:
+    """Remove what killed processes have left and nobody goes on from: drafts of the index, of pooch's downloads."""
+    remove_drafts([index])
+    by_earlier_versions = (path for path in index.parent.glob(f"{index.name}.*") if path.suffix[1:].isdigit())
+    for path in (*by_earlier_versions, *state.glob("tmp*")):
+        path.unlink(missing_ok=True)
 
 
 def needed_archives(cfg: DictConfig) -> dict[str, Archive]:

@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from rich.table import Table
 
+from wsolkit.drafts import write_text
 from wsolkit.methods.base import WSOLModule
 
 Stage = Literal["training", "evaluation"]
@@ -163,7 +164,7 @@ class StepProfiler(Profiler):
     def report(self, folder: Path) -> None:
         """Print a table, and write profile.json into a run directory."""
         results = self.results()
-        (folder / "profile.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "profile.json", json.dumps(results, indent=2) + "\n")
         for stage, result in results.items():
             table = Table(
                 title=f"{stage}: {result['ms']:.2f} ms a batch, mean of {result['batches']}", title_justify="left"

@@ -44,7 +44,8 @@ class Speed(Callback):
             return
         self._stop_clock()
         values = {"speed/images_per_second": self._images / self._seconds} | memory(pl_module.device)
-        pl_module.log_dict(values)
+        for logger in pl_module.loggers:  # now: Lightning would do it after the checkpoint is written
+            logger.log_metrics({"epoch": trainer.current_epoch} | values, step=step - 1)
         self._images, self._seconds, self._logged_step = 0, 0.0, step
         self._running_since = time.perf_counter()
 

@@ -27,6 +27,7 @@ from rich.measure import Measurement
 from yaml import YAMLError
 
 from wsolkit.config import name_directory, plain, run_command
+from wsolkit.drafts import draft, write_text
 from wsolkit.errors import ConfigError, JobError
 from wsolkit.jobs import RECORD, RESULT, Job, read_job
 from wsolkit.reporting.sweep import (
@@ -243,7 +244,8 @@ def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder:
     """Write the report, plots and page of pictures into a folder; returns the files' names, without the plots'."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=160)
+        with draft(folder / f"{name}.png", "wb") as file:
+            figure.savefig(file, dpi=160)
     report = markdown(sweep, [f"{name}.png" for name in figures], None if page is None else _PAGE)
     files = {"sweep.md": report, "sweep.csv": runs_csv(sweep)}
     if sweep.finished:
@@ -251,7 +253,7 @@ def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder:
     if page is not None:
         files[_PAGE] = page
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return list(files)
 
 

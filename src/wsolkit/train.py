@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsolkit.config import as_named, check_config, run_command
+from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.run_directory import one_run
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from wsolkit.metrics.evaluation import Outcome
 
 
+@one_run
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
@@ -73,7 +76,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
-    loggers = build_loggers(cfg, folder, continued.step if continued and cfg.resume == "auto" else None)
+    here = resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
+    loggers = build_loggers(cfg, folder, continued.step if continued and here else None)
     if loggers:
         callbacks += [LearningRateMonitor("step"), Speed()]
     if cfg.trainer.enable_progress_bar:
@@ -89,7 +93,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         training = datamodule.dataset("train").records
         if isinstance(training, Subset):
             names = [training.name(index) for index in range(len(training.labels))]
-            (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            write_text(folder / "train_images.txt", "".join(f"{name}\n" for name in names))
     try:
         log_settings(loggers, module.training_settings.config, folder)
         with named_trouble(cfg.dataset.batch_size), named_compilation():
@@ -145,7 +149,7 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def report(

@@ -25,7 +25,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -38,6 +38,7 @@ from wsolkit.data.coco import RunLengthMasks
 from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
+from wsolkit.drafts import draft
 from wsolkit.errors import DataError
 
 FORMAT = 2
@@ -120,18 +121,13 @@ def write_index(
         records[split] = found
         about[split] = _about(found, settings, root) | {"sources": _sources(seen, found, settings, root)}
     schema = _SCHEMA.with_metadata({_KEY: json.dumps({"format": FORMAT, "splits": about})})
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.ipc.new_file(str(draft), schema) as file:
+        with draft(path, "wb") as place, pa.ipc.new_file(place, schema) as file:
             for found in records.values():
                 file.write_batch(_batch(found, schema))
-        draft.replace(path)
     except OSError as error:
         raise DataError(f"the index '{path}' cannot be written ({error}); set another dataset.index=FILE") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
     return records
 
 

@@ -12,16 +12,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle_masks
 
 import wsolkit
+from wsolkit.drafts import draft, remove_drafts, write_text
 from wsolkit.errors import DataError
 from wsolkit.localizer import Prediction
+from wsolkit.locks import alone
 
-PROGRESS, SETTINGS = "progress.jsonl", "settings.json"
+PROGRESS, SETTINGS, LOCK = "progress.jsonl", "settings.json", ".predict.lock"
 RESULTS, LABELS, TABLE, FAILED = "predictions.json", "pseudo_labels.json", "predictions.csv", "failed.csv"
 
 COLUMNS = ("image_id", "file_name", "image_width", "image_height", "category_id", "label", "score")
@@ -66,11 +68,14 @@ def prediction_files(
         settings: on which the predictions depend, flat; "exif" among them.
 
     Raises:
-        DataError: the folder holds predictions under other settings, or is being written to by another process.
+        DataError: the folder holds predictions under other settings. BusyError: another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / PROGRESS).open("a+b") as progress:
-        _lock(progress.fileno(), folder)
+    with (
+        alone(folder / LOCK, f"writing to '{folder}'", "choose another output"),
+        (folder / PROGRESS).open("a+b") as progress,
+    ):
+        remove_drafts(folder / name for name in (SETTINGS, RESULTS, LABELS, TABLE, FAILED))
         _check_settings(folder / SETTINGS, settings)
         yield PredictionFiles(folder, class_names, str(settings["exif"]), progress)
 
@@ -137,7 +142,7 @@ class PredictionFiles:
                     annotation = {"id": count, "image_id": image["id"], "category_id": best["category_id"]}
                     yield annotation | part | {"iscrowd": 0, "score": best["score"]}
 
-        with _draft(self.folder / RESULTS) as file:
+        with draft(self.folder / RESULTS) as file:
             _write_list(
                 file,
                 (
@@ -148,7 +153,7 @@ class PredictionFiles:
                     for part in each["objects"]
                 ),
             )
-        with _draft(self.folder / LABELS) as file:
+        with draft(self.folder / LABELS) as file:
             file.write('{"info": ' + json.dumps(self._info()) + ',\n"images": ')
             _write_list(
                 file, ({key: image[key] for key in ("id", "file_name", "width", "height")} for image in images())
@@ -158,7 +163,7 @@ class PredictionFiles:
             file.write(',\n"categories": ')
             _write_list(file, ({"id": label + 1, "name": name} for label, name in enumerate(self.class_names)))
             file.write("}\n")
-        with _draft(self.folder / TABLE) as file:
+        with draft(self.folder / TABLE) as file:
             table = csv.writer(file)
             table.writerow((*COLUMNS, *BOX_COLUMNS))
             for image in images():
@@ -169,7 +174,7 @@ class PredictionFiles:
                         table.writerow((*head, each["category_id"], label, each["score"], *box))
         (self.folder / FAILED).unlink(missing_ok=True)
         if failed:
-            with _draft(self.folder / FAILED) as file:
+            with draft(self.folder / FAILED) as file:
                 csv.writer(file).writerows([("file_name", "reason"), *failed.items()])
         return len(known)
 
@@ -207,8 +212,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Compare with the settings of what a folder holds; in a new folder, write them."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        with _draft(path) as file:
-            file.write(json.dumps(settings, indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
         return
     try:
         earlier = json.loads(path.read_bytes())
@@ -223,30 +227,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _lock(file: int, folder: Path) -> None:
-    """Keep other processes from writing here, until this one ends, however it does."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise DataError(f"another process is writing to '{folder}': wait for it, or choose another output") from error
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name when it is complete."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def _write_list(file: TextIO, entries: Iterable[Mapping[str, Any]]) -> None:
+def _write_list(file: IO[str], entries: Iterable[Mapping[str, Any]]) -> None:
     """A JSON list, an entry a line."""
     separator = "[\n"
     for entry in entries:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wsolkit.drafts import draft
 from wsolkit.errors import DataError
 
 
@@ -39,7 +40,8 @@ class ScoreMaps:
         """Write an image's map [H, W] in [0, 1]."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, score_map)
+        with draft(path, "wb", sync=False) as file:
+            np.save(file, score_map)
 
     def read(self, name: str, sizes: Collection[tuple[int, int]]) -> npt.NDArray[np.floating]:
         """Read an image's map [H, W] in [0, 1].

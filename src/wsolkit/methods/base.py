@@ -130,13 +130,18 @@ class WSOLModule(LightningModule, ABC):
         return losses["loss"]
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
-        """Lightning's hook: log the losses of every `log_every_n_steps`-th step, those of the last part of its batch.
+        """Lightning's hook."""
+        self.log_losses()
+
+    def log_losses(self) -> None:
+        """Log the losses of every `log_every_n_steps`-th step, those of the last part of its batch, once.
 
         Not by `self.log`, which would wait for the device in every step, for the progress bar.
         """
         step = self.trainer.global_step
         if step == self._steps_before or step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
+        self._steps_before = step
         self.shown = self._losses.latest()
         row = {f"{logged_name(name)}_step": value for name, value in self.shown.items()}
         for logger in self.loggers:

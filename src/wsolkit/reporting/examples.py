@@ -11,6 +11,7 @@ from typing import Any
 
 import PIL.Image
 
+from wsolkit.drafts import draft, write_text
 from wsolkit.errors import JobError
 from wsolkit.reporting.charts import Shown, jpeg, map_image, truth_image
 
@@ -59,10 +60,11 @@ def write_examples(folder: Path, images: Sequence[Shown], protocol: str, thresho
             truth_file=f"{number:02d}_truth.jpg",
             map_file=f"{number:02d}_map.jpg",
         )
-        (folder / example.truth_file).write_bytes(jpeg(truth_image(shown)))
-        (folder / example.map_file).write_bytes(jpeg(map_image(shown)))
+        for name, picture in ((example.truth_file, truth_image(shown)), (example.map_file, map_image(shown))):
+            with draft(folder / name, "wb", sync=False) as file:
+                file.write(jpeg(picture))
         examples.append(asdict(example))
-    (folder / LIST).write_text(json.dumps(examples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / LIST, json.dumps(examples, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_examples(folder: Path) -> list[Example]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import distributed
 
 from wsolkit.data.dataset import WSOLDataset
+from wsolkit.drafts import draft
 from wsolkit.metrics.boxes import Verdicts
 from wsolkit.metrics.errors import CLS, ERRORS
 from wsolkit.metrics.evaluation import Evaluation
@@ -119,7 +120,7 @@ def _gather(rows: dict[int, ImageRow]) -> dict[int, ImageRow]:
 
 def write_images(tables: Mapping[str, Iterable[ImageRow]], path: Path) -> None:
     """Write the rows of all protocols as CSV: the columns of `ImageRow` after the protocol's name."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with draft(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("protocol", *ImageRow._fields))
         writer.writerows((protocol, *row) for protocol, rows in tables.items() for row in rows)

@@ -16,6 +16,7 @@ import PIL.Image
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from wsolkit.drafts import write_text
 from wsolkit.reporting.charts import (
     PREDICTED,
     SCORE_COLOURS,
@@ -241,7 +242,7 @@ def write_page(
         f'<p class="dim">{_summary(method, curves, class_names, names)}</p>\n<nav aria-label="Sections">{links}</nav>',
         main or "<p>There is nothing to show: the evaluation left no numbers.</p>",
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def document(title: str, head: str, main: str) -> str:

@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.transforms import denormalise
+from wsolkit.drafts import draft
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
@@ -75,7 +76,8 @@ def write_report(
     first = next(iter(evaluation.protocols))
     if examples:
         pictures = shown(examples)
-        draw_examples(pictures, title).savefig(folder / "examples.png", dpi=100)
+        with draft(folder / "examples.png", "wb") as file:
+            draw_examples(pictures, title).savefig(file, dpi=100)
         write_examples(folder, pictures, first, shown_threshold(outcome.results, first))
     extremes = {name: [int(i) for i in outcome.curves.get(f"{first}/{name}_images", ())] for name in ("worst", "best")}
     write_page(
@@ -159,10 +161,12 @@ def write_inside(
         return None
     arrays = {name: maps.float().cpu().numpy() for name, maps in series.items()}
     names = [dataset.records.name(index) for index in examples]
-    np.savez_compressed(folder / "inside.npz", **{"image": np.array(names), **arrays})  # type: ignore[arg-type]
+    with draft(folder / "inside.npz", "wb") as file:
+        np.savez_compressed(file, **{"image": np.array(names), **arrays})  # type: ignore[arg-type]
     pictures = [denormalise(one, datamodule.mean, datamodule.std) for one in batch["image"]]
     figure = draw_inside(pictures, arrays)
-    figure.savefig(folder / "inside.png", dpi=100)
+    with draft(folder / "inside.png", "wb") as file:
+        figure.savefig(file, dpi=100)
     return figure
 
 

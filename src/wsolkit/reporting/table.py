@@ -11,6 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from wsolkit.drafts import write_text
 from wsolkit.metrics.boxes import BASELINES
 from wsolkit.metrics.evaluation import Outcome
 
@@ -78,7 +79,7 @@ def write_metrics(outcome: Outcome, class_names: Sequence[str], path: Path) -> N
     content |= {name: _plain(values) for name, values in outcome.curves.items()}
     content["class_names"] = list(class_names)
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _plain(value: Any) -> Any:
