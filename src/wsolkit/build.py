@@ -165,7 +165,9 @@ def _compilation(setting: object) -> dict[str, Any]:
 
 
 def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> None:
-    needed = typing.get_type_hints(method.__init__)["backbone"]
+    if not (inspect.isclass(method) and issubclass(method, WSOLModule)):
+        raise ConfigError(f"method._target_={cfg.method._target_}: expected a class that extends WSOLModule")
+    needed = typing.get_type_hints(method.__init__).get("backbone", nn.Module)
     if not issubclass(backbone, needed):
         choices = [
             path.stem

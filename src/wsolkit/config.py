@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
+from wsolkit.limits import check_limits
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -99,8 +100,20 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if traceback or error.filename is None:
+            raise
+        sys.exit(
+            f"error: '{error.filename}' cannot be read or written ({error.strerror}); results go to another folder "
+            f"with {'output' if _has_output(config_name) else 'hydra.run.dir'}=DIR"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _has_output(config_name: str) -> bool:
+    """Whether a command's folder is its setting `output`."""
+    return re.search(r"^output:", (CONF / f"{config_name}.yaml").read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def run_command_on_checkpoint(
@@ -280,6 +293,7 @@ def check_config(cfg: DictConfig) -> None:
             f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}"
         )
     settings = plain(cfg)
+    check_limits(settings)
     _check_types(settings, typing.get_type_hints(RunSettings), "")
     _check_node(settings, "")
 

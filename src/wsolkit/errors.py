@@ -1,8 +1,18 @@
 """What can go wrong through a user's input; each message says what was expected, what came and what to do."""
 
+from __future__ import annotations
+
+import re
+
 
 class WsolkitError(Exception):
     """Base of every error a user can cause and mend; commands print its message alone and exit with 1."""
+
+    def __init__(self, message: str = "") -> None:
+        # PyTorch raises an error of a loader's process anew, with that process's traceback before the message.
+        super().__init__(
+            re.sub(r"^Caught \w+ in .+\n(Original )?Traceback .*?\n[\w.]+Error: ", "", message, flags=re.S)
+        )
 
 
 class ConfigError(WsolkitError, ValueError):

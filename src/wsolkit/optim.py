@@ -62,8 +62,15 @@ def fine_tuning_groups(
 def build_optimizer(
     create: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """An optimizer over groups, each with the optimizer's learning rate times its `lr_factor`, if it has one."""
-    optimizer = create(groups)
+    """An optimizer over groups, each with the optimizer's learning rate times its `lr_factor`, if it has one.
+
+    Raises:
+        ConfigError: the optimizer does not take its settings.
+    """
+    try:
+        optimizer = create(groups)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_factor", 1.0)
     return optimizer

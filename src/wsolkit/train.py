@@ -83,6 +83,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.trainer.enable_progress_bar:
         callbacks.append(Progress())
     trainer = build_trainer(cfg, folder, callbacks, loggers)
+    datamodule.check(trainer)
     profiler = trainer.profiler  # type: ignore[attr-defined]
     if isinstance(profiler, StepProfiler):
         profiler.watch(module)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from wsolkit.cores import available_cores
@@ -26,6 +26,13 @@ from wsolkit.data.transforms import Transform
 from wsolkit.errors import ConfigError, DataError
 
 _MAX_AUTO_WORKERS = 8
+
+
+def _limited(limit: int | float | None, batches: int) -> int:
+    """How many of an epoch's batches Lightning takes: a number of them, or a share."""
+    if limit is None:
+        return batches
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
 
 
 class WSOLDataModule(LightningDataModule):
@@ -123,6 +130,46 @@ class WSOLDataModule(LightningDataModule):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self.dataset(split)  # type: ignore[arg-type]
 
+    def check(self, trainer: Trainer) -> None:
+        """Check, before a run begins, that it will validate, choose a checkpoint and test.
+
+        Raises:
+            ConfigError: it would end before its first validation. DataError: a split has fewer images than processes.
+        """
+        processes = trainer.num_devices * trainer.num_nodes
+        for split in get_args(Split):
+            count = len(self.dataset(split))
+            if count < processes:
+                raise DataError(
+                    f"the {split} split has {count} images, and this run has {processes} processes, of which each needs "
+                    f"one: set trainer.devices to {count} at most"
+                )
+        images = min(self.batch_size // trainer.accumulate_grad_batches, len(self.dataset("train")))
+        batches = _limited(trainer.limit_train_batches, len(self.dataset("train")) // max(images, 1))
+        taken = {"train": batches}
+        for split, limit in (("val", trainer.limit_val_batches), ("test", trainer.limit_test_batches)):
+            there = -(-len(self.dataset(split)) // (self.eval_batch_size * processes))  # type: ignore[arg-type]
+            taken[split] = _limited(limit, there)
+        for split, count in taken.items():
+            if count == 0:
+                raise ConfigError(f"trainer.limit_{split}_batches leaves no batch of the {split} split: set it higher")
+        validated = batches * (trainer.check_val_every_n_epoch or 1)
+        if trainer.val_check_interval != 1.0:
+            validated = _limited(trainer.val_check_interval, batches)
+        steps = -(-validated // trainer.accumulate_grad_batches)
+        if trainer.max_steps != -1 and trainer.max_steps < steps:
+            raise ConfigError(
+                f"trainer.max_steps={trainer.max_steps} ends the run before its first validation, after step {steps}: "
+                "no checkpoint would be chosen. Set trainer.max_steps to that or more, or shorten the epochs with "
+                f"trainer.limit_train_batches={max(trainer.max_steps, 1) * trainer.accumulate_grad_batches}"
+            )
+        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+        if epochs is not None and every is not None and every > epochs:
+            raise ConfigError(
+                f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}: there would be no "
+                f"validation, and no checkpoint be chosen. Set it to {epochs} at most"
+            )
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Lightning's hook."""
         rank, world_size, accumulate = self._place()
@@ -133,9 +180,8 @@ class WSOLDataModule(LightningDataModule):
             )
         dataset = self.dataset("train")
         batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
-        taken = limit if isinstance(limit, int) else int(limit * len(batches))
-        self._training = TrainingLoader(dataset, batches, min(taken, len(batches)), **self._options())
+        taken = _limited(None if self.trainer is None else self.trainer.limit_train_batches, len(batches))
+        self._training = TrainingLoader(dataset, batches, taken, **self._options())
         if self._position is not None:
             self._training.load_state_dict(self._position)
         return self._training
