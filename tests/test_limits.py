@@ -84,8 +84,8 @@ def check_run(folder: Path, *overrides: str) -> None:
             r"trainer.max_steps=7 ends the run before its first validation, after step 8",
         ),
         (
-            ["trainer.max_steps=3", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=2"],
-            r"trainer.max_steps=3 .* after step 4: .*limit_train_batches=6",
+            ["trainer.max_steps=7", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=2"],
+            r"trainer.max_steps=7 .* after step 8: .*limit_train_batches=6",
         ),
         (["trainer.limit_train_batches=0.1"], "trainer.limit_train_batches leaves no batch of the train split"),
         (["trainer.limit_test_batches=0.1"], "trainer.limit_test_batches leaves no batch of the test split"),
@@ -101,7 +101,8 @@ def test_runs_without_a_validation(overrides: Sequence[str], message: str, tmp_p
     [
         ["trainer.max_steps=4"],
         ["trainer.max_steps=3", "trainer.limit_train_batches=3"],
-        ["trainer.max_steps=2", "trainer.accumulate_grad_batches=2"],
+        ["trainer.max_steps=4", "trainer.accumulate_grad_batches=2"],
+        ["trainer.max_steps=7", "trainer.limit_train_batches=6", "trainer.accumulate_grad_batches=2"],
         ["trainer.max_steps=2", "+trainer.val_check_interval=2"],
         ["trainer.max_steps=2", "+trainer.val_check_interval=0.5"],
         ["trainer=smoke"],
@@ -136,7 +137,7 @@ def test_an_optimizer_that_does_not_take_its_settings() -> None:
         build_optimizer(create, [{"params": [torch.zeros(1)]}])
 
 
-def test_an_error_of_a_loader_s_process_is_one_line(listed: Path) -> None:
+def test_an_error_of_a_loader_s_process_is_one_line() -> None:
     from torch.utils.data import DataLoader
 
     def missing(_: object) -> None:
@@ -154,4 +155,4 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: '/proc/none")
-    assert "hydra.run.dir=DIR" in done.stderr
+    assert "output=DIR" in done.stderr

@@ -10,9 +10,8 @@ class WsolkitError(Exception):
 
     def __init__(self, message: str = "") -> None:
         # PyTorch raises an error of a loader's process anew, with that process's traceback before the message.
-        super().__init__(
-            re.sub(r"^Caught \w+ in .+\n(Original )?Traceback .*?\n[\w.]+Error: ", "", message, flags=re.S)
-        )
+        found = re.fullmatch(r"Caught \w+ in .+?\nOriginal Traceback .+?\n[\w.]+Error: (.+)", message, re.DOTALL)
+        super().__init__(found[1].strip() if found else message)
 
 
 class ConfigError(WsolkitError, ValueError):

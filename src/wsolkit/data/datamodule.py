@@ -141,8 +141,8 @@ class WSOLDataModule(LightningDataModule):
             count = len(self.dataset(split))
             if count < processes:
                 raise DataError(
-                    f"the {split} split has {count} images, and this run has {processes} processes, of which each needs "
-                    f"one: set trainer.devices to {count} at most"
+                    f"the {split} split has {count} images, and this run has {processes} processes, each of which "
+                    f"needs one: set trainer.devices to {count} at most"
                 )
         images = min(self.batch_size // trainer.accumulate_grad_batches, len(self.dataset("train")))
         batches = _limited(trainer.limit_train_batches, len(self.dataset("train")) // max(images, 1))
@@ -153,17 +153,18 @@ class WSOLDataModule(LightningDataModule):
         for split, count in taken.items():
             if count == 0:
                 raise ConfigError(f"trainer.limit_{split}_batches leaves no batch of the {split} split: set it higher")
-        validated = batches * (trainer.check_val_every_n_epoch or 1)
+        accumulate, every = trainer.accumulate_grad_batches, trainer.check_val_every_n_epoch
+        steps = -(-batches // accumulate) * (every or 1)
         if trainer.val_check_interval != 1.0:
-            validated = _limited(trainer.val_check_interval, batches)
-        steps = -(-validated // trainer.accumulate_grad_batches)
+            steps = -(-_limited(trainer.val_check_interval, batches) // accumulate)
         if trainer.max_steps != -1 and trainer.max_steps < steps:
+            shorter = max(trainer.max_steps // (every or 1), 1) * accumulate
             raise ConfigError(
                 f"trainer.max_steps={trainer.max_steps} ends the run before its first validation, after step {steps}: "
                 "no checkpoint would be chosen. Set trainer.max_steps to that or more, or shorten the epochs with "
-                f"trainer.limit_train_batches={max(trainer.max_steps, 1) * trainer.accumulate_grad_batches}"
+                f"trainer.limit_train_batches={shorter}"
             )
-        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+        epochs = trainer.max_epochs
         if epochs is not None and every is not None and every > epochs:
             raise ConfigError(
                 f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}: there would be no "
