@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 import pytest
+import requests
 
 from wsolkit import Localizer
 from wsolkit.demo import listen, main
@@ -344,3 +345,34 @@ def test_missing_extra_is_named(
     monkeypatch.setattr("wsolkit.demo.find_spec", lambda name: None)
     failing(f"checkpoint={shapes_checkpoint}")
     assert capsys.readouterr().err == "error: the page needs another package: pip install 'wsolkit[demo]'\n"
+
+
+def post(demo: Demo, path: str, **headers: str) -> requests.Response:
+    """Ask for an image by the path that a request may name, without having uploaded it."""
+    content = {"data": [{"path": path}, 0.3, "largest"], "fn_index": 0, "session_hash": "visitor"}
+    return requests.post(f"{demo.url}/gradio_api/run/open_upload", json=content, headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "EXAMPLE"])
+def test_a_request_cannot_name_files_of_this_machine(demo: Demo, path: str) -> None:
+    answer = post(demo, str(demo.examples[0]) if path == "EXAMPLE" else path)
+    assert answer.status_code == 200, answer.text
+    assert "was not uploaded here" in answer.text
+    assert "data:image" not in answer.text
+
+
+def test_other_sites_names_are_refused(demo: Demo) -> None:
+    assert post(demo, "/etc/passwd", Host="evil.example").status_code == 421
+    assert requests.get(demo.url, headers={"Host": "evil.example:80"}, timeout=60).status_code == 421
+    assert requests.get(demo.url, timeout=60).status_code == 200
+
+
+def test_a_visitor_costs_no_memory_of_the_size_of_the_image(demo: Demo, tmp_path: Path) -> None:
+    from wsolkit.demo_page import Opened
+
+    picture = np.zeros((3000, 2000, 3), np.uint8)
+    opened = Opened(demo.localizer, lambda: picture, "large.png")
+    held = [opened.small, *(raw.image for raw in opened._maps.values())]
+    assert all(part.shape == (3000, 2000, 3) for part in held[1:])
+    assert sum(part.nbytes for part in held if part.strides[-1]) < 3 * 2**20
+    assert opened.find(next(iter(opened.ranked)), 0.3, "largest").score_map.shape == (3000, 2000)

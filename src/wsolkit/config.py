@@ -264,6 +264,7 @@ class RunSettings(typing.TypedDict, total=False):
     source: str | None
     output: str
     host: str
+    hosts: list[str]
     port: int
     format: typing.Literal["onnx", "torch_export"] | None
     overwrite: bool

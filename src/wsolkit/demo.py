@@ -51,10 +51,13 @@ def demo(cfg: DictConfig, _: Path) -> None:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read by Gradio's imports
         from wsolkit.demo_page import build_app
 
-        app = build_app(localizer, threshold, cfg.select, [base / name for name in names])
+        app = build_app(localizer, threshold, cfg.select, [base / name for name in names], cfg.host, list(cfg.hosts))
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(f"Open http://{host}:{listening.getsockname()[1]} in a browser; Ctrl-C ends it", flush=True)
-        serve(app, listening)
+        try:
+            serve(app, listening)
+        finally:
+            app.state.uploads.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import islice
@@ -15,14 +16,16 @@ import gradio as gr
 import numpy as np
 import PIL.Image
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 
 from wsolkit.data.decoding import Exif
 from wsolkit.data.records import read_image
-from wsolkit.errors import WsolkitError
+from wsolkit.errors import DataError, WsolkitError
 from wsolkit.localization.boxes import Select
-from wsolkit.localizer import Localizer, Prediction
+from wsolkit.localizer import Localizer, Prediction, RawMap
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
+from wsolkit.serving import MAX_BYTES, KnownHosts, Uploads
 from wsolkit.types import Image
 
 _RANKED = 5
@@ -58,15 +61,23 @@ _network = threading.Lock()  # one image at a time goes through it
 class Opened:
     """An image that a visitor looks at, and the maps of the classes looked for in it so far.
 
+    It keeps a small picture: the image itself is read again where it is needed.
+
+    Args:
+        localizer: that finds objects.
+        read: reads the image, [H, W, 3].
+        name: of the image.
+
     Attributes:
         ranked: the most probable classes and their probabilities, by label.
     """
 
-    def __init__(self, localizer: Localizer, image: Image, name: str) -> None:
-        self._localizer, self._image, self.name = localizer, image, name
+    def __init__(self, localizer: Localizer, read: Callable[[], Image], name: str) -> None:
+        self._localizer, self._read, self.name = localizer, read, name
+        image = read()
         with _network:
             found = localizer.raw_maps(image, top_k=min(_RANKED, len(localizer.class_names)))
-        self._maps = {raw.label_index: raw for raw in found}
+        self._maps = {raw.label_index: _without_pixels(raw) for raw in found}
         self.ranked = {raw.label_index: raw.score for raw in found}
         small = PIL.Image.fromarray(image)
         small.thumbnail((_MAX_SIDE, _MAX_SIDE))
@@ -76,29 +87,53 @@ class Opened:
         """Where the image shows a class; only a class that was not looked for before needs the network."""
         if label not in self._maps:
             with _network:
-                (self._maps[label],) = self._localizer.raw_maps(self._image, [self._localizer.class_names[label]])
+                (raw,) = self._localizer.raw_maps(self._read(), [self._localizer.class_names[label]])
+            self._maps[label] = _without_pixels(raw)
         return self._localizer.at_threshold(self._maps[label], threshold, select)
 
 
-def build_app(localizer: Localizer, threshold: float, select: Select, examples: Sequence[Path]) -> FastAPI:
+def _without_pixels(raw: RawMap) -> RawMap:
+    """A map with an image that has its shape and takes no memory."""
+    return replace(raw, image=np.broadcast_to(np.uint8(0), raw.image.shape))
+
+
+def build_app(
+    localizer: Localizer,
+    threshold: float,
+    select: Select,
+    examples: Sequence[Path],
+    host: str = "127.0.0.1",
+    hosts: Sequence[str] = (),
+) -> FastAPI:
     """What answers the browser; it loads nothing from elsewhere, and keeps no record of what was looked at.
 
-    Args: see `build_page`.
+    Its `state.uploads` has to be closed in the end.
+
+    Args:
+        localizer, threshold, select, examples: see `build_page`.
+        host, hosts: where it is served, and under which other names; see `KnownHosts`.
     """
+    uploads = Uploads(Path(get_upload_folder()), localizer.exif)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
-    page = build_page(localizer, threshold, select, examples)
-    return gr.mount_gradio_app(
-        FastAPI(), page, path="/", footer_links=[], run_history=False, ssr_mode=False, theme=theme, css=_STYLE
-    )
+    page = build_page(localizer, threshold, select, examples, uploads)
+    app = FastAPI()
+    app.add_middleware(KnownHosts, host=host, others=hosts)
+    app.state.uploads = uploads
+    look = {"footer_links": [], "run_history": False, "ssr_mode": False, "theme": theme, "css": _STYLE}
+    return gr.mount_gradio_app(app, page, path="/", max_file_size=MAX_BYTES, **look)
 
 
-def build_page(localizer: Localizer, threshold: float, select: Select, examples: Sequence[Path]) -> gr.Blocks:
+def build_page(
+    localizer: Localizer, threshold: float, select: Select, examples: Sequence[Path], uploads: Uploads
+) -> gr.Blocks:
     """The page.
 
     Args:
+        localizer: that finds objects.
         threshold, select: what it starts with.
         examples: images to choose from; the first ones that can be read are shown.
+        uploads: reads what visitors upload.
     """
     names = localizer.class_names
     offered = list(islice(thumbnails(examples, localizer.exif), _EXAMPLES))
@@ -118,18 +153,24 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
             return message(str(error)), ""
         return pictures(opened.small, found), boxes(opened.name, found)
 
-    def open_image(path: str | None, threshold: float | None, select: Select) -> tuple[object, ...]:
+    def open_upload(path: str | None, threshold: float | None, select: Select) -> tuple[object, ...]:
+        return open_image(path, uploads.read, threshold, select)
+
+    def open_image(
+        path: str | None, read: Callable[[Path], Image], threshold: float | None, select: Select
+    ) -> tuple[object, ...]:
         """What is opened, classes, probabilities, pictures and boxes."""
         nothing = None, gr.Dropdown(choices({}), value=None), None
         if path is None:
             return *nothing, _WELCOME, ""
         name = Path(path).name
         try:
-            image = read_image(Path(path), localizer.exif)
-        except Exception as error:  # decoders of broken files raise whatever comes
-            reason = str(error.__cause__ or error).replace(path, name)
+            opened = Opened(localizer, partial(read, Path(path)), name)
+        except DataError as error:
+            reason = str(error).replace(str(Path(path).resolve()), name).replace(path, name)
             return *nothing, message(f"{name} cannot be read as an image ({reason})"), ""
-        opened = Opened(localizer, image, name)
+        except WsolkitError as error:
+            return *nothing, message(str(error)), ""
         best = next(iter(opened.ranked))
         probabilities = {names[label]: score for label, score in opened.ranked.items()}
         classes = gr.Dropdown(choices(opened.ranked), value=best)
@@ -143,7 +184,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         return label, *show(opened, label, threshold, select)
 
     def open_example(chosen: gr.SelectData, threshold: float | None, select: Select) -> tuple[object, ...]:
-        return None, *open_image(str(offered[chosen.index][1]), threshold, select)
+        return None, *open_image(str(offered[chosen.index][1]), uploads.decode, threshold, select)
 
     with gr.Blocks(title="wsolkit", analytics_enabled=False, delete_cache=(_KEPT, _KEPT), fill_width=True) as page:
         model = f"{localizer.method} on {localizer.backbone}, {len(names)} classes; boxes as in {localizer.protocol}"
@@ -180,7 +221,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         # While one event is worked on, only the last of those after it is kept: a slider gives many. Gradio's queue is
         # for slow work, and now and then loses the answer to what is done at once.
         on = partial(gr.on, trigger_mode="always_last", show_progress="hidden", queue=False)
-        on([file.upload, file.clear], open_image, [file, tau, parts], outputs)
+        on([file.upload, file.clear], open_upload, [file, tau, parts], outputs)
         on([classes.input, tau.input, parts.input], show, [opened, classes, tau, parts], [pictured, listed])
         on(probabilities.select, choose, [opened, tau, parts], [classes, pictured, listed])
         if offered:

@@ -1,0 +1,177 @@
+"""What a server on this machine reads for its visitors, and which names it answers to."""
+
+from __future__ import annotations
+
+import ipaddress
+import multiprocessing
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from wsolkit.data.decoding import Exif
+from wsolkit.data.records import read_image
+from wsolkit.errors import DataError
+from wsolkit.types import Image
+
+MAX_BYTES = 64 * 2**20
+"""Size of the largest file that visitors may upload."""
+MAX_PIXELS = 50_000_000
+"""Pixels of the largest image that is decoded for a visitor: photos of phones have up to 50 million."""
+_SECONDS = 10.0
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+class Uploads:
+    """Images that visitors have uploaded, decoded in a process of their own within limits of size and time.
+
+    Args:
+        folder: that uploads lie in; a path that leads anywhere else is refused.
+        exif: see `Exif`.
+        seconds: that decoding an image may take.
+    """
+
+    def __init__(self, folder: Path, exif: Exif, seconds: float = _SECONDS) -> None:
+        self._folder, self._exif, self._seconds = folder.resolve(), exif, seconds
+        self._one = threading.Lock()  # image at a time
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def read(self, path: Path) -> Image:
+        """Decode an upload: [H, W, 3].
+
+        Raises:
+            DataError: it is none, is too large, cannot be decoded, or not in time.
+        """
+        real = path.resolve()
+        if not real.is_relative_to(self._folder):
+            raise DataError(f"'{path.name}' was not uploaded here")
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            raise DataError(f"'{path.name}' is no longer there: upload it again") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"'{path.name}' is not a file")
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"'{path.name}' has {status.st_size:,} bytes: expected {MAX_BYTES:,} at most")
+        return self.decode(real)
+
+    def decode(self, path: Path) -> Image:
+        """Decode a file that need not be an upload; see `read`."""
+        with self._one:
+            try:
+                connection = self._connection or self._start()
+                connection.send((str(path), self._exif))
+                if not connection.poll(self._seconds):
+                    raise DataError(f"'{path.name}' takes longer than {self._seconds:g} seconds to decode")
+                found = connection.recv()
+            except (EOFError, OSError) as error:
+                self.close()
+                raise DataError(f"'{path.name}' ended the process that decodes images, perhaps for memory") from error
+            except DataError:
+                self.close()
+                raise
+        if isinstance(found, str):
+            raise DataError(found)
+        image: Image = found
+        return image
+
+    def close(self) -> None:
+        """End the process that decodes; the next image starts another."""
+        process, self._process, self._connection = self._process, None, None
+        if process is not None:
+            process.kill()
+            process.join(_SECONDS)
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")  # a fork would keep this process's threads waiting
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_decode_each, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._connection.recv() == "ready"  # its imports do not count as time of an image
+        return self._connection
+
+
+def _decode_each(connection: Connection) -> None:
+    """Decode files that are named through a connection, and answer with their pixels, or with what is wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which ends this
+    connection.send("ready")
+    while True:
+        try:
+            path, exif = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(_decoded(Path(path), exif))
+        except Exception as error:  # decoders of broken files raise whatever comes
+            connection.send(str(error) or type(error).__name__)
+
+
+def _decoded(path: Path, exif: Exif) -> Image:
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+    except PIL.Image.DecompressionBombError:
+        width = height = MAX_PIXELS
+    if width * height > MAX_PIXELS:
+        raise DataError(f"'{path.name}' has more than {MAX_PIXELS // 10**6} million pixels")
+    return read_image(path, exif)
+
+
+class KnownHosts:
+    """Passes on only requests whose `Host` names this machine.
+
+    A page of another site may have its name point to this machine (DNS rebinding): its requests come under that name.
+
+    Args:
+        app: that answers.
+        host: name or address on which the server listens.
+        others: names that are known besides, as of a proxy.
+    """
+
+    def __init__(self, app: _App, host: str, others: Sequence[str]) -> None:
+        self._app = app
+        self._here = _address(host) or ipaddress.ip_address("127.0.0.1" if host == "localhost" else "0.0.0.0")
+        own = socket.gethostname().lower()
+        self._names = {"localhost", host.lower(), own, f"{own}.local", *(name.lower() for name in others)}
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Answer a request, or refuse it with status 421."""
+        if scope["type"] not in ("http", "websocket") or self.knows(scope["headers"]):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            text = b"This server does not know itself by this name: open it under its own, or add it to hosts=[NAME]."
+            await send({"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": text})
+
+    def knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Whether the one `Host` among a request's headers is this machine."""
+        given = [value.decode("latin-1").strip().lower() for name, value in headers if name.lower() == b"host"]
+        if len(given) != 1:
+            return False
+        name = given[0][1:].partition("]")[0] if given[0].startswith("[") else given[0].partition(":")[0]
+        address = _address(name)
+        if address is not None:  # no page of another site has an address of this machine for its name
+            return address.is_loopback or not self._here.is_loopback
+        return name in self._names
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
