@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from wsolkit.data.records import read_grey
+from wsolkit.data.records import check_inside, read_grey
 from wsolkit.errors import DataError
 from wsolkit.types import Mask
 
@@ -23,12 +23,18 @@ class MaskFiles:
         objects: for each image, the files in which its objects are marked; none: the image has no mask.
         ignored: for each image, the file in which regions to ignore are marked, "" for none; an object goes before.
         threshold: a pixel is marked where its grey level, from 0 to 255, is above this.
+
+    Raises:
+        DataError: a path leads out of the root.
     """
 
     root: Path
     objects: Sequence[Sequence[str]]
     ignored: Sequence[str] | None
     threshold: int
+
+    def __post_init__(self) -> None:
+        check_inside(self.root, (name for names in (*self.objects, self.ignored or ()) for name in names))
 
     def __call__(self, index: int) -> Mask | None:
         """Read the mask of an image [h, w]: 0, 1, 255 to ignore.

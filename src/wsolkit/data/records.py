@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -159,7 +160,12 @@ def file_records(
     banner: int = 0,
     upright: bool | npt.NDArray[np.bool_] = False,
 ) -> FileRecords:
-    """Lay out images and their boxes by id in columns; see `FileRecords`. `upright` may be one for all."""
+    """Lay out images and their boxes by id in columns; see `FileRecords`. `upright` may be one for all.
+
+    Raises:
+        DataError: an id leads out of the root.
+    """
+    check_inside(root, ids)
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)
@@ -167,6 +173,24 @@ def file_records(
     turn = np.broadcast_to(upright, len(ids))
     numbers = np.asarray(labels, np.int64)
     return FileRecords(root, Names(ids), numbers, classes, sizes, table, starts, masks, banner, turn)
+
+
+def check_inside(root: Path, names: Iterable[str]) -> None:
+    """Check that paths in a list stay in the folder that they are relative to; links in it may lead anywhere.
+
+    Raises:
+        DataError: one does not.
+    """
+    for name in names:
+        # Paths with "..", a root or a drive are rare, and taking a million paths apart is slow.
+        if (".." in name or name[:1] in "/\\" or name[1:2] == ":") and _leads_out(name):
+            raise DataError(f"'{name}' leads out of its folder '{root}': expected a path relative to that folder")
+
+
+def _leads_out(name: str) -> bool:
+    path = PureWindowsPath(name) if os.name == "nt" else PurePosixPath(name)
+    depths = itertools.accumulate((-1 if part == ".." else 1 for part in path.parts), initial=0)
+    return path.is_absolute() or bool(path.anchor) or min(depths) < 0
 
 
 def read_image(path: Path, exif: Exif = "ignore") -> Image:
