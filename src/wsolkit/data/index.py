@@ -5,7 +5,7 @@ Columns, a record batch for each split:
     path     name of an image, relative to its split's folder
     label    from 0
     size     width and height that the boxes refer to; null: those of the file
-    boxes    x0, y0, x1, y1 each
+    boxes    x0, y0, x1, y1 each, as published: not cut off at the edges of the image
     masks    paths of the files in which the objects are marked, or run lengths: height, width and COCO's "counts"
     ignored  the same of what is to be ignored
 
@@ -39,7 +39,7 @@ from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
 from wsolkit.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the file's form changes, or what is read from official files."""
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
