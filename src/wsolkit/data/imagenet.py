@@ -112,15 +112,12 @@ def _check_classes(wnids: Sequence[str], official: Sequence[str], num_classes: i
     """Check that the folders in `train/` are the classes, above all where their number is right by chance."""
     strays = sorted(set(wnids) - set(official))
     missing = sorted(set(official) - set(wnids)) if num_classes == len(official) else []
-    if not strays or len(strays) == len(wnids):
-        mend = f"{mending(len(wnids), num_classes)}, or set dataset.num_classes={len(wnids)}"
-    else:
-        mend = f"take out {', '.join(map(repr, strays[:5]))}, which is no class of {_NAME}"
-    if len(wnids) != num_classes or (missing and len(missing) < len(official)):
-        raise DataError(
-            f"'{train}' holds {len(wnids)} class folders, dataset.num_classes says {num_classes}"
-            f"{named('class', missing)}: {mend}"
-        )
+    if len(wnids) == num_classes and len(missing) in (0, len(official)):
+        return
+    mend = f"{mending(len(wnids), num_classes)}{named('class', missing)}, or set dataset.num_classes={len(wnids)}"
+    if 0 < len(strays) < len(wnids):
+        mend = f"take out {', '.join(map(repr, strays[:5]))}, which is no class of {_NAME}{named('class', missing)}"
+    raise DataError(f"'{train}' holds {len(wnids)} class folders, dataset.num_classes says {num_classes}: {mend}")
 
 
 def _labels(records: FileRecords, wnids: Sequence[str], official: Sequence[str], lists: Path) -> FileRecords:

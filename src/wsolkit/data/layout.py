@@ -11,6 +11,7 @@ from wsolkit.data.records import require_folder
 from wsolkit.errors import DataError
 
 _LEVELS = 3  # how far above dataset.root it is looked for the folder that was meant
+_MOST = 30  # folders in a folder that is looked into: more are classes
 _AROUND = 2  # how far above the official files it is looked for what belongs to them: Kaggle has Annotations/ there
 
 
@@ -63,7 +64,7 @@ def find_layout(root: str, what: str, needs: str, marks: Sequence[str], inside: 
     for folder in inside:
         if _marked(path / folder, marks):
             return Layout(path, path / folder)
-    children = [path / name for name in list_folders(path)]
+    children = _folders(path)
     found = {
         child: child / folder for folder in reversed(inside) for child in children if _marked(child / folder, marks)
     }
@@ -76,6 +77,20 @@ def find_layout(root: str, what: str, needs: str, marks: Sequence[str], inside: 
         if _marked(above, marks):
             raise DataError(f"dataset.root={root} lies within {what}: you probably mean dataset.root={above}")
     return Layout(path, path / inside[0])
+
+
+def folders_below(root: Path) -> list[Path]:
+    """Folders in a folder, to some depth: those in which copies have parts of a data set, without those of classes."""
+    found, level = [], _folders(root)
+    for _ in range(_LEVELS):
+        found += level
+        level = [folder for parent in level for folder in _folders(parent)]
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    names = [name for name in list_folders(path) if not name.startswith(".")]
+    return [path / name for name in names] if len(names) <= _MOST else []
 
 
 def _marked(folder: Path, marks: Sequence[str]) -> bool:

@@ -54,12 +54,13 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
     classes = [str(label) for label in range(num_classes)]
     label_of: dict[str, int] = {}
     for name, label in zip(ids, labels, strict=True):
-        classes[label] = PurePosixPath(name).parent.name
-        if label_of.setdefault(classes[label], label) != label:
+        own = PurePosixPath(name).parent.name
+        if label_of.setdefault(own, label) != label or classes[label] not in (own, str(label)):
             raise DataError(
-                f"'{lists / 'class_labels.txt'}' gives images of '{classes[label]}' the labels "
-                f"{label_of[classes[label]]} and {label}: a class has one label"
+                f"'{lists / 'class_labels.txt'}' gives '{name}' the label {label}, and others of its folder, or of its "
+                "label, another one: each class has one folder and one label"
             )
+        classes[label] = own
     masks = None if split == "train" else _masks(layout, lists / "localization.txt", ids)
     return file_records(base, ids, labels, classes, {}, None, masks)
 

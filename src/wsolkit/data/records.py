@@ -340,8 +340,8 @@ def check_count(
     """
     if expected is not None and found != expected.get(split, found):
         raise DataError(
-            f"the {split} split of {what} has {found} images here, {expected[split]} as published{known()}: "
-            f"{mending(found, expected[split])}, or set dataset.expected=null to work with what there is"
+            f"the {split} split of {what} has {found} images here, {expected[split]} as published: "
+            f"{mending(found, expected[split])}{known()}, or set dataset.expected=null to work with what there is"
         )
 
 
@@ -359,8 +359,8 @@ def check_classes(found: int, num_classes: int | None, where: Path, known: Calla
     """
     if num_classes is not None and found != num_classes:
         raise DataError(
-            f"'{where}' names {found} classes, dataset.num_classes says {num_classes}{known()}: "
-            f"{mending(found, num_classes)}, or set dataset.num_classes={found}"
+            f"'{where}' names {found} classes, dataset.num_classes says {num_classes}: "
+            f"{mending(found, num_classes)}{known()}, or set dataset.num_classes={found}"
         )
 
 
