@@ -214,7 +214,7 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),
         (rewrite("<xmin>1<", "<xmin>one<"), "is not an annotation in the official XML"),
         (rewrite("n01440764", "n00000000"), "names class 'n00000000', which has no folder in train/"),
-        (rewrite("<xmax>20<", "<xmax>33<"), "2.xml: box 1,2,33,24 does not lie in its image of 32×24 pixels"),
+        (rewrite("<xmin>1<", "<xmin>32<"), "2.xml: box 32,2,20,24 ends before it begins"),
         (rewrite("object>", "thing>"), "holds no object"),
     ],
 )

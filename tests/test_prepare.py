@@ -22,6 +22,7 @@ from tests.data.layouts import (
     write_cub,
     write_dogs,
     write_imagenet_v2,
+    write_lists,
     write_openimages,
 )
 from tests.data.packing import pack, pack_each, tar_of, tree
@@ -199,6 +200,100 @@ def test_dogs_cars_and_aircraft_are_prepared(tmp_path: Path, prepare: Prepare) -
         assert tree(folder) == tree(tmp_path / f"source {folder.name}")
         for split, number in zip(("train", "test"), numbers, strict=True):
             assert f"{split:5} │ {number:6} │ {classes:7} │" in done.stdout
+
+
+def move(root: Path, **places: str) -> None:
+    """Move what is in a data set elsewhere: name, with "__" for "/", → path relative to the root."""
+    for name, place in places.items():
+        source = (root / name.replace("__", "/")).rename(root / "moving")
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        source.rename(root / place)
+
+
+def imagenet_with_v2(root: Path) -> None:
+    write_imagenet(root)
+    write_imagenet_v2(root)
+
+
+def imagenet_of_kaggle(root: Path) -> None:
+    write_imagenet(root / "source")
+    write_imagenet_v2(root)
+    move(root, source__Annotations="ILSVRC/Annotations", source="ILSVRC/Data/CLS-LOC")
+
+
+def imagenet_by_lists(root: Path) -> None:
+    imagenet_with_v2(root)
+    shutil.rmtree(root / "Annotations")
+    boxes = {f"val/ILSVRC2012_val_0000000{number}.JPEG": (2 - number, [(1, 2, 20, 23)]) for number in (1, 2)}
+    write_lists(root / "metadata" / "test", boxes)
+
+
+KAGGLE = {
+    "dogs": {"Images": "images/Images", "Annotation": "annotations/Annotation"},
+    "cars": {
+        **{"cars_train": "cars_train/cars_train", "cars_test": "cars_test/cars_test"},
+        **{"devkit": "car_devkit/devkit"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "moved", "settings"),
+    [
+        ("cub", write_cub, {"segmentations": "../s", "CUBV2": "../v2"}, ["masks={}/../s", "held_out_root={}/../v2"]),
+        ("cub", write_cub, {"metadata__val": "../lists"}, ["held_out_lists={}/../lists"]),
+        ("imagenet", imagenet_with_v2, {"Annotations__CLS-LOC__val": "boxes"}, ["box_folders=[boxes]"]),
+        ("imagenet", imagenet_by_lists, {"metadata": "../lists"}, ["lists={}/../lists"]),
+        ("imagenet", imagenet_of_kaggle, {}, []),
+        ("dogs", write_dogs, KAGGLE["dogs"], []),
+        ("cars", write_cars, KAGGLE["cars"], []),
+        ("openimages", write_openimages, {"metadata": "metadata/OpenImages"}, []),
+        ("aircraft", write_aircraft, {"data": "fgvc-aircraft-2013b/fgvc-aircraft-2013b/data"}, []),
+    ],
+)
+def test_what_can_be_read_needs_no_archives(
+    name: str, write: Callable[[Path], object], moved: dict[str, str], settings: list[str], root: Path, prepare: Prepare
+) -> None:
+    write(root)
+    move(root, **moved)
+    classes = 3 if name == "aircraft" else 2
+    given = [f"dataset={name}", f"dataset.root={root}", f"dataset.num_classes={classes}", "dataset.expected=null"]
+    done = prepare(*given, *(f"dataset.{setting}".format(root) for setting in settings))
+    assert done.returncode == 0, done.stderr
+    assert (root / ".wsolkit" / "index.arrow").is_file()
+    assert not list((root / ".wsolkit").glob("*.part"))
+
+
+def test_only_archives_of_what_is_missing_are_asked_for(root: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """The official archive of CUB lies there unpacked, and the rest elsewhere; Kaggle's cars lack the test's labels."""
+    original = write_cub(tmp_path / "source" / "CUB_200_2011")
+    for part, place in (("segmentations", "s"), ("CUBV2", "v2"), ("metadata/val", "lists")):
+        shutil.move(original / part, tmp_path / place)
+    pack(root / "CUB_200_2011.tgz", tmp_path / "source")
+    places = [f"dataset.masks={tmp_path}/s", f"dataset.held_out_root={tmp_path}/v2"]
+    given = ["dataset=cub", f"dataset.root={root}", *SMALL, *unknown("cub"), *places]
+    done = prepare(*given, f"dataset.held_out_lists={tmp_path}/lists")
+    assert done.returncode == 0, done.stderr
+    lacking = prepare(*given, f"dataset.held_out_lists={tmp_path}/gone")
+    assert lacking.returncode == 1
+    assert "there is no folder '" in lacking.stderr
+    assert "gone': thresholds and checkpoints are chosen on CUBV2" in lacking.stderr
+
+    cars = write_cars(tmp_path / "cars")
+    move(cars, **KAGGLE["cars"])
+    given = ["dataset=cars", f"dataset.root={cars}", *SMALL, *unknown("cars")]
+    labels = cars / "cars_test_annos_withlabels.mat"
+    content = labels.read_bytes()
+    labels.unlink()
+    done = prepare(*given)
+    assert done.returncode == 1
+    assert f"  {labels}, from https://github.com/" in done.stderr
+    assert "Without them, the test split cannot be read: " in done.stderr
+    assert ".tgz" not in done.stderr
+    labels.write_bytes(content)
+    done = prepare(*given)
+    assert done.returncode == 0, done.stderr
+    assert "No longer needed" not in done.stdout  # the labels are read in every run
 
 
 def test_data_sets_without_archives_are_checked_and_indexed(tmp_path: Path, prepare: Prepare) -> None:

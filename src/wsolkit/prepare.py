@@ -1,14 +1,15 @@
 """python -m wsolkit.prepare dataset=NAME dataset.root=DIR: make a data set ready to be trained on.
 
 Unpacks its archives, which lie in the root or are downloaded where that needs no login; checks that it is complete; and
-writes its index, with which runs start in seconds. Interrupted and run again, it goes on. It never deletes an archive.
+writes its index, with which runs start in seconds. What can be read already needs no archive, wherever it lies.
+Interrupted and run again, it goes on. It never deletes an archive.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.archives import Archive
-    from wsolkit.data.records import FileRecords, Split
+    from wsolkit.data.records import FileRecords, Records, Split
 
 
 def prepare(cfg: DictConfig, _: Path) -> None:
@@ -41,8 +42,17 @@ def prepare(cfg: DictConfig, _: Path) -> None:
     index = Path(cfg.dataset.index or root / STATE / "index.arrow")
     if not archives and not root.is_dir():
         raise DataError(f"dataset.root: there is no folder '{root}'; dataset={name} reads what you put there")
+    read = build_records(cfg)
+    splits: list[Split] = ["train", "val", "test"] if cfg.dataset.held_out else ["train", "test"]
     todo = {name: archive for name, archive in archives.items() if not archive.finished(root)}
-    check_there(todo, cfg, root)
+    if todo:
+        unreadable = what_cannot_be_read(read, splits)
+        todo = {
+            name: archive
+            for name, archive in todo.items()
+            if archive.started(root) or not unreadable.keys().isdisjoint(archive.splits)
+        }
+        check_there(todo, cfg, root, unreadable)
     # A data set that is only indexed may lie where nobody can write.
     places = [index.with_name(f".{index.name}.lock"), *([root / STATE / "lock"] if todo else [])]
     with ExitStack() as locks:
@@ -56,10 +66,9 @@ def prepare(cfg: DictConfig, _: Path) -> None:
                 ) from error
         remove_leftovers(index, root / STATE)
         install(todo, root, cfg.progress)
-        splits: list[Split] = ["train", "val", "test"] if cfg.dataset.held_out else ["train", "test"]
         print(f"Reading {', '.join(splits)} of {name} and writing the index", flush=True)
-        records = write_index(index, splits, build_records(cfg), plain(cfg)["dataset"]["records"], root)
-    files = [root / archive.file for archive in archives.values()]
+        records = write_index(index, splits, read, plain(cfg)["dataset"]["records"], root)
+    files = [root / archive.file for archive in archives.values() if archive.unpack]  # others are read as they are
     show(cfg, records, index, [path for path in files if path.is_file()])
 
 
@@ -73,16 +82,38 @@ def remove_leftovers(index: Path, state: Path) -> None:
 
 def needed_archives(cfg: DictConfig) -> dict[str, Archive]:
     """The archives of a data set that its settings need, by name."""
+    root = Path(cfg.dataset.root)
     archives: dict[str, Archive] = {}
     for name, node in (cfg.dataset.get("archives") or {}).items():
         archive: Archive = locate(node._target_, f"dataset.archives.{name}.")(**arguments(node))
-        if archive.setting is None or cfg.dataset[archive.setting]:
+        wanted = archive.setting is None or cfg.dataset[archive.setting]
+        places = None if archive.place is None else cfg.dataset[archive.place]
+        if wanted and (places is None or archive.is_looked_for(root, [places] if isinstance(places, str) else places)):
             archives[str(name)] = archive
     return archives
 
 
-def check_there(archives: Mapping[str, Archive], cfg: DictConfig, root: Path) -> None:
+def what_cannot_be_read(read: Callable[[Split], Records], splits: Sequence[Split]) -> dict[Split, DataError]:
+    """Splits that cannot be read from what is there, and why."""
+    errors: dict[Split, DataError] = {}
+    for split in splits:
+        try:
+            read(split)
+        except DataError as error:
+            errors[split] = error
+    return errors
+
+
+def check_there(
+    archives: Mapping[str, Archive], cfg: DictConfig, root: Path, unreadable: Mapping[Split, DataError]
+) -> None:
     """Check that archives which cannot be downloaded lie in the root.
+
+    Args:
+        archives: by name.
+        cfg: the settings.
+        root: folder of the data set.
+        unreadable: the splits that cannot be read without them, and why.
 
     Raises:
         DataError: some do not; the message says where each is from, and where to put it.
@@ -90,6 +121,7 @@ def check_there(archives: Mapping[str, Archive], cfg: DictConfig, root: Path) ->
     absent = [archive for archive in archives.values() if archive.url is None and not (root / archive.file).is_file()]
     if not absent:
         return
+    reasons = list(unreadable.items()) if root.is_dir() else []
     lines = []
     for archive in absent:
         without = ""
@@ -103,6 +135,7 @@ def check_there(archives: Mapping[str, Archive], cfg: DictConfig, root: Path) ->
             [
                 f"dataset={cfg.dataset.name} needs files that you have to get yourself, by a login or a browser:",
                 *lines,
+                *(f"Without them, the {split} split cannot be read: {error}" for split, error in reasons),
                 "Put them there as they are, without unpacking them, and run the same command again",
             ]
         )

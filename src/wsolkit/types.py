@@ -40,7 +40,8 @@ class TrainingBatch(TypedDict):
 class EvaluationBatch(TrainingBatch):
     """A training batch and its ground truth.
 
-    boxes: per image [n, 4] in pixels of the original image; size [B, 2]: width and height of the original image;
+    boxes: per image [n, 4] in pixels of the original image; uncut_boxes: the same as published, perhaps past its edges;
+    size [B, 2]: width and height of the original image;
     mask: [B, H, W] uint8 (0, 1, 255) at the network's input size, 255 everywhere for an image without mask, or None
     where no image of the batch has one;
     index [B]: position in the split; uncropped [B, 3, R, R] and uncropped_mask [B, R, R]: the image and mask of which
@@ -48,6 +49,7 @@ class EvaluationBatch(TrainingBatch):
     """
 
     boxes: list[Boxes]
+    uncut_boxes: list[Boxes]
     size: Tensor
     mask: Tensor | None
     index: Tensor

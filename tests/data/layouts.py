@@ -145,6 +145,8 @@ def write_imagenet_v2(root: Path) -> None:
     for name, (_, found) in images.items():
         draw(root / name, found)
     write_lists(root / "metadata" / "val", images)
+    names = [name.removeprefix("val2/") for name in images]
+    write_lines(root / "metadata" / "val" / "mapping.txt", [f"{name[0]}/{name[-6]}.jpeg, {name}" for name in names])
 
 
 BOXES: Sequence[Box] = ((4, 3, 20, 17), (0, 0, 39, 29), (7, 9, 7, 9))

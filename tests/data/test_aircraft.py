@@ -59,6 +59,7 @@ def test_banner_is_cut_off(root: Path) -> None:
         ("0 1 41 45", [0, 0, 39, 29]),  # from 0, past the edge by a pixel, into the banner
         ("40 30 40 30", [39, 29, 39, 29]),
         ("5 4 42 9", [4, 3, 39, 8]),
+        ("5 4 621 18", [4, 3, 39, 17]),
     ],
 )
 def test_boxes_are_cut_off_at_the_image_s_edges(root: Path, given: str, clipped: list[int]) -> None:
@@ -81,7 +82,12 @@ def replace(path: Path, old: str, new: str) -> None:
             "1025796 5 31 21 40",
             "box 4,30,20,39 does not lie in its image of 40×30",
         ),
-        ("images_box.txt", "1025796 5 4 21 18", "1025796 5 4 621 18", "images_box.txt:3: box 4,3,620,17 does not lie"),
+        (
+            "images_box.txt",
+            "1025796 5 4 21 18",
+            "1025796 41 4 621 18",
+            "images_box.txt:3: box 40,3,620,17 does not lie",
+        ),
         ("images_box.txt", "1025796 5 4 21 18", "1025796 5 4 x 18", "images_box.txt:3: '5 4 x 18' should be 4 numbers"),
         ("images_box.txt", "1025796 5 4 21 18\n", "", "images_box.txt' has no line for image 1025796 of"),
         ("images_box.txt", "1025795 ", "1025796 ", "images_box.txt:3: id 1025796 is listed twice"),

@@ -66,9 +66,9 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     bare = (root / "devkit" / "cars_test_annos.mat").read_bytes()
     (root / "cars_test_annos_withlabels.mat").write_bytes(bare)
     assert "the variable 'annotations' has no field 'class'; it is another file" in message("test")
-    row = {"bbox_x1": 1, "bbox_y1": 1, "bbox_x2": 42, "bbox_y2": 9, "class": 1, "fname": "00001.jpg"}
+    row = {"bbox_x1": 41, "bbox_y1": 1, "bbox_x2": 42, "bbox_y2": 9, "class": 1, "fname": "00001.jpg"}
     scipy.io.savemat(root / "cars_test_annos_withlabels.mat", {"annotations": structs([row] * 6)})
-    assert "withlabels.mat', '00001.jpg': box 0,0,41,8 does not lie in its image of 40×30 pixels" in message("test")
+    assert "withlabels.mat', '00001.jpg': box 40,0,41,8 does not lie in its image of 40×30 pixels" in message("test")
     scipy.io.savemat(path, {"annotations": structs([row] * 3)})
     assert "the train split of Stanford Cars has 3 images here, 4 as published" in message()
     scipy.io.savemat(path, {"annotations": structs([{**row, "class": 3}] * 4)})

@@ -45,9 +45,9 @@ def test_splits_labels_and_boxes(cub: Path) -> None:
     ]
     assert train.name(0) == "001.Black_footed_Albatross/Black_footed_Albatross_0000_0.jpg"
     assert [len(train.boxes(index)) for index in range(6)] == [0] * 6
-    # x, y, x + width, y + height: the far corner lies past the last pixel, also at the image's border.
+    # x, y, x + width, y + height: the far corner lies past the object's last pixel, but not past the image's.
     assert [test.boxes(index).tolist() for index in range(3)] == [
-        [[x0, y0, x1 + 1, y1 + 1]] for x0, y0, x1, y1 in CUB_BOXES
+        [[x0, y0, min(x1 + 1, 39), min(y1 + 1, 29)]] for x0, y0, x1, y1 in CUB_BOXES
     ]
     assert [test.size(index) for index in range(6)] == [(40, 30)] * 6
     assert val.name(3) == "002.Laysan_Albatross/30107316120.jpg"
@@ -94,11 +94,23 @@ def change(path: Path, old: str, new: str) -> None:
         (
             "bounding_boxes.txt",
             "4 4.0",
-            "4 30.0",
-            "bounding_boxes.txt:4: box 30,3,47,18 does not lie in its image of 40×30",
+            "4 40.0",
+            "bounding_boxes.txt:4: box 40,3,57,18 does not lie in its image of 40×30",
+        ),
+        (
+            "bounding_boxes.txt",
+            "4 4.0 3.0 17.0 15.0",
+            "4 4.0 3.0 -1.0 15.0",
+            "bounding_boxes.txt:4: '4.0 3.0 -1.0 15.0' is a box of -1×15",
+        ),
+        (
+            "bounding_boxes.txt",
+            "4 4.0 3.0 17.0 15.0",
+            "4 4.0 3.0 17.0 0.0",
+            "bounding_boxes.txt:4: '4.0 3.0 17.0 0.0' is a box of 17×0",
         ),
         ("classes.txt", "2 002", "3 002", "there is no class 2 in classes.txt"),
-        ("metadata/val/localization.txt", ",39,29", ",41,29", "localization.txt:2: box 0,0,41,29 does not lie"),
+        ("metadata/val/localization.txt", "0,0,39,29", "40,0,41,29", "localization.txt:2: box 40,0,41,29 does not"),
         ("metadata/val/image_ids.txt", "30107316118", "3010", "image_ids.txt:2: image '"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_listed
+from tests.conftest import write_imagenet, write_listed
 from tests.data.layouts import draw, write_aircraft, write_cub, write_openimages
 from tests.data.test_folder import coco, encode, save, write_folder
 from wsolkit import build_datamodule, load_config
@@ -261,3 +261,14 @@ def test_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (root / ".wsolkit").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot be written .*dataset.index=FILE"):
         write("cub", root, *SMALL)
+
+
+def test_boxes_beside_the_root_are_watched(tmp_path: Path) -> None:
+    """Kaggle's Annotations/ do not lie in the folder that has the images."""
+    root = write_imagenet(tmp_path / "ILSVRC" / "Data" / "CLS-LOC")
+    annotations = (root / "Annotations").rename(tmp_path / "ILSVRC" / "Annotations")
+    for split, expected in write("imagenet", root, *SMALL, splits=("train", "test")).items():
+        assert_same(read("imagenet", root, split, *SMALL), expected)
+    path = next(annotations.rglob("*.xml"))
+    path.write_text(path.read_text().replace("<xmin>1<", "<xmin>3<"))
+    assert f"{path.name}' has changed since it was made" in str(read("imagenet", root, "test", *SMALL))

@@ -43,7 +43,8 @@ def test_batches_of_cub_have_boxes_and_masks(cub: list[str]) -> None:
     held_out, test = next(iter(datamodule.val_dataloader())), next(iter(datamodule.test_dataloader()))
     assert held_out["mask"] is None
     assert held_out["boxes"][1].tolist() == [[0, 0, 39, 29]]
-    assert test["boxes"][1].tolist() == [[0, 0, 40, 30]]
+    assert test["boxes"][1].tolist() == [[0, 0, 39, 29]]
+    assert test["uncut_boxes"][1].tolist() == [[0, 0, 40, 30]]
     assert test["mask"].shape == (6, 32, 32)
     assert test["mask"].unique().tolist() == [0, 1]
     assert bool((test["mask"][1] == 1).all())

@@ -77,6 +77,7 @@ def batch_of(start: int, end: int, with_masks: bool = True, with_boxes: bool = T
         "image": torch.stack(images).float()[part],
         "label": torch.tensor(labels)[part],
         "boxes": [b if with_boxes else b[:0] for b in boxes[part]],
+        "uncut_boxes": [b if with_boxes else b[:0] for b in boxes[part]],
         "size": torch.tensor([[WIDTH, HEIGHT]] * (end - start)),
         "mask": masks[part, :SIZE, :SIZE] if with_masks else None,
         "index": torch.arange(start, end),

@@ -5,8 +5,9 @@
     ROOT/data/images_variant_{train,val,trainval,test}.txt          id variant; 3,334, 3,333, 6,667 and 3,333 images
     ROOT/data/images_box.txt                                        id xmin ymin xmax ymax
 
-ROOT may also be the folder `data` itself. Which list is which split is a setting. Papers train on `trainval` and choose
-thresholds on the test images; here `val` is held out, unless told otherwise.
+ROOT may also be the folder `data` itself, or have a folder `fgvc-aircraft-2013b`, or one in another of this name, as in
+copies of Kaggle's. Which list is which split is a setting. Papers train on `trainval` and choose thresholds on the test
+images; here `val` is held out, unless told otherwise.
 
 Coordinates are counted from 1, both corners inside, as the data set's README says; here from 0. Some are 0 even so, and
 boxes may reach into the banner: they are cut off at the image's edges.
@@ -22,15 +23,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from wsolkit.data.files import check_images, numbers_of, read_by_id, read_lines
+from wsolkit.data.layout import find_layout
 from wsolkit.data.records import (
     FileRecords,
     Split,
+    check_boxes,
     check_classes,
     check_count,
-    clip_box,
     file_records,
+    named,
     read_sizes,
-    require_folder,
+    say_cut_boxes,
 )
 from wsolkit.errors import ConfigError, DataError
 
@@ -49,7 +52,7 @@ def aircraft_records(
 
     Args:
         split: which.
-        root: folder of the data set.
+        root: folder of the data set, see `find_layout`.
         splits: for each split, which of the lists it is.
         banner: height of what is cut off the images' bottoms, in pixels.
         num_classes: expected number of classes.
@@ -66,12 +69,18 @@ def aircraft_records(
         )
     if banner < 0:
         raise ConfigError(f"dataset.banner={banner}: expected 0 or more pixels")
-    base = require_folder(root, "data/images/, data/variants.txt and the other files of FGVC-Aircraft")
-    base = base / "data" if (base / "data").is_dir() else base
-    label_of = {name: label for label, (_, name) in enumerate(read_lines(base / "variants.txt", _NAME))}
-    check_classes(len(label_of), num_classes, base / "variants.txt")
+    base = find_layout(
+        root,
+        _NAME,
+        f"data/images/, data/variants.txt and the other files of {_NAME}",
+        ["variants.txt"],
+        ["data", "", "fgvc-aircraft-2013b/data"],
+    ).base
     path = base / f"images_variant_{splits[split]}.txt"
     images = read_by_id(path, _NAME)
+    label_of = {name: label for label, (_, name) in enumerate(read_lines(base / "variants.txt", _NAME))}
+    unknown = sorted({name for _, name in images.values()} - label_of.keys())
+    check_classes(len(label_of), num_classes, base / "variants.txt", lambda: named("variant", unknown))
     check_count(splits[split], len(images), expected, _NAME)
     for where, name in images.values():
         if name not in label_of:
@@ -90,5 +99,8 @@ def aircraft_records(
             raise DataError(f"'{base / 'images_box.txt'}' has no line for image {number} of {path.name}")
         where, text = lines[number]
         box = [int(corner) - 1 for corner in numbers_of(where, text.split(), 4)]
-        boxes[f"{number}.jpg"] = [clip_box(where, box, (width, height - banner), banner + 1)]
-    return file_records(base / "images", ids, labels, classes, boxes, sizes - np.array([0, banner]), banner=banner)
+        check_boxes(where, box, (width, height - banner))
+        boxes[f"{number}.jpg"] = [box]
+    sizes = sizes - np.array([0, banner])
+    records = file_records(base / "images", ids, labels, classes, boxes, sizes, banner=banner)
+    return say_cut_boxes(records, splits[split], _NAME)

@@ -49,6 +49,9 @@ class Archive:
             root. What lies in other folders is left out. Empty: the file is no archive, and is used where it lies.
         holds: patterns of files that are in the root afterwards; "a|b" is either.
         setting: of the data set; without it, the archive is not needed. None: it is always.
+        splits: which cannot be read without the archive. It is not needed while they can be.
+        place: setting of the data set that names the folder where what is unpacked is looked for. If it names another
+            folder, the archive is not needed. None: there is none.
     """
 
     file: str
@@ -59,18 +62,35 @@ class Archive:
     unpack: Mapping[str, str]
     holds: Sequence[str]
     setting: str | None
+    splits: Sequence[str] = ("train", "val", "test")
+    place: str | None = None
 
     def finished(self, root: Path) -> bool:
-        """Whether all files of the archive lie in the root."""
-        return not self._stage(root).exists() and not self.missing(root)
+        """Whether all files of the archive lie in the root, or in folders of it."""
+        from wsolkit.data.layout import folders_below  # here, since readers load torch
 
-    def missing(self, root: Path) -> list[str]:
-        """Which of `holds` are not there."""
+        if self.started(root):
+            return False
+        return not self.missing(root) or (root.is_dir() and not self.missing(root, *folders_below(root)))
+
+    def started(self, root: Path) -> bool:
+        """Whether a process that unpacked the archive did not finish."""
+        return self._stage(root).exists()
+
+    def missing(self, *places: Path) -> list[str]:
+        """Which of `holds` are in none of some folders."""
         return [
             pattern
             for pattern in self.holds
-            if not any(any(root.glob(alternative)) for alternative in pattern.split("|"))
+            if not any(any(place.glob(alternative)) for alternative in pattern.split("|") for place in places)
         ]
+
+    def is_looked_for(self, root: Path, places: Sequence[str]) -> bool:
+        """Whether what is unpacked is looked for in folders that are relative to the root, or in it."""
+        targets = [root / target for target in self.unpack.values()]
+        return any(
+            target.is_relative_to(place) for target in targets for text in places for place in (Path(text), root / text)
+        )
 
     def described(self) -> str:
         """Size and checksum in words, as far as they are known."""

@@ -11,6 +11,8 @@ or, if there is a folder `car_ims`, the layout that has all images in it:
     ROOT/car_ims/*.jpg
     ROOT/cars_annos.mat                       names of the classes; classes and boxes; which images are for the test
 
+Copies of Kaggle's have ROOT/cars_train/cars_train, ROOT/cars_test/cars_test and ROOT/car_devkit/devkit.
+
 There is no held-out split: thresholds and checkpoints are chosen on the test split.
 
 Coordinates are MATLAB's, from 1, both corners inside: a box around a whole image is 1, 1, width, height. Here they are
@@ -19,7 +21,7 @@ counted from 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,18 @@ import numpy as np
 import numpy.typing as npt
 
 from wsolkit.data.files import check_images, read_matlab
+from wsolkit.data.layout import Layout, find_layout
 from wsolkit.data.records import (
     FileRecords,
     Split,
+    check_boxes,
     check_classes,
     check_count,
-    clip_box,
     file_records,
+    missing_numbers,
     no_held_out,
     read_sizes,
-    require_folder,
+    say_cut_boxes,
 )
 from wsolkit.errors import DataError
 
@@ -49,7 +53,7 @@ def cars_records(split: Split, root: str, num_classes: int | None, expected: Map
 
     Args:
         split: "train" or "test".
-        root: folder of the data set.
+        root: folder of the data set, see `find_layout`.
         num_classes: expected number of classes.
         expected: expected numbers of images, see `check_count`.
 
@@ -58,21 +62,31 @@ def cars_records(split: Split, root: str, num_classes: int | None, expected: Map
     """
     if split == "val":
         raise no_held_out(_NAME)
-    base = require_folder(root, "cars_train/, cars_test/ and devkit/, or car_ims/ and cars_annos.mat of Stanford Cars")
-    together = base / "cars_annos.mat"
-    if (base / "car_ims").is_dir():
-        path, names_in, folder, file = together, together, base, "relative_im_path"
+    layout = find_layout(
+        root,
+        _NAME,
+        f"cars_train/, cars_test/ and devkit/, or car_ims/ and cars_annos.mat of {_NAME}",
+        ["car_ims", "devkit/cars_meta.mat", "car_devkit/devkit/cars_meta.mat", "cars_train", "cars_test"],
+        [""],
+    )
+    together = layout.base / "cars_annos.mat"
+    if (layout.base / "car_ims").is_dir():
+        path, names_in, file = together, together, "relative_im_path"
     else:
-        path = base / "devkit" / "cars_train_annos.mat" if split == "train" else _test_annotations(base)
-        names_in, folder, file = base / "devkit" / "cars_meta.mat", base / f"cars_{split}", "fname"
+        names_in, file = layout.find(*_in_kit("cars_meta.mat")), "fname"
+        path = layout.find(*_in_kit("cars_train_annos.mat")) if split == "train" else _test_annotations(layout)
     classes = [str(name) for name in np.atleast_1d(read_matlab(names_in, _NAME, ["class_names"])["class_names"])]
     check_classes(len(classes), num_classes, names_in)
 
     table = np.atleast_1d(read_matlab(path, _NAME, ["annotations"])["annotations"])
+    everything = [str(name) for name in _column(path, table, file)]
     if path == together:
         table = table[_whole(path, table, "test") == (split == "test")]
-    check_count(split, len(table), expected, _NAME)
     ids = [str(name) for name in _column(path, table, file)]
+    check_count(split, len(ids), expected, _NAME, lambda: _missing(everything, expected, split, path == together))
+    folder = layout.base
+    if path != together:
+        folder = layout.find(f"cars_{split}", f"cars_{split}/cars_{split}", holds="".join(ids[:1]))
     check_images(folder, ids, [str(path)] * len(ids))
     labels: list[int] = (_whole(path, table, "class") - 1).tolist()
     for name, label in zip(ids, labels, strict=True):
@@ -82,21 +96,31 @@ def cars_records(split: Split, root: str, num_classes: int | None, expected: Map
         return file_records(folder, ids, labels, classes, {}, None)
     sizes = read_sizes(folder, ids)
     corners = np.stack([_whole(path, table, key) for key in _CORNERS], axis=1) - 1
-    boxes = {
-        name: [clip_box(f"'{path}', '{name}'", box, size, 1)]
-        for name, box, size in zip(ids, corners.tolist(), sizes.tolist(), strict=True)
-    }
-    return file_records(folder, ids, labels, classes, boxes, sizes)
+    boxes = {}
+    for name, box, size in zip(ids, corners.tolist(), sizes.tolist(), strict=True):
+        check_boxes(f"'{path}', '{name}'", box, size)
+        boxes[name] = [box]
+    return say_cut_boxes(file_records(folder, ids, labels, classes, boxes, sizes), split, _NAME)
 
 
-def _test_annotations(base: Path) -> Path:
-    places = [folder / "cars_test_annos_withlabels.mat" for folder in (base, base / "devkit")]
-    for path in places:
-        if path.is_file():
-            return path
-    raise DataError(
-        f"'{places[0]}' does not exist: it has the classes of the test images, which cars_test_annos.mat leaves out"
-    )
+def _in_kit(file: str) -> tuple[str, str]:
+    return f"devkit/{file}", f"car_devkit/devkit/{file}"
+
+
+def _test_annotations(layout: Layout) -> Path:
+    name = "cars_test_annos_withlabels.mat"
+    path = layout.find(name, *_in_kit(name))
+    if not path.is_file():
+        raise DataError(
+            f"'{path}' does not exist: it has the classes of the test images, which cars_test_annos.mat leaves out"
+        )
+    return path
+
+
+def _missing(names: Sequence[str], expected: Mapping[str, int] | None, split: Split, together: bool) -> str:
+    """Images are numbered within their split, or over both if they lie in one folder."""
+    counts = expected or {}
+    return missing_numbers(names, sum(counts.values()) if together else counts.get(split, 0))
 
 
 def _column(path: Path, table: npt.NDArray[Any], key: str) -> npt.NDArray[Any]:

@@ -10,8 +10,12 @@
     ROOT/CUBV2/<class>/*.jpg          1,000 held-out images; the folder is a setting
     ROOT/metadata/val/*.txt           their lists: metadata/CUB/val of the WSOL benchmark's repository; a setting too
 
-A box is x, y, x + width, y + height, decimals cut off, as in the benchmark's lists: its far corner lies past the last
-pixel. The protocol that counts otherwise, SPA's, shifts it (`far_corner_shift`).
+The text files may lie in a folder `CUB_200_2011` of ROOT, and the masks beside that folder, as the archives unpack.
+
+A box is x, y, min(x + width, image's width - 1), min(y + height, image's height - 1), decimals cut off, which is what
+the benchmark's lists have. So its far corner lies one past the object's last pixel, but never past the image's: 36 test
+boxes end at an edge or beyond it, one by 32 pixels. SPA's protocol has x + width - 1, y + height - 1 instead, also
+beyond the image: it begins with the box that is not cut off (`far_corner_shift`).
 
 A mask's grey levels say how many annotators marked a pixel. Code that evaluates masks on CUB (CALM, DA-WSOL; BAS, by
 SAT's authors) takes every level above 0 for the object.
@@ -23,7 +27,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wsolkit.data.files import check_images, numbers_of, read_by_id
-from wsolkit.data.listed import held_out_records
+from wsolkit.data.layout import Layout, find_layout
+from wsolkit.data.listed import first_image, held_out_records
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import (
     FileRecords,
@@ -32,8 +37,9 @@ from wsolkit.data.records import (
     check_classes,
     check_count,
     file_records,
+    missing_numbers,
     read_sizes,
-    require_folder,
+    say_cut_boxes,
 )
 from wsolkit.errors import DataError
 
@@ -54,8 +60,8 @@ def cub_records(
 
     Args:
         split: which.
-        root: folder of the data set.
-        masks: folder of the masks, relative to `root`; None: boxes alone are evaluated.
+        root: folder of the data set, see `find_layout`.
+        masks: folder of the masks, see `Layout.find`; None: boxes alone are evaluated.
         mask_threshold: grey level above which a pixel belongs to the object.
         held_out_root: folder of CUBV2's images.
         held_out_lists: folder of CUBV2's lists.
@@ -65,17 +71,29 @@ def cub_records(
     Raises:
         DataError: a file is missing, or a line of it is wrong; the message names both.
     """
-    base = require_folder(root, "images/, images.txt, bounding_boxes.txt and the other files of CUB-200-2011")
+    layout = find_layout(
+        root,
+        _NAME,
+        f"images/, images.txt, bounding_boxes.txt and the other files of {_NAME}",
+        ["images.txt"],
+        ["", "CUB_200_2011"],
+    )
+    base = layout.base
     class_lines = read_by_id(base / "classes.txt", _NAME)
     classes = [name for _, name in class_lines.values()]
-    check_classes(len(classes), num_classes, base / "classes.txt")
+    check_classes(
+        len(classes), num_classes, base / "classes.txt", lambda: missing_numbers(class_lines, num_classes or 0)
+    )
     if split == "val":
-        return held_out_records("CUBV2", Path(held_out_lists), Path(held_out_root), classes, expected)
+        lists = layout.find(layout.setting(held_out_lists), "metadata/CUB/val", holds="image_ids.txt")
+        folder = layout.setting(held_out_root)
+        images_in = layout.find(folder, f"{folder}/CUBV2", holds=first_image(lists), around=True)
+        return held_out_records("CUBV2", lists, images_in, classes, expected)
 
     images = read_by_id(base / "images.txt", _NAME)
     training = _column(base / "train_test_split.txt", images)
     numbers = [number for number in images if (training[number][1] == "1") == (split == "train")]
-    check_count(split, len(numbers), expected, _NAME)
+    check_count(split, len(numbers), expected, _NAME, lambda: _missing(images, expected))
     ids = [images[number][1] for number in numbers]
     check_images(base / "images", ids, [images[number][0] for number in numbers])
     label_of = {number: label for label, number in enumerate(class_lines)}
@@ -94,25 +112,32 @@ def cub_records(
     for number, name, size in zip(numbers, ids, sizes.tolist(), strict=True):
         where, text = lines[number]
         x, y, width, height = numbers_of(where, text.split(), 4)
+        if width <= 0 or height <= 0:
+            raise DataError(f"{where}: '{text}' is a box of {width:g}×{height:g} pixels, expected more than 0")
         box = [int(x), int(y), int(x + width), int(y + height)]
         check_boxes(where, box, size)
         boxes[name] = [box]
-    return file_records(base / "images", ids, labels, classes, boxes, sizes, _masks(base, masks, mask_threshold, ids))
+    found = None if masks is None else _masks(layout, masks, mask_threshold, ids)
+    return say_cut_boxes(file_records(base / "images", ids, labels, classes, boxes, sizes, found), split, _NAME)
 
 
-def _masks(base: Path, folder: str | None, threshold: int, ids: list[str]) -> MaskFiles | None:
-    if folder is None:
-        return None
-    if not (base / folder).is_dir():
+def _missing(images: Mapping[str, object], expected: Mapping[str, int] | None) -> str:
+    """Images are numbered over both splits."""
+    return missing_numbers(images, sum((expected or {}).get(split, 0) for split in ("train", "test")))
+
+
+def _masks(layout: Layout, folder: str, threshold: int, ids: list[str]) -> MaskFiles:
+    files = [str(Path(name).with_suffix(".png")) for name in ids]
+    root = layout.find(folder, f"{folder}/{Path(folder).name}", holds="".join(files[:1]), around=True)
+    if not root.is_dir():
         raise DataError(
-            f"there is no folder '{base / folder}' with the masks of {_NAME}: unpack segmentations.tgz there, or set "
+            f"there is no folder '{root}' with the masks of {_NAME}: unpack segmentations.tgz there, or set "
             "dataset.masks=null to evaluate boxes alone"
         )
-    files = [str(Path(name).with_suffix(".png")) for name in ids]
     for name in files:
-        if not (base / folder / name).is_file():
-            raise DataError(f"mask '{base / folder / name}' does not exist: every test image of {_NAME} has one")
-    return MaskFiles(base / folder, [[name] for name in files], None, threshold)
+        if not (root / name).is_file():
+            raise DataError(f"mask '{root / name}' does not exist: every test image of {_NAME} has one")
+    return MaskFiles(root, [[name] for name in files], None, threshold)
 
 
 def _column(path: Path, images: Mapping[str, object]) -> dict[str, tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.pixels import Pixels, normalised_batch
-from wsolkit.data.records import Records
+from wsolkit.data.records import Records, uncut_boxes
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
 from wsolkit.seeding import derive_seed
@@ -22,6 +22,7 @@ from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
 class Sample(TypedDict):
     """One image: transformed, with `boxes` and `mask` carried along, and its original boxes and size (w, h).
 
+    uncut_boxes: the original boxes before they were cut off at the edges of the image.
     uncropped, uncropped_mask: the same after the second transform, where there is one.
     """
 
@@ -31,6 +32,7 @@ class Sample(TypedDict):
     boxes: Boxes
     mask: Mask | None
     original_boxes: Boxes
+    uncut_boxes: Boxes
     size: tuple[int, int]
     uncropped: Pixels | None
     uncropped_mask: Mask | None
@@ -82,6 +84,7 @@ class WSOLDataset(Dataset[Sample]):
             "boxes": transformed.boxes,
             "mask": transformed.mask,
             "original_boxes": boxes,
+            "uncut_boxes": uncut_boxes(self.records, index),
             "size": self.records.size(index) or (width, height),
             "uncropped": None if second is None else second.image,
             "uncropped_mask": None if second is None else second.mask,
@@ -116,6 +119,7 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
     return {
         **training_batch(samples),
         "boxes": [sample["original_boxes"] for sample in samples],
+        "uncut_boxes": [sample["uncut_boxes"] for sample in samples],
         "size": torch.tensor([sample["size"] for sample in samples]),
         "mask": _stack_masks([sample["mask"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),

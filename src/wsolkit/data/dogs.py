@@ -5,6 +5,9 @@
     ROOT/train_list.mat            12,000 images for training (lists.tar)
     ROOT/test_list.mat             8,580 for the test
 
+Copies of Kaggle's have the first two as ROOT/images/Images and ROOT/annotations/Annotation, and no lists. These may
+also be in ROOT/lists.
+
 There is no held-out split: thresholds and checkpoints are chosen on the test split.
 
 Coordinates are ImageNet's and are read as they are, from 0, both corners inside; what reaches past an image's edge is
@@ -19,15 +22,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from wsolkit.data.files import check_images, read_annotation, read_matlab
+from wsolkit.data.layout import find_layout
 from wsolkit.data.records import (
     FileRecords,
     Split,
+    check_boxes,
     check_classes,
     check_count,
-    clip_box,
     file_records,
     no_held_out,
-    require_folder,
+    say_cut_boxes,
 )
 from wsolkit.errors import DataError
 
@@ -39,7 +43,7 @@ def dogs_records(split: Split, root: str, num_classes: int | None, expected: Map
 
     Args:
         split: "train" or "test".
-        root: folder of the data set.
+        root: folder of the data set, see `find_layout`.
         num_classes: expected number of classes.
         expected: expected numbers of images, see `check_count`.
 
@@ -48,10 +52,17 @@ def dogs_records(split: Split, root: str, num_classes: int | None, expected: Map
     """
     if split == "val":
         raise no_held_out(_NAME)
-    base = require_folder(root, "Images/, Annotation/, train_list.mat and test_list.mat of Stanford Dogs")
-    classes = _class_names(base / "train_list.mat")
-    check_classes(len(classes), num_classes, base / "train_list.mat")
-    path = base / f"{split}_list.mat"
+    layout = find_layout(
+        root,
+        _NAME,
+        f"Images/, Annotation/, train_list.mat and test_list.mat of {_NAME}",
+        ["train_list.mat", "lists/train_list.mat", "Images/n*", "images/Images"],
+        [""],
+    )
+    lists = layout.find("train_list.mat", "lists/train_list.mat").parent
+    classes = _class_names(lists / "train_list.mat")
+    check_classes(len(classes), num_classes, lists / "train_list.mat")
+    path = lists / f"{split}_list.mat"
     names, labels = _read_list(path)
     check_count(split, len(names), expected, _NAME)
     for name, label in zip(names, labels, strict=True):
@@ -59,16 +70,20 @@ def dogs_records(split: Split, root: str, num_classes: int | None, expected: Map
             raise DataError(
                 f"'{path}' gives '{name}' the label {label + 1}, which is of another class in train_list.mat"
             )
-    check_images(base / "Images", names, [str(path)] * len(names))
+    images = layout.find("Images", "images/Images", holds="".join(names[:1]))
+    check_images(images, names, [str(path)] * len(names))
     if split == "train":
-        return file_records(base / "Images", names, labels, classes, {}, None)
+        return file_records(images, names, labels, classes, {}, None)
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    annotations = layout.find("Annotation", "annotations/Annotation", holds="".join(stems[:1]))
     boxes, sizes = {}, []
-    for name in names:
-        xml = base / "Annotation" / Path(name).with_suffix("")
-        _, size, found = read_annotation(xml)
-        boxes[name] = [clip_box(str(xml), box, size, None) for box in found]
+    for name, stem in zip(names, stems, strict=True):
+        xml = annotations / stem
+        _, size, boxes[name] = read_annotation(xml)
+        for box in boxes[name]:
+            check_boxes(str(xml), box, size)
         sizes.append(size)
-    return file_records(base / "Images", names, labels, classes, boxes, np.array(sizes, np.int64))
+    return say_cut_boxes(file_records(images, names, labels, classes, boxes, np.array(sizes, np.int64)), split, _NAME)
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:

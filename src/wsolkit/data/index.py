@@ -6,7 +6,7 @@ Columns, a record batch for each split:
     label    from 0
     size     width and height that the boxes refer to; null: those of the file
     upright  whether the image is turned as its EXIF orientation says
-    boxes    x0, y0, x1, y1 each
+    boxes    x0, y0, x1, y1 each, as published: not cut off at the edges of the image
     masks    paths of the files in which the objects are marked, or run lengths: height, width and COCO's "counts"
     ignored  the same of what is to be ignored
 
@@ -289,7 +289,7 @@ def _sources(seen: set[str], records: FileRecords, settings: Mapping[str, Any], 
     places = {root.absolute(), *(Path(text) for text in _strings(settings) if Path(text).is_absolute())}
     together = defaultdict(set)
     for path in {Path(os.path.normpath(Path(name).absolute())) for name in seen}:
-        if any(path.is_relative_to(place) for place in places):
+        if path.suffix == ".xml" or any(path.is_relative_to(place) for place in places):  # Kaggle's lie beside the root
             together[path.parent].add(path)
     for folder, files in together.items():
         single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES}

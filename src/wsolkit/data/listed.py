@@ -10,13 +10,22 @@ Labels count from 0. `ROOT/classes.txt` (name,label) names the classes, if it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from wsolkit.data.files import check_images, read_lines
-from wsolkit.data.records import FileRecords, Split, check_boxes, check_count, file_records, require_folder
+from wsolkit.data.records import (
+    FileRecords,
+    Split,
+    check_boxes,
+    check_count,
+    check_folders,
+    file_records,
+    require_folder,
+    say_cut_boxes,
+)
 from wsolkit.errors import DataError
 
 
@@ -35,11 +44,16 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
     base = require_folder(root, "metadata/<split>/image_ids.txt and the images")
     folder = base / "metadata" / splits[split]
     classes = _class_names(base, splits["train"], num_classes)
-    return read_lists(split, folder, base, classes)
+    return say_cut_boxes(read_lists(split, folder, base, classes), split, f"'{base}'")
 
 
 def held_out_records(
-    name: str, lists: Path, root: Path, classes: Sequence[str], expected: Mapping[str, int] | None
+    name: str,
+    lists: Path,
+    root: Path,
+    classes: Sequence[str],
+    expected: Mapping[str, int] | None,
+    rename: Callable[[str], str] = str,
 ) -> FileRecords:
     """Read the split "val" that the WSOL benchmark (Choe et al., CVPR 2020) publishes for another data set.
 
@@ -49,9 +63,11 @@ def held_out_records(
         root: folder that the images' paths are relative to.
         classes: names by label.
         expected: published number of images, see `check_count`.
+        rename: see `read_lists`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; or there are more or fewer images.
+        DataError: a file is missing, or a line of it is wrong; or there are more or fewer images; or the labels are not
+            those of `classes`.
     """
     if not lists.is_dir():
         raise DataError(
@@ -59,12 +75,22 @@ def held_out_records(
             "benchmark publishes as metadata/<data set>/val. Put them there, or choose on the test split itself with "
             "selection=test"
         )
-    records = read_lists("val", lists, root, classes)
+    records = read_lists("val", lists, root, classes, rename)
+    check_folders(records, lists)
     check_count("val", len(records.labels), expected, name)
-    return records
+    return say_cut_boxes(records, "val", name)
 
 
-def read_lists(split: Split, folder: Path, root: Path, classes: Sequence[str]) -> FileRecords:
+def first_image(folder: Path) -> str:
+    """The first image that the lists in a folder name, by which to find the others; "" if there are no lists."""
+    path = folder / "image_ids.txt"
+    lines = read_fields(path, 1) if path.is_file() else iter([])
+    return next((name for _, (name,) in lines), "")
+
+
+def read_lists(
+    split: Split, folder: Path, root: Path, classes: Sequence[str], rename: Callable[[str], str] = str
+) -> FileRecords:
     """Read the four text files of a split.
 
     Args:
@@ -72,11 +98,12 @@ def read_lists(split: Split, folder: Path, root: Path, classes: Sequence[str]) -
         folder: of the files.
         root: folder that the images' paths are relative to.
         classes: names by label.
+        rename: says where an image lies that the lists name, relative to `root`.
 
     Raises:
         DataError: a file is missing, or a line of it is wrong; the message names both.
     """
-    ids, labels = read_labels(folder, root, len(classes))
+    ids, labels = read_labels(folder, root, len(classes), rename)
     if split == "train":
         return file_records(root, ids, labels, classes, {}, None)
     known = set(ids)
@@ -93,10 +120,14 @@ def read_lists(split: Split, folder: Path, root: Path, classes: Sequence[str]) -
             f"'{folder / 'localization.txt'}' has no box for {len(without)} of {len(ids)} images, such as "
             f"'{without[0]}': every image that is evaluated needs one"
         )
-    return file_records(root, ids, labels, classes, boxes, np.array([sizes[name] for name in ids], np.int64))
+    boxes = {rename(name): found for name, found in boxes.items()}
+    widths_and_heights = np.array([sizes[name] for name in ids], np.int64)
+    return file_records(root, list(map(rename, ids)), labels, classes, boxes, widths_and_heights)
 
 
-def read_labels(folder: Path, root: Path, num_classes: int) -> tuple[list[str], list[int]]:
+def read_labels(
+    folder: Path, root: Path, num_classes: int, rename: Callable[[str], str] = str
+) -> tuple[list[str], list[int]]:
     """Paths and labels of the images that `image_ids.txt` and `class_labels.txt` list.
 
     Raises:
@@ -112,7 +143,7 @@ def read_labels(folder: Path, root: Path, num_classes: int) -> tuple[list[str], 
     if not seen:
         raise DataError(f"'{path}' is empty: the {folder.name} split has no images")
     ids = list(seen)
-    check_images(root, ids, list(seen.values()))
+    check_images(root, list(map(rename, ids)), list(seen.values()))
     return ids, _labels(folder / "class_labels.txt", ids, num_classes)
 
 

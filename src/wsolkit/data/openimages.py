@@ -6,6 +6,9 @@
                           class_labels.txt    path,label
                           localization.txt    path,mask,ignore; a line for each mask, "ignore" in one line at most
 
+The lists may also be in ROOT/metadata/OpenImages, and the rest in ROOT/OpenImages or ROOT/dataset/OpenImages, as in the
+benchmark's repository.
+
 Classes are named by their Open Images codes, which are the folders' names. There are no boxes: localization is measured
 by masks alone. All masks of an image make its object; what the ignore file marks beside it does not count, and an image
 may have no such file. Masks may come in another size than their image.
@@ -16,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from wsolkit.data.listed import read_fields, read_labels
+from wsolkit.data.layout import Layout, find_layout
+from wsolkit.data.listed import first_image, read_fields, read_labels
 from wsolkit.data.masks import MaskFiles
-from wsolkit.data.records import FileRecords, Split, check_count, file_records, require_folder
+from wsolkit.data.records import FileRecords, Split, check_count, file_records
 from wsolkit.errors import DataError
+
+_NAME = "OpenImages30k"
 
 
 def openimages_records(split: Split, root: str, num_classes: int, expected: Mapping[str, int] | None) -> FileRecords:
@@ -27,24 +33,45 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
 
     Args:
         split: which.
-        root: folder of the data set.
+        root: folder of the data set, see `find_layout`.
         num_classes: labels are below this.
         expected: expected numbers of images, see `check_count`.
 
     Raises:
         DataError: a file is missing, or a line of it is wrong; the message names both.
     """
-    base = require_folder(root, "metadata/<split>/image_ids.txt and the images of OpenImages30k")
-    ids, labels = read_labels(base / "metadata" / split, base, num_classes)
-    check_count(split, len(ids), expected, "OpenImages30k")
+    layout = find_layout(
+        root,
+        _NAME,
+        f"metadata/<split>/image_ids.txt and the images of {_NAME}",
+        ["metadata/t*/image_ids.txt", "metadata/OpenImages"],
+        [""],
+    )
+    lists = layout.find(f"metadata/{split}", f"metadata/OpenImages/{split}", holds="image_ids.txt")
+    base = _folder(layout, first_image(lists))
+    ids, labels = read_labels(lists, base, num_classes)
+    check_count(split, len(ids), expected, _NAME)
     classes = [str(label) for label in range(num_classes)]
+    label_of: dict[str, int] = {}
     for name, label in zip(ids, labels, strict=True):
-        classes[label] = PurePosixPath(name).parent.name
-    masks = None if split == "train" else _masks(base, base / "metadata" / split / "localization.txt", ids)
+        own = PurePosixPath(name).parent.name
+        if label_of.setdefault(own, label) != label or classes[label] not in (own, str(label)):
+            raise DataError(
+                f"'{lists / 'class_labels.txt'}' gives '{name}' the label {label}, and others of its folder, or of its "
+                "label, another one: each class has one folder and one label"
+            )
+        classes[label] = own
+    masks = None if split == "train" else _masks(layout, lists / "localization.txt", ids)
     return file_records(base, ids, labels, classes, {}, None, masks)
 
 
-def _masks(base: Path, path: Path, ids: list[str]) -> MaskFiles:
+def _folder(layout: Layout, file: str) -> Path:
+    """The folder that paths of the lists are relative to."""
+    return layout.find(".", "OpenImages", "dataset/OpenImages", holds=file)
+
+
+def _masks(layout: Layout, path: Path, ids: list[str]) -> MaskFiles:
+    base = _folder(layout, next((mask for _, (_, mask, _) in read_fields(path, 3)), ""))
     objects: dict[str, list[str]] = {name: [] for name in ids}
     ignored = dict.fromkeys(ids, "")
     for where, (name, mask, ignore) in read_fields(path, 3):

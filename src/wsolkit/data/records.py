@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from wsolkit.data.decoding import Exif, decoding, grey, orientation, rgb, stored_size, turned
@@ -21,6 +23,8 @@ from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Image, Mask
 
 Split = Literal["train", "val", "test"]
+
+_NAMED = 5  # of what is missing
 
 
 class Source(NamedTuple):
@@ -97,7 +101,7 @@ class FileRecords:
         labels: [n].
         classes: names by label.
         sizes: width and height [n, 2] that the boxes refer to, or None: those of the files.
-        box_table: all boxes [m, 4], image after image.
+        box_table: all boxes [m, 4] as published, image after image; they may reach past the edges of their image.
         box_starts: where each image's boxes start in `box_table` [n + 1].
         masks: reads the mask of an image; None: the split has none.
         banner: rows of pixels at the bottom of each file that are no part of the image.
@@ -134,7 +138,12 @@ class FileRecords:
         return image[: len(image) - banner]
 
     def boxes(self, index: int) -> Boxes:
-        """See `Records.boxes`."""
+        """See `Records.boxes`; what reaches past an edge of the image is cut off at its last pixel."""
+        uncut = self.uncut_boxes(index)
+        return uncut if self.sizes is None else np.clip(uncut, 0, np.tile(self.sizes[index] - 1, 2))
+
+    def uncut_boxes(self, index: int) -> Boxes:
+        """The same as they are published [n, 4], perhaps past an edge: SPA's protocol begins with these."""
         return self.box_table[self.box_starts[index] : self.box_starts[index + 1]]
 
     def size(self, index: int) -> tuple[int, int] | None:
@@ -147,6 +156,12 @@ class FileRecords:
     def mask(self, index: int) -> Mask | None:
         """See `Records.mask`."""
         return None if self.masks is None else self.masks(index)
+
+
+def uncut_boxes(records: Records, index: int) -> Boxes:
+    """Ground-truth boxes [n, 4] of an image before they were cut off at its edges; only those of files reach past."""
+    uncut: Boxes = getattr(records, "uncut_boxes", records.boxes)(index)
+    return uncut
 
 
 def file_records(
@@ -293,19 +308,35 @@ def require_folder(root: str, what: str) -> Path:
 
 
 def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
-    """Check that a box lies in its image and is not empty.
-
-    Corners may touch the image's far edge (x1 = width), since some data sets give the corner past the last pixel.
+    """Check that a published box means something: it may reach past the edges of its image, see `say_cut_boxes`.
 
     Raises:
-        DataError: it does not; `where` names file and line.
+        DataError: it ends before it begins, or nothing of it lies in the image; `where` names file and line.
     """
     (x0, y0, x1, y1), (width, height) = box, size
-    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
-        raise DataError(
-            f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels; "
-            f"expected 0 ≤ x0 ≤ x1 ≤ {width} and 0 ≤ y0 ≤ y1 ≤ {height}"
-        )
+    if x1 < x0 or y1 < y0:
+        raise DataError(f"{where}: box {x0},{y0},{x1},{y1} ends before it begins: expected x0 ≤ x1 and y0 ≤ y1")
+    if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
+        raise DataError(f"{where}: box {x0},{y0},{x1},{y1} does not lie in its image of {width}×{height} pixels")
+
+
+def say_cut_boxes(records: FileRecords, split: str, what: str) -> FileRecords:
+    """Say in one line how many boxes reach past an edge of their image, as published annotations do.
+
+    Args:
+        records: of the split.
+        split: which.
+        what: name of the data set.
+    """
+    if records.sizes is not None:
+        last = np.tile(np.repeat(records.sizes - 1, np.diff(records.box_starts), axis=0), 2)  # [m, 4]
+        cut = np.count_nonzero(((records.box_table < 0) | (records.box_table > last)).any(axis=1))
+        if cut:
+            rank_zero_warn(
+                f"the {split} split of {what}: {cut:,} of {len(last):,} boxes reach past an edge of their image "
+                "and are cut off at its last pixel"
+            )
+    return records
 
 
 def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | None) -> list[int]:
@@ -328,7 +359,30 @@ def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | N
     return clipped
 
 
-def check_count(split: str, found: int, expected: Mapping[str, int] | None, what: str) -> None:
+def check_folders(records: FileRecords, lists: Path) -> None:
+    """Check that images which lie in a folder of a class's name have its label.
+
+    Args:
+        records: of the split.
+        lists: what gives them their labels.
+
+    Raises:
+        DataError: one has another.
+    """
+    label_of = {name: label for label, name in enumerate(records.classes)}
+    for index, label in enumerate(records.labels.tolist()):
+        name = records.name(index)
+        own = name.rpartition("/")[0].rpartition("/")[2]
+        if label_of.get(own, label) != label:
+            raise DataError(
+                f"'{lists}' gives '{name}' the label {label}, which is of '{records.classes[label]}'; the label of "
+                f"'{own}' is {label_of[own]}: the classes are not those that the labels count"
+            )
+
+
+def check_count(
+    split: str, found: int, expected: Mapping[str, int] | None, what: str, known: Callable[[], str] = str
+) -> None:
     """Check how many images a split has.
 
     Args:
@@ -336,28 +390,59 @@ def check_count(split: str, found: int, expected: Mapping[str, int] | None, what
         found: its number of images.
         expected: the published numbers by split; splits that are left out may have any; None: nothing is checked.
         what: name of the data set.
+        known: says which are missing, as far as that is known; see `missing_numbers`.
 
     Raises:
         DataError: the numbers differ.
     """
     if expected is not None and found != expected.get(split, found):
         raise DataError(
-            f"the {split} split of {what} has {found} images here, {expected[split]} as published: complete the copy, "
-            "or set dataset.expected=null to work with what there is"
+            f"the {split} split of {what} has {found} images here, {expected[split]} as published: "
+            f"{mending(found, expected[split])}{known()}, or set dataset.expected=null to work with what there is"
         )
 
 
-def check_classes(found: int, num_classes: int | None, where: Path) -> None:
+def check_classes(found: int, num_classes: int | None, where: Path, known: Callable[[], str] = str) -> None:
     """Check how many classes a file or folder names; `num_classes` None: any number.
+
+    Args:
+        found: their number.
+        num_classes: the expected one.
+        where: the file or folder.
+        known: says which are missing, as far as that is known; see `named`.
 
     Raises:
         DataError: the numbers differ.
     """
     if num_classes is not None and found != num_classes:
         raise DataError(
-            f"'{where}' names {found} classes, dataset.num_classes says {num_classes}: complete the copy, or set "
-            f"dataset.num_classes={found}"
+            f"'{where}' names {found} classes, dataset.num_classes says {num_classes}: "
+            f"{mending(found, num_classes)}{known()}, or set dataset.num_classes={found}"
         )
+
+
+def mending(found: int, expected: int) -> str:
+    """What to do about a number that is not the expected one."""
+    return "complete the copy" if found < expected else "take out what does not belong to it"
+
+
+def missing_numbers(names: Iterable[str], count: int) -> str:
+    """Say which numbers from 1 to `count` are missing among names that end in them; "" if none is.
+
+    Args:
+        names: such as "ILSVRC2012_val_00000001" or "00001.jpg"; others are passed over.
+        count: of the images that are numbered.
+    """
+    there = {int(found[1]) for found in (re.search(r"(\d+)(\.\w+)?$", name) for name in names) if found}
+    return named("number", [str(number) for number in range(1, count + 1) if number not in there])
+
+
+def named(what: str, missing: Sequence[str]) -> str:
+    """Say in an error which of something are missing, the first ones by name; "" if none is."""
+    if not missing:
+        return ""
+    more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+    return f" ({what} {', '.join(missing[:_NAMED])}{more} missing)"
 
 
 def no_held_out(name: str) -> DataError:

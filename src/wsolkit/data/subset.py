@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from wsolkit.data.records import Records, Source, Split
+from wsolkit.data.records import Records, Source, Split, uncut_boxes
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Boxes, Image, Mask
 
@@ -50,6 +50,10 @@ class Subset:
     def boxes(self, index: int) -> Boxes:
         """See `Records.boxes`."""
         return self._records.boxes(int(self._positions[index]))
+
+    def uncut_boxes(self, index: int) -> Boxes:
+        """See `uncut_boxes`."""
+        return uncut_boxes(self._records, int(self._positions[index]))
 
     def size(self, index: int) -> tuple[int, int] | None:
         """See `Records.size`."""

@@ -46,7 +46,8 @@ class Protocol:
         input: the network sees the image resized to `resolution`, or resized to `resize` and its centre cut out.
         resolution, resize: sides in pixels of the network's input, and of the image it is cut out of.
         frame: maps and ground truth meet at the network's "input", or at the "original" size of the image.
-        far_corner_shift: added to x1 and y1 of the ground truth at its original size.
+        far_corner_shift: added to x1 and y1 of the ground truth at its original size, as it is published: if this is
+            not 0, boxes are not cut off at the edges of the image before.
         clip_truth: whether ground truth beyond the last pixel is moved on to it.
         interpolation, min_max, epsilon: how maps are enlarged, whether they are scaled to [0, 1] before or after, and
             what is added to the range then.

@@ -198,7 +198,9 @@ class ProtocolEvaluation(nn.Module):
     def truths(self, batch: EvaluationBatch, rows: Sequence[int]) -> list[Boxes]:
         """Ground-truth boxes of some images of a batch, in pixels of the maps."""
         sizes = batch["size"].tolist()
-        return [self.protocol.truth(batch["boxes"][row], *sizes[row]) for row in rows]
+        # A far corner that is to be moved must not have been moved already, to the last pixel of the image.
+        boxes = batch["uncut_boxes"] if self.protocol.far_corner_shift else batch["boxes"]
+        return [self.protocol.truth(boxes[row], *sizes[row]) for row in rows]
 
     def judge(self, levels: Levels, truth: Boxes) -> Judged:
         """Draw an image's boxes and compare them with the true ones [n, 4], n ≥ 1."""
