@@ -15,12 +15,14 @@ import torch
 from tests.fresh import command
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.config import load_config
+from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.imagenet import imagenet_records
 from wsolkit.data.listed import listed_records
 from wsolkit.errors import CheckpointError, DataError, WsolkitError
 from wsolkit.train import train
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
+IMAGES = ", ".join(IMAGE_SUFFIXES)
 BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
 
 
@@ -203,8 +205,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
+        (drop("train/*/*"), f"holds no images ({IMAGES}): the split is empty"),
+        (drop("val/*"), f"holds no images ({IMAGES}): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),

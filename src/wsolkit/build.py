@@ -269,7 +269,7 @@ def _reaches_wandb(logger: WandbLogger) -> bool:
 
 def _rows_before(path: Path, step: int) -> list[dict[str, Any]]:
     """Rows of a log up to a step; those after it will come again."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [row for row in rows if int(row["step"]) < step]
 

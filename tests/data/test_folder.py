@@ -13,11 +13,13 @@ import pytest
 from pycocotools import mask as rle_masks
 
 from tests.data.layouts import BOXES, KINDS, draw
+from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import ConfigError, DataError
 
 CLASSES = ("grey cat", "Žába, green")
+IMAGES = ", ".join(IMAGE_SUFFIXES)
 OWN = {"train": "train", "val": "val", "test": "val"}
 
 
@@ -111,12 +113,12 @@ def remove(pattern: str) -> Callable[[Path], None]:
         (
             remove("train/grey cat/**/*"),
             {},
-            "train/grey cat' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) to train",
+            f"train/grey cat' holds no images ({IMAGES}) to train",
         ),
         (
             remove("val/*/**/*"),
             {},
-            "/val' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) in its classes' folders",
+            f"/val' holds no images ({IMAGES}) in its classes' folders",
         ),
         (lambda root: None, {"num_classes": 3}, "/train' names 2 classes, dataset.num_classes says 3"),
         (lambda root: None, {"annotations": "a/val.json"}, "dataset.annotations: there is no file '"),
@@ -335,9 +337,15 @@ def test_wrong_annotations_are_named(root: Path, change: Callable[[dict[str, Any
 
 
 def test_files_that_are_no_json_are_named(root: Path) -> None:
-    for content in (b"{", b"\xff\xfe", b"[" * 100_000):
+    for content, message in (
+        (b"{", "is not a JSON file"),
+        (b"[" * 100_000, "is not a JSON file"),
+        (b'{"images": [], "images": []}', "an object has the key 'images' twice"),
+        ('{"images": []}'.encode("utf-16"), "is not a text file in UTF-8, but in UTF-16 or no text at all: save it as"),
+        (b'{"name": "\xe9"}', "is not a text file in UTF-8"),
+    ):
         save(root, {}).write_bytes(content)
-        with pytest.raises(DataError, match="is not a JSON file"):
+        with pytest.raises(DataError, match=message):
             read(root, "test", annotations="annotations/val.json")
     with pytest.raises(DataError, match="expected an object with images and annotations"):
         annotated(root, [1, 2])

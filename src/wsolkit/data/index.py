@@ -39,7 +39,7 @@ from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
 from wsolkit.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the file's form changes, or what is read from official files."""
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
@@ -292,7 +292,7 @@ def _sources(seen: set[str], records: FileRecords, settings: Mapping[str, Any], 
         if any(path.is_relative_to(place) for place in places):
             together[path.parent].add(path)
     for folder, files in together.items():
-        single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES}
+        single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir()}
         paths |= single if len(single) <= _MANY else {path for path in single if path.is_dir()}
         if len(single) > _MANY or single != files:
             paths.add(folder)

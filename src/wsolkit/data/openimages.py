@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from wsolkit.data.listed import read_fields, read_labels
+from wsolkit.data.files import as_written
+from wsolkit.data.listed import check_first_label, read_fields, read_labels
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Split, check_count, file_records, require_folder
 from wsolkit.errors import DataError
@@ -37,9 +38,17 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
     base = require_folder(root, "metadata/<split>/image_ids.txt and the images of OpenImages30k")
     ids, labels = read_labels(base / "metadata" / split, base, num_classes)
     check_count(split, len(ids), expected, "OpenImages30k")
-    classes = [str(label) for label in range(num_classes)]
+    if split == "train":
+        check_first_label(base / "metadata" / split / "class_labels.txt", set(labels))
+    folders: dict[int, str] = {}
     for name, label in zip(ids, labels, strict=True):
-        classes[label] = PurePosixPath(name).parent.name
+        folder = PurePosixPath(name).parent.name
+        if folders.setdefault(label, folder) != folder:
+            raise DataError(
+                f"'{base / 'metadata' / split / 'class_labels.txt'}' gives label {label} to '{name}' and to images in "
+                f"'{folders[label]}': a class has one folder"
+            )
+    classes = [folders.get(label, str(label)) for label in range(num_classes)]
     masks = None if split == "train" else _masks(base, base / "metadata" / split / "localization.txt", ids)
     return file_records(base, ids, labels, classes, {}, None, masks)
 
@@ -47,13 +56,17 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
 def _masks(base: Path, path: Path, ids: list[str]) -> MaskFiles:
     objects: dict[str, list[str]] = {name: [] for name in ids}
     ignored = dict.fromkeys(ids, "")
-    for where, (name, mask, ignore) in read_fields(path, 3):
+    for where, fields in read_fields(path, 3):
+        name, mask, ignore = (as_written(base, field) for field in fields)
         if name not in objects:
             raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         for file in (mask, ignore) if ignore else (mask,):
             if not (base / file).is_file():
                 raise DataError(f"{where}: mask '{base / file}' does not exist")
-        objects[name].append(mask)
+        if ignore and ignored[name] not in ("", ignore):
+            raise DataError(f"{where}: '{name}' has the ignore file '{ignore}', but '{ignored[name]}' in a line before")
+        if mask not in objects[name]:
+            objects[name].append(mask)
         ignored[name] = ignored[name] or ignore
     without = [name for name in ids if not objects[name]]
     if without:

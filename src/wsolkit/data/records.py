@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,14 @@ def file_records(
     masks: Callable[[int], Mask | None] | None = None,
     banner: int = 0,
 ) -> FileRecords:
-    """Lay out images and their boxes by id in columns; see `FileRecords`."""
+    """Lay out images and their boxes by id in columns; see `FileRecords`.
+
+    Raises:
+        DataError: an image is there twice.
+    """
+    if len(set(ids)) < len(ids):
+        (twice, _), *_ = Counter(ids).most_common(1)
+        raise DataError(f"image '{root / twice}' is listed twice: each image counts once")
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)
