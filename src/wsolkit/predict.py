@@ -159,6 +159,8 @@ def _pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False) -> bool:
     """Whether a path fits a pattern, of which `**` stands for any folders; `partly`: whether one inside it may."""
+    if tuple(pattern) == ("**",):
+        return True
     if not parts or not pattern:
         return not parts and (partly or all(part == "**" for part in pattern))
     if pattern[0] == "**":

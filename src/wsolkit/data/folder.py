@@ -119,7 +119,8 @@ def _images(base: Path, name: str, classes: Sequence[str], needs_all: bool) -> t
         images = images_below(folder / class_name, left_out) if (folder / class_name).is_dir() else []
         if not images and needs_all:
             raise DataError(f"'{folder / class_name}' holds no images ({', '.join(IMAGE_SUFFIXES)}) to train on")
-        ids += [f"{Path(name, class_name).as_posix()}/{path}" for path in sorted(images, key=_parts)]
+        prefix = Path(name, class_name).as_posix()
+        ids += [f"{prefix}/{path}" for path in sorted(images, key=_parts)]
         labels += [label] * len(images)
     say_left_out(folder, left_out)
     if not ids:
