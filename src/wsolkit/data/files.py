@@ -328,7 +328,15 @@ def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str
 
 def as_written(root: Path, name: str) -> str:
     """A path in a list, relative to `root`: with Windows' separators replaced, unless a file has them in its name."""
-    return name if "\\" not in name or (root / name).is_file() else name.replace("\\", "/")
+    return name if "\\" not in name or is_file(root / name) else name.replace("\\", "/")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; where a path cannot be one, there is none."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def check_images(root: Path, ids: Sequence[str], where: Sequence[str]) -> None:
@@ -344,5 +352,5 @@ def check_images(root: Path, ids: Sequence[str], where: Sequence[str]) -> None:
     """
     if len(ids) <= _MAX_FILES_TO_LOOK_FOR:
         for name, place in zip(ids, where, strict=True):
-            if not (root / name).is_file():
+            if not is_file(root / name):
                 raise DataError(f"{place}: image '{root / name}' does not exist")

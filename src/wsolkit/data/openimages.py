@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from wsolkit.data.files import as_written
+from wsolkit.data.files import as_written, is_file
 from wsolkit.data.listed import check_first_label, read_fields, read_labels
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Split, check_count, file_records, require_folder
@@ -61,7 +61,7 @@ def _masks(base: Path, path: Path, ids: list[str]) -> MaskFiles:
         if name not in objects:
             raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         for file in (mask, ignore) if ignore else (mask,):
-            if not (base / file).is_file():
+            if not is_file(base / file):
                 raise DataError(f"{where}: mask '{base / file}' does not exist")
         if ignore and ignored[name] not in ("", ignore):
             raise DataError(f"{where}: '{name}' has the ignore file '{ignore}', but '{ignored[name]}' in a line before")
