@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torchvision import transforms
 
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import one_thread
+from wsolkit.data.files import images_below
 from wsolkit.data.pixels import Pixels, normalised_batch, normalised_levels, resize
 from wsolkit.data.records import FileRecords, file_records, read_image
 
@@ -71,7 +73,7 @@ def drawn() -> Iterator[PIL.Image.Image]:
 
 def enlarged(folder: Path) -> Iterator[PIL.Image.Image]:
     """The images of a folder, in an order drawn by lot."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    paths = [folder / name for name in sorted(images_below(folder, Counter()))]
     for number in np.random.default_rng(0).choice(len(paths), IMAGES):
         with PIL.Image.open(paths[number]) as image:
             yield image.convert("RGB").resize(SIZE, PIL.Image.Resampling.BICUBIC)

@@ -15,12 +15,14 @@ import torch
 from tests.fresh import command
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.config import load_config
+from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.imagenet import imagenet_records
 from wsolkit.data.listed import listed_records
 from wsolkit.errors import CheckpointError, DataError, WsolkitError
 from wsolkit.train import train
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
+IMAGES = ", ".join(IMAGE_SUFFIXES)
 BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
 
 
@@ -165,6 +167,125 @@ def test_broken_lists(listed: Path, file: str, line: int, new: str | None, messa
     assert message in str(caught.value)
 
 
+def add_line(file: str, line: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        with (root / file).open("a", encoding="utf-8") as text:
+            text.write(f"{line}\n")
+
+    return change
+
+
+def shift_labels(*splits: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for split in splits:
+            path = root / "metadata" / split / "class_labels.txt"
+            path.write_text(path.read_text().replace(",1", ",2").replace(",0", ",1"))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "num_classes", "message"),
+    [
+        (
+            add_line("metadata/val/class_labels.txt", "val/image 1, x.png,0"),
+            None,
+            "val/class_labels.txt:6: 'val/image 1, x.png' has 0, but 1 in line 2: keep one",
+        ),
+        (
+            add_line("metadata/val/image_sizes.txt", "val/image 1, x.png,30,40"),
+            None,
+            "val/image_sizes.txt:6: 'val/image 1, x.png' has 30,40, but 40,30 in line 2: keep one",
+        ),
+        (
+            lambda root: (root / "classes.txt").write_text("a,0\nb,1\nc,1\n"),
+            None,
+            "classes.txt:3: class 1 is 'c', but 'b' in a line before",
+        ),
+        (add_line("metadata/val/image_sizes.txt", "val/image 1, x.png,0,40"), None, "has 0,40, but 40,30 in line 2"),
+        (
+            lambda root: replace_line(root / "metadata/val/image_sizes.txt", 1, "val/image 0, x.png,0,30"),
+            None,
+            "image_sizes.txt' gives 'val/image 0, x.png' 0×30 pixels: expected width and height, above 0",
+        ),
+        (shift_labels("train", "val"), None, "train/class_labels.txt' begin at 1: expected 0 for the first class"),
+        (shift_labels("train", "val"), 3, "train/class_labels.txt' begin at 1: expected 0 for the first class"),
+        (
+            shift_labels("val"),
+            None,
+            "label 2 of 'val/image 1, x.png' is out of range: expected 0 to 1; the labels begin",
+        ),
+        (
+            lambda root: replace_line(root / "metadata/train/class_labels.txt", 1, "train/image 0, x.png,3"),
+            None,
+            "train/class_labels.txt' go up to 3, and none is 2: number the classes without gaps, or set dataset.num_cl",
+        ),
+        (
+            lambda root: replace_line(root / "metadata/train/class_labels.txt", 1, f"train/image 0, x.png,{10**30}"),
+            None,
+            "class_labels.txt:1: '1000000000000000000000000000000' should be 1 whole numbers",
+        ),
+    ],
+)
+def test_contradictory_lists(
+    listed: Path, change: Callable[[Path], Any], num_classes: int | None, message: str
+) -> None:
+    change(listed)
+    with pytest.raises(DataError) as caught:
+        for split in ("train", "val"):
+            listed_records(split, str(listed), SPLITS, num_classes)
+    assert message in str(caught.value)
+
+
+def rewrite_lists(change: Callable[[str], str], encoding: str = "utf-8") -> Callable[[Path], None]:
+    def rewritten(root: Path) -> None:
+        for path in root.glob("metadata/*/*.txt"):
+            path.write_bytes(change(path.read_text()).encode(encoding))
+
+    return rewritten
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewrite_lists(str, "utf-8-sig"),
+        rewrite_lists(lambda text: text.replace("\n", "\r\n")),
+        rewrite_lists(lambda text: text.replace("\n", " \t\n\n")),
+        rewrite_lists(lambda text: text.replace("train/", "train\\").replace("val/", "val\\")),
+        rewrite_lists(lambda text: text.replace(",40,30", ", 40.0,30.")),
+        add_line("metadata/val/class_labels.txt", "val/image 1, x.png,1"),
+        add_line("metadata/val/localization.txt", "val/image 0, x.png,0,0,3,3"),
+    ],
+)
+def test_lists_may_be_written_in_many_ways(listed: Path, change: Callable[[Path], Any]) -> None:
+    before = [listed_records(split, str(listed), SPLITS, None) for split in ("train", "val")]
+    change(listed)
+    after = [listed_records(split, str(listed), SPLITS, None) for split in ("train", "val")]
+    for old, new in zip(before, after, strict=True):
+        assert [new.name(index) for index in range(len(new.labels))] == [
+            old.name(index) for index in range(len(old.labels))
+        ]
+        assert new.labels.tolist() == old.labels.tolist()
+        assert new.box_table.tolist() == old.box_table.tolist()
+        assert new.box_starts.tolist() == old.box_starts.tolist()
+
+
+def test_backslashes_in_names_of_files_stay(listed: Path) -> None:
+    (listed / "val/image 1, x.png").rename(listed / "val/back\\slash.png")
+    rewrite_lists(lambda text: text.replace("image 1, x", "back\\slash"))(listed / "metadata" / "..")
+    replace_line(listed / "metadata/train/image_ids.txt", 2, "train/image 1, x.png")
+    assert listed_records("val", str(listed), SPLITS, None).name(1) == "val/back\\slash.png"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_lists_in_another_encoding_are_named(listed: Path, encoding: str) -> None:
+    rewrite_lists(str, encoding)(listed)
+    with pytest.raises(
+        DataError, match=r"txt' is not a text file in UTF-8, but in UTF-16 or no text .* save it as UTF-8"
+    ):
+        listed_records("val", str(listed), SPLITS, 2)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -207,8 +328,8 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
     ("break_it", "message"),
     [
         (empty_class, "holds 3 class folders, dataset.num_classes says 2"),
-        (drop("train/*/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
-        (drop("val/*"), "holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff): the split is empty"),
+        (drop("train/*/*"), f"holds no images ({IMAGES}): the split is empty"),
+        (drop("val/*"), f"holds no images ({IMAGES}): the split is empty"),
         (drop("Annotations/*/*/*"), "no box annotations (*.xml) under"),
         (drop("Annotations/*/*/*1.xml"), "there are no boxes for image 'ILSVRC2012_val_00000001'"),
         (rewrite("<bndbox>", "<"), "is not an annotation in the official XML"),

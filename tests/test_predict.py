@@ -439,7 +439,7 @@ def test_classes_are_read_from_a_table(trained: Path, images: Path, tmp_path: Pa
         (["checkpoint=CHECKPOINT", "source=images"], "required and not given: output. Add output=…"),
         (["checkpoint=gone.ckpt", "source=images", "output=out"], "there is no checkpoint 'gone.ckpt'"),
         (["checkpoint=CHECKPOINT", "source=gone", "output=out"], "source: there is no file or folder 'gone'"),
-        (["checkpoint=CHECKPOINT", "source=images/*.gif", "output=out"], "source: 'images/*.gif' matches no file"),
+        (["checkpoint=CHECKPOINT", "source=images/*.gif", "output=out"], "source: 'images/*.gif' matches no image"),
         (["checkpoint=CHECKPOINT", "source=images/*/../x.png", "output=out"], "goes up after a pattern"),
         (["checkpoint=CHECKPOINT", "source=empty", "output=out"], "source: 'empty' holds no images (.jpeg, .jpg"),
         (["WHOLE", "classes=bird"], "there is no class 'bird'; the model knows 8, by name or from 0 to 7: red spots"),

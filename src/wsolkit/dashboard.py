@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from wsolkit.config import name_directory, run_command
+from wsolkit.data.files import walk
 from wsolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def logged_keys(directory: Path) -> set[str]:
     Raises:
         ConfigError: there is no run.
     """
-    folders = [path.parent for path in sorted(directory.rglob(_LOG))]
+    below = walk(directory) if directory.is_dir() else ()
+    folders = sorted(directory / found.path for found in below if _LOG in found.files)
     if not folders:
         raise ConfigError(f"there is no run in '{directory}': expected {_LOG}, in it or below")
     return set().union(*map(_keys_of_a_run, folders)) | {"epoch", _STEP}
@@ -72,19 +74,19 @@ def logged_keys(directory: Path) -> set[str]:
 def _keys_of_a_run(folder: Path) -> set[str]:
     from wsolkit.reporting.charts import charts  # with Matplotlib
 
-    with (folder / _LOG).open(newline="", encoding="utf-8") as file:
+    with (folder / _LOG).open(newline="", encoding="utf-8-sig") as file:
         keys = {name for name in next(csv.reader(file), []) if "/" in name}
     if OmegaConf.load(folder / _SETTINGS).num_examples > 0:
         keys.add("examples/val")
     if (folder / _INSIDE).is_file():
         keys.add("examples/inside")
     if (folder / _RESULT).is_file():
-        content: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8-sig"))
         curves = {name: value for name, value in content.items() if isinstance(value, list)}
         results = {name: value for name, value in content.items() if isinstance(value, float)}
         keys |= {f"charts/{name}" for name in charts(results, curves)}
     if (folder / _IMAGES).is_file():
-        with (folder / _IMAGES).open(newline="", encoding="utf-8") as file:
+        with (folder / _IMAGES).open(newline="", encoding="utf-8-sig") as file:
             protocols = {row["protocol"] for row in csv.DictReader(file)}
         keys |= {f"images/{name}" for name in protocols} | {f"curves/{name}_table" for name in protocols}
     return keys

@@ -68,11 +68,10 @@ def class_names(cfg: DictConfig, count: int, numbered: bool) -> list[str]:
         DataError: there are not as many as the model has, or they cannot be read.
     """
     if cfg.classes is not None:
-        try:
-            lines = Path(str(cfg.classes)).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"classes: '{cfg.classes}' cannot be read as a text file ({error})") from error
-        names, place = [line.strip() for line in lines if line.strip()], f"'{cfg.classes}'"
+        from wsolkit.data.files import read_lines
+
+        lines = read_lines(Path(str(cfg.classes)), "classes=…")
+        names, place = [line for _, line in lines], f"'{cfg.classes}'"
     elif numbered:
         return [str(label) for label in range(count)]
     else:

@@ -82,11 +82,11 @@ def read_job(folder: Path) -> Job | None:
     """
     path = folder / RECORD
     try:
-        job = Job(**json.loads(path.read_text(encoding="utf-8")))
+        job = Job(**json.loads(path.read_text(encoding="utf-8-sig")))
         silent = time.time() - path.stat().st_mtime > _SILENCE
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise JobError(f"'{path}' is damaged ({error}); delete it, and the job counts as not run") from error
     if job.state == "running" and (silent or job.abandoned):
         job.state = "interrupted"

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,31 +117,57 @@ def find_images(source: str, output: Path) -> tuple[Path, list[str]]:
     Raises:
         DataError: there are none.
     """
-    from wsolkit.data.files import IMAGE_SUFFIXES
+    from wsolkit.data.files import IMAGE_SUFFIXES, image_paths, say_left_out, walk
 
     path = Path(source)
     if path.is_file():
         return path.parent, [path.name]
-    if path.is_dir():
-        base, found = path, (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        what = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
-    else:
-        parts = path.parts
-        fixed = next((place for place, part in enumerate(parts) if set("*?[") & set(part)), None)
-        if fixed is None:
-            raise DataError(f"source: there is no file or folder '{source}'")
-        if ".." in parts[fixed:]:
-            raise DataError(
-                f"source: '{source}' goes up after a pattern, which is not followed: write the path plainly"
-            )
-        base = Path(*parts[:fixed])
-        found, what = base.glob(str(Path(*parts[fixed:]))), "matches no file"
-    left_out = output.resolve()
-    relative = (file.relative_to(base) for file in found if file.is_file() and left_out not in file.resolve().parents)
-    names = sorted(file.as_posix() for file in relative if not any(part.startswith(".") for part in file.parts))
+    is_folder = path.is_dir()
+    base, pattern = (path, ("**",)) if is_folder else _pattern(path)
+    # Other files are taken where the pattern names their ending.
+    ending = Path(pattern[-1]).suffix.lower()
+    suffixes = (*IMAGE_SUFFIXES, ending) if ending and not set("*?[") & set(ending) else IMAGE_SUFFIXES
+    names: list[str] = []
+    left_out: Counter[str] = Counter()
+    for found in walk(base, skip=(output, output / OVERLAYS)):
+        place = tuple(found.path.split("/")) if found.path else ()
+        found.folders[:] = [name for name in found.folders if _matches((*place, name), pattern, partly=True)]
+        for of_folder in (found.files, found.broken):
+            of_folder[:] = [name for name in of_folder if _matches((*place, name), pattern)]
+        names += image_paths(found, left_out, suffixes)
+    say_left_out(path, left_out)
     if not names:
-        raise DataError(f"source: '{source}' {what}")
-    return base, names
+        raise DataError(
+            f"source: '{source}' {'holds no images' if is_folder else 'matches no image'} ({', '.join(suffixes)})"
+        )
+    return base, sorted(names)
+
+
+def _pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder in which a pattern begins, and its parts below.
+
+    Raises:
+        DataError: it is none, or begins nowhere.
+    """
+    parts = path.parts
+    fixed = next((place for place in range(len(parts)) if not Path(*parts[: place + 1]).is_dir()), len(parts))
+    base, pattern = Path(*parts[:fixed]), parts[fixed:]
+    if not set("*?[") & set(pattern[0]):
+        raise DataError(f"source: there is no file or folder '{path}'")
+    if ".." in pattern:
+        raise DataError(f"source: '{path}' goes up after a pattern, which is not followed: write the path plainly")
+    return base, pattern
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False) -> bool:
+    """Whether a path fits a pattern, of which `**` stands for any folders; `partly`: whether one inside it may."""
+    if tuple(pattern) == ("**",):
+        return True
+    if not parts or not pattern:
+        return not parts and (partly or all(part == "**" for part in pattern))
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:], partly) or _matches(parts[1:], pattern, partly)
+    return fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:], partly)
 
 
 def given_labels(classes: str | int | None, base: Path, names: Sequence[str], localizer: Localizer) -> list[int] | None:
@@ -159,26 +188,32 @@ def given_labels(classes: str | int | None, base: Path, names: Sequence[str], lo
 
 
 def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> list[int]:
+    from wsolkit.data.files import read_text
+
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = [(number, line) for number, line in enumerate(csv.reader(file), start=1) if line]
-    except OSError as error:
-        raise DataError(f"classes: '{path}' cannot be read ({error.strerror})") from error
-    wanted, found = set(names), {}
+        reader = csv.reader(io.StringIO(read_text(path, errors="surrogateescape")))
+        lines = [(reader.line_num, line) for line in reader if any(field.strip() for field in line)]
+    except (FileNotFoundError, csv.Error) as error:
+        raise DataError(f"classes: '{path}' cannot be read as a CSV file ({error})") from error
+    wanted = set(names)
+    found: dict[str, tuple[int, int]] = {}
     for number, line in lines:
         if len(line) != 2:
             raise DataError(f"{path}:{number}: {line} has {len(line)} fields, expected 2: path,class")
-        if line[0] in wanted:
-            if line[0] in found:
-                raise DataError(f"{path}:{number}: '{line[0]}' is listed twice")
-            found[line[0]] = _label(localizer, line[1], f"{path}:{number}")
+        given = line[0].strip()
+        name = next((form for form in (line[0], given, given.replace("\\", "/")) if form in wanted), None)
+        if name is not None:
+            label = _label(localizer, line[1].strip(), f"{path}:{number}")
+            first, before = found.setdefault(name, (number, label))
+            if before != label:
+                raise DataError(f"{path}:{number}: '{name}' has another class than in line {first}: keep one")
     without = [name for name in names if name not in found]
     if without:
         raise DataError(
             f"'{path}' has no line for {len(without)} of {len(names)} images, such as '{without[0]}': expected lines "
             "path,class, with paths relative to the source"
         )
-    return [found[name] for name in names]
+    return [found[name][1] for name in names]
 
 
 def _label(localizer: Localizer, name: str, where: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from rich.measure import Measurement
 from yaml import YAMLError
 
 from wsolkit.config import name_directory, plain, run_command
+from wsolkit.data.files import walk
 from wsolkit.drafts import draft, write_text
 from wsolkit.errors import ConfigError, JobError
 from wsolkit.jobs import RECORD, RESULT, Job, read_job
@@ -105,12 +105,12 @@ def gather(directory: Path) -> list[Run]:
     if not directory.is_dir():
         raise ConfigError(f"there is no directory '{directory}'; expected that of a sweep, such as outputs/multirun/…")
     folders = []
-    for place, below, files in os.walk(directory):
-        folder = Path(place)
-        if RECORD in files or (folder / _OVERRIDES).is_file():
+    for found in walk(directory):
+        folder = directory / found.path
+        if RECORD in found.files or (folder / _OVERRIDES).is_file():
             folders.append(folder)
             if folder != directory:
-                below.clear()  # checkpoints and logs
+                found.folders.clear()  # checkpoints and logs
     if not folders:
         raise ConfigError(f"there is no job in '{directory}': no directory there has a {RECORD}, or a {_OVERRIDES}")
     return [read_run(folder, folder.relative_to(directory).as_posix()) for folder in sorted(folders)]
@@ -223,8 +223,8 @@ def read_metrics(path: Path) -> dict[str, float]:
         JobError: the file is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise JobError(f"'{path}' is damaged ({error})") from error
     if not isinstance(content, Mapping):
         raise JobError(f"'{path}' is damaged: expected an object of metrics")

@@ -90,7 +90,7 @@ def replace(path: Path, old: str, new: str) -> None:
         ),
         ("images_box.txt", "1025796 5 4 21 18", "1025796 5 4 x 18", "images_box.txt:3: '5 4 x 18' should be 4 numbers"),
         ("images_box.txt", "1025796 5 4 21 18\n", "", "images_box.txt' has no line for image 1025796 of"),
-        ("images_box.txt", "1025795 ", "1025796 ", "images_box.txt:3: id 1025796 is listed twice"),
+        ("images_box.txt", "1025795 ", "1025796 1", "images_box.txt:3: id 1025796 is listed twice"),
         ("images_variant_test.txt", "707-320", "707-321", "test.txt:1: there is no variant '707-321' in variants.txt"),
         ("images_variant_test.txt", "1025796", "1025797", "images_variant_test.txt:1: image '"),
         ("images_variant_test.txt", "1025796 707-320\n", "", "the test split of FGVC-Aircraft has 2 images here, 3 as"),

@@ -13,11 +13,13 @@ import pytest
 from pycocotools import mask as rle_masks
 
 from tests.data.layouts import BOXES, KINDS, draw
+from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import FileRecords, Split, read_image
 from wsolkit.errors import ConfigError, DataError
 
 CLASSES = ("grey cat", "Žába, green")
+IMAGES = ", ".join(IMAGE_SUFFIXES)
 OWN = {"train": "train", "val": "val", "test": "val"}
 
 
@@ -112,12 +114,12 @@ def remove(pattern: str) -> Callable[[Path], None]:
         (
             remove("train/grey cat/**/*"),
             {},
-            "train/grey cat' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) to train",
+            f"train/grey cat' holds no images ({IMAGES}) to train",
         ),
         (
             remove("val/*/**/*"),
             {},
-            "/val' holds no images (.jpeg, .jpg, .png, .bmp, .webp, .tif, .tiff) in its classes' folders",
+            f"/val' holds no images ({IMAGES}) in its classes' folders",
         ),
         (lambda root: None, {"num_classes": 3}, "/train' names 2 classes, dataset.num_classes says 3"),
         (lambda root: None, {"annotations": "a/val.json"}, "dataset.annotations: there is no file '"),
@@ -314,6 +316,30 @@ def put(key: str, field: str, value: object) -> Callable[[dict[str, Any]], None]
         (put("annotations", "bbox", [1, 2, 3]), "annotation 0: [1, 2, 3] should be 4 numbers"),
         (put("annotations", "bbox", None), "annotation 0: None should be 4 numbers"),
         (put("annotations", "bbox", [1, 2, -3, 4]), "annotation 0: the box is -3×4 pixels"),
+        (put("annotations", "bbox", [1, 2, 0, 4]), "annotation 0: the box is 0×4 pixels"),
+        (put("annotations", "bbox", [1, 2, 3, True]), "annotation 0: [1, 2, 3, True] should be 4 numbers"),
+        (put("annotations", "bbox", [1, 2, 3, "nan"]), "annotation 0: [1, 2, 3, 'nan'] should be 4 numbers"),
+        (put("annotations", "bbox", []), "annotation 0: [] should be 4 numbers"),
+        (put("annotations", "id", 1), "val.json: annotation 1 is there twice: give each annotation an id of its own"),
+        (put("annotations", "id", True), "entry 0 of 'annotations' has True for its 'id'"),
+        (put("annotations", "category_id", 9), "annotation 0 is of category 9, which is not among the categories"),
+        (put("annotations", "iscrowd", 2), "annotation 0: 'iscrowd' is 2: expected 0 or 1"),
+        (
+            put("images", "id", 8),
+            "val.json: two entries of 'images' have the id 8, {'id': 8, 'file_name': 'val/grey cat",
+        ),
+        (put("images", "id", "8"), "val.json: two entries of 'images' have the id 8, {'id': '8'"),
+        (put("images", "id", float("nan")), "entry 0 of 'images' has nan for its 'id'"),
+        (put("images", "file_name", None), "val.json: image 7 has None for its 'file_name'"),
+        (put("images", "height", 30.5), "gre 0.jpg' is 40×30.5: expected numbers of pixels"),
+        (put("categories", "id", 2), "two entries of 'categories' have the id 2, {'id': 2, 'name': 'grey cat'}"),
+        (
+            lambda content: content["images"].extend(
+                {"id": n, "file_name": "x", "width": 1, "height": 1} for n in "ab"
+            ),
+            "val.json: 'x' is the file_name of the images a and b: list each once",
+        ),
+        (segmentation({"size": [30, 40], "counts": "o" * 10_000}), "is no run-length encoding of 30×40 pixels"),
         (put("annotations", "bbox", [1, 2, 300, 4]), "annotation 0: box 1,2,300,5 does not lie in its image of 40×30"),
         (put("annotations", "bbox", [1, 2, float("inf"), 4]), "annotation 0: [1, 2, inf, 4] should be 4 numbers"),
         (segmentation([[1, 2, 3, 4]]), "annotation 0: a polygon of 4 numbers: expected x and y of three corners"),
@@ -335,10 +361,65 @@ def test_wrong_annotations_are_named(root: Path, change: Callable[[dict[str, Any
     assert message in str(caught.value)
 
 
+def as_text(content: dict[str, Any]) -> None:
+    for key, field in (("images", "id"), ("annotations", "image_id"), ("annotations", "category_id")):
+        for entry in content[key]:
+            entry[field] = str(entry[field])
+    for entry in content["annotations"]:
+        entry["bbox"] = [str(number) for number in entry["bbox"]]
+
+
+def with_decimals(content: dict[str, Any]) -> None:
+    for image in content["images"]:
+        image |= {"id": float(image["id"]), "width": 40.0, "height": "30"}
+
+
+def with_empty_fields(content: dict[str, Any]) -> None:
+    for image in content["images"]:
+        image |= {"license": None, "date_captured": None}
+    for number, entry in enumerate(content["annotations"]):
+        entry |= {"segmentation": (None, [], [[]], {})[number % 4], "area": None, "id": None}
+        entry["iscrowd"] = (None, False, "0", "false", 0.0, 0)[number]
+
+
+def with_masks_alone(content: dict[str, Any]) -> None:
+    for number, entry in enumerate(content["annotations"]):
+        entry |= {"segmentation": encode(BOXES[number % 3], "polygon"), "bbox": ([], None)[number % 2]}
+
+
+def of_windows(content: dict[str, Any]) -> None:
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].replace("/", "\\")
+
+
+@pytest.mark.parametrize("change", [as_text, with_decimals, with_empty_fields, with_masks_alone, of_windows])
+def test_annotations_may_be_written_in_many_ways(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = coco(root)
+    change(content)
+    path = save(root, content)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    test = read(root, "test", annotations="annotations/val.json")
+    assert [test.boxes(index).tolist() for index in range(6)] == [[list(box)] for box in (*BOXES, *BOXES)]
+
+
+def test_crowds_may_be_said_in_many_ways(root: Path) -> None:
+    whole = {"image_id": 7, "category_id": 1, "segmentation": encode((0, 0, 39, 29), "runs")}
+    marked = {"image_id": 7, "category_id": 1, "segmentation": encode(BOXES[0], "runs")}
+    for crowd in (1, True, "1", "true", 1.0):
+        mask = annotated(root, coco(root, marked, whole | {"iscrowd": crowd})).mask(0)
+        assert np.array_equal(mask, np.where(rectangle(BOXES[0]) == 1, 1, 255))  # type: ignore[arg-type]
+
+
 def test_files_that_are_no_json_are_named(root: Path) -> None:
-    for content in (b"{", b"\xff\xfe", b"[" * 100_000):
+    for content, message in (
+        (b"{", "is not a JSON file"),
+        (b"[" * 100_000, "is not a JSON file"),
+        (b'{"images": [], "images": []}', "an object has the key 'images' twice"),
+        ('{"images": []}'.encode("utf-16"), "is not a text file in UTF-8, but in UTF-16 or no text at all: save it as"),
+        (b'{"name": "\xe9"}', "is not a text file in UTF-8"),
+    ):
         save(root, {}).write_bytes(content)
-        with pytest.raises(DataError, match="is not a JSON file"):
+        with pytest.raises(DataError, match=message):
             read(root, "test", annotations="annotations/val.json")
     with pytest.raises(DataError, match="expected an object with images and annotations"):
         annotated(root, [1, 2])

@@ -13,7 +13,6 @@ Where a category has the name of a class, an image's annotations are those of it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as rle_masks
 
+from wsolkit.data.files import read_json
 from wsolkit.data.records import clip_box
 from wsolkit.errors import DataError
 from wsolkit.types import Mask
@@ -31,6 +31,9 @@ _SLACK = 1
 """Pixels by which annotations may reach past the image: rounding."""
 _MAX_SIDE = 100_000
 _MAX_NUMBER = 1e9
+_LONGEST_RUN = 40
+"""Bits of a run length."""
+_CROWD = dict.fromkeys(("none", "", "0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true"), True)
 
 
 @dataclass(frozen=True)
@@ -78,44 +81,38 @@ def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Seque
         DataError: the file is missing, is not in that format, or has nothing for an image.
     """
     content = _read(path)
-    categories = {entry["id"]: str(entry["name"]) for entry in _list(path, content, "categories", ("id", "name"))}
+    categories = {own: str(entry["name"]) for own, entry in _by_id(path, content, "categories", ("name",)).items()}
     by_class = not set(classes).isdisjoint(categories.values())
-    place_of = _places(ids, folder)
-    images: dict[Any, tuple[int, int, int]] = {}  # id → place, width, height
-    listed: dict[int, str] = {}  # place → file_name
-    known = set()
-    for image in _list(path, content, "images", ("id", "file_name", "width", "height")):
-        known.add(image["id"])
-        place = place_of.get(PurePosixPath(str(image["file_name"])).as_posix())
-        if place is not None:
-            width, height = image["width"], image["height"]
-            if not all(isinstance(side, int) and 0 < side <= _MAX_SIDE for side in (width, height)):
-                raise DataError(f"{path}: image '{image['file_name']}' is {width}×{height}: expected numbers of pixels")
-            if place in listed:
-                raise DataError(
-                    f"{path}: '{listed[place]}' and '{image['file_name']}' are both of '{ids[place]}': list each image "
-                    "once, by its path relative to dataset.root where names alone are ambiguous"
-                )
-            listed[place] = str(image["file_name"])
-            images[image["id"]] = (place, width, height)
+    images = _images(path, content, ids, folder)
 
-    needed = ("image_id", "category_id") if categories else ("image_id",)
     boxes: dict[str, list[list[int]]] = {}
     objects: list[list[Mapping[str, Any]]] = [[] for _ in ids]
     crowds: list[list[Mapping[str, Any]]] = [[] for _ in ids]
     sizes = np.zeros((len(ids), 2), np.int64)
+    known: set[str] = set()
+    needed = ("image_id", "category_id") if by_class else ("image_id",)
     for number, entry in enumerate(_list(path, content, "annotations", needed)):
-        where = f"{path}: annotation {entry.get('id', number)}"
-        if entry["image_id"] not in known:
-            raise DataError(f"{where} is of image {entry['image_id']}, which is not among the images")
-        if entry["image_id"] not in images:
-            continue
-        place, width, height = images[entry["image_id"]]
-        if by_class and categories.get(entry["category_id"]) != classes[place]:
+        own = None if entry.get("id") is None else _id(path, "annotations", number, entry, "id")
+        where = f"{path}: annotation {number if own is None else own}"
+        if own is not None:
+            if own in known:
+                raise DataError(f"{where} is there twice: give each annotation an id of its own, or none")
+            known.add(own)
+        image_id = _id(path, "annotations", number, entry, "image_id")
+        if image_id not in images:
+            raise DataError(f"{where} is of image {image_id}, which is not among the images")
+        category = None
+        if by_class or (categories and entry.get("category_id") is not None):
+            category_id = _id(path, "annotations", number, entry, "category_id")
+            if category_id not in categories:
+                raise DataError(f"{where} is of category {category_id}, which is not among the categories")
+            category = categories[category_id]
+        place, width, height = images[image_id]
+        if place is None or (by_class and category != classes[place]):
             continue
         sizes[place] = width, height
         mask = _segmentation(where, entry.get("segmentation"), width, height)
-        if entry.get("iscrowd"):
+        if _is_crowd(where, entry.get("iscrowd")):
             crowds[place] += [mask] if mask else []
             continue
         objects[place] += [mask] if mask else []
@@ -132,11 +129,9 @@ def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Seque
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"dataset.annotations: there is no file '{path}'") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise DataError(f"'{path}' is not a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"'{path}' is not in COCO's format: expected an object with images and annotations")
     return content
@@ -144,17 +139,75 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _list(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     """A list of objects that have some keys."""
-    entries = content.get(key, [] if key == "categories" else None)
+    entries = content.get(key)
+    if entries is None and key == "categories":
+        return []
     if not isinstance(entries, list):
         raise DataError(f"'{path}' is not in COCO's format: it has no list '{key}'")
     for number, entry in enumerate(entries):
         lacking = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if lacking:
             raise DataError(f"{path}: entry {number} of '{key}' has no '{lacking[0]}'")
-        for name in needed:
-            if name.endswith("id") and not isinstance(entry[name], int | str):
-                raise DataError(f"{path}: entry {number} of '{key}' has {entry[name]!r} for its '{name}'")
     return entries
+
+
+def _by_id(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A list of objects that have an id, each its own, and some other keys; by id."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, entry in enumerate(_list(path, content, key, ("id", *needed))):
+        own = _id(path, key, number, entry, "id")
+        if own in found:
+            raise DataError(
+                f"{path}: two entries of '{key}' have the id {own}, {_short(found[own])} and {_short(entry)}: "
+                "give each an id of its own"
+            )
+        found[own] = entry
+    return found
+
+
+def _id(path: Path, key: str, number: int, entry: Mapping[str, Any], name: str) -> str:
+    """An id as text: 1, 1.0 and "1" are the same."""
+    value = entry[name]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise DataError(f"{path}: entry {number} of '{key}' has {_short(value)} for its '{name}'")
+    return str(value).strip()
+
+
+def _images(
+    path: Path, content: Mapping[str, Any], ids: Sequence[str], folder: str
+) -> dict[str, tuple[int | None, int, int]]:
+    """Place in `ids`, or None, width and height of the images of a file by id."""
+    place_of = _places(ids, folder)
+    images: dict[str, tuple[int | None, int, int]] = {}
+    id_of: dict[str, str] = {}  # file_name → id
+    listed: dict[int, str] = {}  # place → file_name
+    for own, image in _by_id(path, content, "images", ("file_name", "width", "height")).items():
+        name, given = image["file_name"], [image[side] for side in ("width", "height")]
+        width, height = (int(side) if side is not None and side.is_integer() else 0 for side in map(_number, given))
+        if not isinstance(name, str):
+            raise DataError(f"{path}: image {own} has {_short(name)} for its 'file_name'")
+        if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
+            raise DataError(f"{path}: image '{name}' is {'×'.join(map(_short, given))}: expected numbers of pixels")
+        if name in id_of:
+            raise DataError(f"{path}: '{name}' is the file_name of the images {id_of[name]} and {own}: list each once")
+        id_of[name] = own
+        place = next((place_of[form] for form in _forms(name) if form in place_of), None)
+        if place is not None and place in listed:
+            raise DataError(
+                f"{path}: '{listed[place]}' and '{name}' are both of '{ids[place]}': list each image "
+                "once, by its path relative to dataset.root where names alone are ambiguous"
+            )
+        if place is not None:
+            listed[place] = name
+        images[own] = place, width, height
+    return images
+
+
+def _forms(name: str) -> tuple[str, str]:
+    """A path in POSIX's form, as it is and, if it is Windows', with its separators replaced."""
+    return PurePosixPath(name).as_posix(), PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
 def _places(ids: Sequence[str], folder: str) -> dict[str, int]:
@@ -176,13 +229,24 @@ def _example(content: Mapping[str, Any]) -> str:
     return f"'{names[0]}'" if names else "not to be found: it lists no images"
 
 
+def _number(value: Any) -> float | None:
+    """A number, perhaps as text; None if it is none."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_NUMBER:
+        return None
+    return float(value)
+
+
 def _numbers(where: str, values: Any, count: int | None) -> list[float]:
-    numbers = values if isinstance(values, list) else []
-    if not numbers or not all(isinstance(value, int | float) and abs(value) < _MAX_NUMBER for value in numbers):
-        numbers = []
-    if not numbers or count not in (None, len(numbers)):
+    numbers = [_number(value) for value in values] if isinstance(values, list) else []
+    found = [number for number in numbers if number is not None]
+    if not found or len(found) < len(numbers) or count not in (None, len(found)):
         raise DataError(f"{where}: {_short(values)} should be {count or 'a list of'} numbers")
-    return [float(value) for value in numbers]
+    return found
 
 
 def _short(value: object) -> str:
@@ -190,36 +254,45 @@ def _short(value: object) -> str:
     return text if len(text) < 80 else f"{text[:80]}…"
 
 
-def _box(where: str, box: Any, mask: Mapping[str, Any] | None, width: int, height: int) -> list[int]:
-    if box is None and mask is not None:
-        box = rle_masks.toBbox(mask).tolist()
-    x, y, w, h = _numbers(where, box, 4)
+def _is_crowd(where: str, given: Any) -> bool:
+    text = str(given).strip().lower()
+    if text not in _CROWD:
+        raise DataError(f"{where}: 'iscrowd' is {_short(given)}: expected 0 or 1")
+    return _CROWD[text]
+
+
+def _box(where: str, given: Any, mask: Mapping[str, Any] | None, width: int, height: int) -> list[int]:
+    if given in (None, []) and mask is not None:
+        given = rle_masks.toBbox(mask).tolist()
+    x, y, w, h = _numbers(where, given, 4)
     left, top, right, bottom = round(x), round(y), round(x + w) - 1, round(y + h) - 1
-    if w < 0 or h < 0:
-        raise DataError(f"{where}: the box is {w:g}×{h:g} pixels: expected x, y, width, height")
+    if w <= 0 or h <= 0:
+        raise DataError(f"{where}: the box is {w:g}×{h:g} pixels: expected x, y, width, height, which are above 0")
     return clip_box(where, [left, top, max(left, right), max(top, bottom)], (width, height), _SLACK)
 
 
 def _segmentation(where: str, given: Any, width: int, height: int) -> Mapping[str, Any] | None:
-    """A mask of an image, run-length encoded; None if there is none."""
+    """A mask of an image, run-length encoded; None if there is none, or none of its pixels is marked."""
+    if isinstance(given, list):
+        given = [polygon for polygon in given if polygon != []]
     if not given:
         return None
     if isinstance(given, list):
         polygons = [_polygon(where, polygon, width, height) for polygon in given]
         encoded: Mapping[str, Any] = rle_masks.merge(rle_masks.frPyObjects(polygons, height, width))
-        return encoded
-    if not isinstance(given, dict) or given.get("size") != [height, width]:
+    elif not isinstance(given, dict) or given.get("size") != [height, width]:
         raise DataError(
             f"{where}: {_short(given)} should be polygons, or a run-length encoding with the image's size "
             f"[{height}, {width}]"
         )
-    counts = given.get("counts")
-    lengths: Any = _run_lengths(counts) if isinstance(counts, str) else counts
-    whole = isinstance(lengths, list) and all(isinstance(length, int) and length >= 0 for length in lengths)
-    if not whole or sum(lengths) != height * width:  # the library would go on with what lies behind in memory
-        raise DataError(f"{where}: {_short(given)} is no run-length encoding of {height}×{width} pixels")
-    encoded = rle_masks.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
-    return encoded
+    else:
+        counts = given.get("counts")
+        lengths: Any = _run_lengths(counts) if isinstance(counts, str) else counts
+        whole = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
+        if not whole or sum(lengths) != height * width:  # the library would go on with what lies behind in memory
+            raise DataError(f"{where}: {_short(given)} is no run-length encoding of {height}×{width} pixels")
+        encoded = rle_masks.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+    return encoded if rle_masks.area(encoded) else None
 
 
 def _run_lengths(compressed: str) -> list[int]:
@@ -228,6 +301,8 @@ def _run_lengths(compressed: str) -> list[int]:
     value = shift = 0
     for character in compressed:
         code = ord(character) - 48
+        if not 0 <= code < 64 or shift > _LONGEST_RUN:
+            return []
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:

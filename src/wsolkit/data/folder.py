@@ -18,6 +18,7 @@ width and height decide: tools differ in whether they show an image upright.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from wsolkit.data.coco import coco_annotations
 from wsolkit.data.decoding import Exif
-from wsolkit.data.files import IMAGE_SUFFIXES, list_folders
+from wsolkit.data.files import IMAGE_SUFFIXES, images_below, list_folders, say_left_out
 from wsolkit.data.records import (
     FileRecords,
     Split,
@@ -164,7 +165,7 @@ def _class_names(base: Path, train: str) -> list[str]:
             f"there is no folder '{base / train}': dataset=folder expects {train}/<class>/ under dataset.root. If the "
             "classes' folders lie in dataset.root itself, set dataset.splits=null"
         )
-    classes = [name for name in list_folders(base / train) if not name.startswith(".")]
+    classes = list_folders(base / train)
     if not classes:
         raise DataError(f"'{base / train}' holds no folders: expected one for each class, with its images")
     return classes
@@ -179,22 +180,25 @@ def _images(base: Path, name: str, classes: Sequence[str], needs_all: bool) -> t
             "the images to evaluate"
         )
     for found in list_folders(folder):
-        if found not in classes and not found.startswith("."):
+        if found not in classes:
             raise DataError(f"'{folder / found}' is no class: there is no such folder among the training images")
+    left_out: Counter[str] = Counter()
     ids, labels = [], []
     for label, class_name in enumerate(classes):
-        images = sorted(path for path in (folder / class_name).rglob("*") if _is_image(path))
+        images = images_below(folder / class_name, left_out) if (folder / class_name).is_dir() else []
         if not images and needs_all:
             raise DataError(f"'{folder / class_name}' holds no images ({', '.join(IMAGE_SUFFIXES)}) to train on")
-        ids += [path.relative_to(base).as_posix() for path in images]
+        prefix = Path(name, class_name).as_posix()
+        ids += [f"{prefix}/{path}" for path in sorted(images, key=_parts)]
         labels += [label] * len(images)
+    say_left_out(folder, left_out)
     if not ids:
         raise DataError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)}) in its classes' folders")
     return ids, labels
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def _parts(path: str) -> list[str]:
+    return path.split("/")
 
 
 def _share(

@@ -292,7 +292,7 @@ def _sources(seen: set[str], records: FileRecords, settings: Mapping[str, Any], 
         if path.suffix == ".xml" or any(path.is_relative_to(place) for place in places):  # Kaggle's lie beside the root
             together[path.parent].add(path)
     for folder, files in together.items():
-        single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES}
+        single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir()}
         paths |= single if len(single) <= _MANY else {path for path in single if path.is_dir()}
         if len(single) > _MANY or single != files:
             paths.add(folder)

@@ -5,17 +5,18 @@
                           image_sizes.txt     path,width,height        (not needed for training)
                           localization.txt    path,x0,y0,x1,y1         (not needed for training; several lines an image)
 
-Labels count from 0. `ROOT/classes.txt` (name,label) names the classes, if it is there.
+Labels count from 0, and no class is without training images unless `ROOT/classes.txt` (name,label) names it, or their
+number is given. A line that stands twice counts once; two different lines for one image are an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from wsolkit.data.files import check_images, read_lines
+from wsolkit.data.files import as_written, check_images, read_lines, whole_number
 from wsolkit.data.records import (
     FileRecords,
     Split,
@@ -107,13 +108,14 @@ def read_lists(
     if split == "train":
         return file_records(root, ids, labels, classes, {}, None)
     known = set(ids)
-    sizes = {name: size for _, name, size in _integers(folder / "image_sizes.txt", 2, known)}
+    sizes = _sizes(folder / "image_sizes.txt", known)
     boxes: dict[str, list[list[int]]] = {}
     for where, name, box in _integers(folder / "localization.txt", 4, known):
         if name not in sizes:
             raise DataError(f"{where}: image_sizes.txt has no line for '{name}'")
         check_boxes(where, box, sizes[name])
-        boxes.setdefault(name, []).append(box)
+        if box not in boxes.setdefault(name, []):
+            boxes[name].append(box)
     without = [name for name in ids if name not in boxes]
     if without:
         raise DataError(
@@ -135,7 +137,8 @@ def read_labels(
     """
     path = folder / "image_ids.txt"
     seen: dict[str, str] = {}
-    for where, (name,) in read_fields(path, 1):
+    for where, (written,) in read_fields(path, 1):
+        name = as_written(root, written)
         if name in seen:
             line = seen[name].rpartition(":")[2]
             raise DataError(f"{where}: '{name}' is listed twice, first in line {line}")
@@ -150,39 +153,97 @@ def read_labels(
 def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
     path = base / "classes.txt"
     if path.is_file():
-        names = {label: name for _, name, (label,) in _integers(path, 1, None)}
+        names: dict[int, str] = {}
+        for where, name, (label,) in _integers(path, 1, None):
+            if names.setdefault(label, name) != name:
+                raise DataError(f"{where}: class {label} is '{name}', but '{names[label]}' in a line before")
         if sorted(names) != list(range(len(names))):
             raise DataError(f"'{path}' must number its {len(names)} classes from 0 to {len(names) - 1}")
         classes = [names[label] for label in range(len(names))]
         if num_classes is not None and num_classes != len(classes):
             raise DataError(f"dataset.num_classes={num_classes}, but '{path}' names {len(classes)} classes")
         return classes
-    if num_classes is None:
-        lines = _integers(base / "metadata" / train / "class_labels.txt", 1, None)
-        num_classes = 1 + max((label for _, _, (label,) in lines), default=-1)
+    path = base / "metadata" / train / "class_labels.txt"
+    if num_classes is None or path.is_file():
+        labels = {label for _, _, (label,) in _integers(path, 1, None)}
+        check_first_label(path, labels)
+        if num_classes is None:
+            num_classes = _count(path, labels)
     return [str(label) for label in range(num_classes)]
 
 
+def check_first_label(path: Path, labels: Collection[int]) -> None:
+    """Check that training labels begin at 0; else all that follow would be off, and class 0 without images.
+
+    Raises:
+        DataError: they do not.
+    """
+    first = min(labels, default=0)
+    if first > 0:
+        raise DataError(
+            f"the labels in '{path}' begin at {first}: expected 0 for the first class, in all splits alike. If class "
+            "0 is meant to have no training images, name all classes in classes.txt"
+        )
+
+
+def _count(path: Path, labels: Collection[int]) -> int:
+    """The number of classes that training labels from 0 show."""
+    count = 1 + max(labels, default=-1)
+    if sum(label >= 0 for label in labels) < count:
+        without = next(label for label in range(count) if label not in labels)
+        raise DataError(
+            f"the labels in '{path}' go up to {count - 1}, and none is {without}: number the classes without gaps, or "
+            "set dataset.num_classes if some are meant to have no training images"
+        )
+    return count
+
+
+def _sizes(path: Path, known: Collection[str]) -> dict[str, list[int]]:
+    sizes = {name: size for name, (_, size) in _one_each(path, 2, known).items()}
+    for name, (width, height) in sizes.items():
+        if width < 1 or height < 1:
+            raise DataError(f"'{path}' gives '{name}' {width}×{height} pixels: expected width and height, above 0")
+    return sizes
+
+
 def _labels(path: Path, ids: list[str], num_classes: int) -> list[int]:
-    labels: dict[str, int] = {}
-    for where, name, (label,) in _integers(path, 1, set(ids)):
+    lines = _one_each(path, 1, set(ids))
+    lowest = min((label for _, (label,) in lines.values()), default=0)
+    for name, (where, (label,)) in lines.items():
         if not 0 <= label < num_classes:
-            raise DataError(f"{where}: label {label} of '{name}' is out of range: expected 0 to {num_classes - 1}")
-        labels[name] = label
-    missing = [name for name in ids if name not in labels]
+            shifted = f"; the labels begin at {lowest}, and should at 0" if lowest > 0 else ""
+            raise DataError(
+                f"{where}: label {label} of '{name}' is out of range: expected 0 to {num_classes - 1}{shifted}"
+            )
+    missing = [name for name in ids if name not in lines]
     if missing:
         raise DataError(f"'{path}' has no label for {len(missing)} images, such as '{missing[0]}'")
-    return [labels[name] for name in ids]
+    return [lines[name][1][0] for name in ids]
 
 
-def _integers(path: Path, count: int, known: set[str] | None) -> Iterator[tuple[str, str, list[int]]]:
+def _one_each(path: Path, count: int, known: Collection[str]) -> dict[str, tuple[str, list[int]]]:
+    """Lines of `path,int,…` as path → ("file:line", integers), of which an image has one, perhaps repeated as it is."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for where, name, numbers in _integers(path, count, known):
+        first, before = found.setdefault(name, (where, numbers))
+        if before != numbers:
+            raise DataError(
+                f"{where}: '{name}' has {','.join(map(str, numbers))}, but {','.join(map(str, before))} in line "
+                f"{first.rpartition(':')[2]}: keep one"
+            )
+    return found
+
+
+def _integers(path: Path, count: int, known: Collection[str] | None) -> Iterator[tuple[str, str, list[int]]]:
     """Lines of `path,int,…` as ("file:line", name, integers); the name may contain commas."""
     for where, fields in read_fields(path, count + 1):
         name, numbers = fields[0], fields[1:]
         if known is not None and name not in known:
-            raise DataError(f"{where}: '{name}' is not in image_ids.txt")
+            name = name.replace("\\", "/")  # as Windows writes it
+            if name not in known:
+                raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         try:
-            yield where, name, [int(number) for number in numbers]
+            yield where, name, [whole_number(number) for number in numbers]
         except ValueError as error:
             raise DataError(f"{where}: '{','.join(numbers)}' should be {count} whole numbers") from error
 
@@ -194,7 +255,7 @@ def read_fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
         DataError: the file is missing, or a line has fewer than `count` fields.
     """
     for where, line in read_lines(path, "a listed data set"):
-        fields = line.rsplit(",", count - 1)
+        fields = [field.strip() for field in line.rsplit(",", count - 1)]
         if len(fields) != count:
             raise DataError(f"{where}: '{line}' has {len(fields)} fields separated by commas, expected {count}")
         yield where, fields

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from wsolkit.data.files import as_written, is_file
 from wsolkit.data.layout import Layout, find_layout
-from wsolkit.data.listed import first_image, read_fields, read_labels
+from wsolkit.data.listed import check_first_label, first_image, read_fields, read_labels
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Split, check_count, file_records
 from wsolkit.errors import DataError
@@ -51,6 +52,8 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
     base = _folder(layout, first_image(lists))
     ids, labels = read_labels(lists, base, num_classes)
     check_count(split, len(ids), expected, _NAME)
+    if split == "train":
+        check_first_label(lists / "class_labels.txt", set(labels))
     classes = [str(label) for label in range(num_classes)]
     label_of: dict[str, int] = {}
     for name, label in zip(ids, labels, strict=True):
@@ -74,13 +77,17 @@ def _masks(layout: Layout, path: Path, ids: list[str]) -> MaskFiles:
     base = _folder(layout, next((mask for _, (_, mask, _) in read_fields(path, 3)), ""))
     objects: dict[str, list[str]] = {name: [] for name in ids}
     ignored = dict.fromkeys(ids, "")
-    for where, (name, mask, ignore) in read_fields(path, 3):
+    for where, fields in read_fields(path, 3):
+        name, mask, ignore = (as_written(base, field) for field in fields)
         if name not in objects:
             raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         for file in (mask, ignore) if ignore else (mask,):
-            if not (base / file).is_file():
+            if not is_file(base / file):
                 raise DataError(f"{where}: mask '{base / file}' does not exist")
-        objects[name].append(mask)
+        if ignore and ignored[name] not in ("", ignore):
+            raise DataError(f"{where}: '{name}' has the ignore file '{ignore}', but '{ignored[name]}' in a line before")
+        if mask not in objects[name]:
+            objects[name].append(mask)
         ignored[name] = ignored[name] or ignore
     without = [name for name in ids if not objects[name]]
     if without:

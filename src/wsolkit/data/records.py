@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,9 +179,12 @@ def file_records(
     """Lay out images and their boxes by id in columns; see `FileRecords`. `upright` may be one for all.
 
     Raises:
-        DataError: an id leads out of the root.
+        DataError: an id leads out of the root, or an image is there twice.
     """
     check_inside(root, ids)
+    if len(set(ids)) < len(ids):
+        (twice, _), *_ = Counter(ids).most_common(1)
+        raise DataError(f"image '{root / twice}' is listed twice: each image counts once")
     counts = [len(boxes.get(name, ())) for name in ids]
     flat = [box for name in ids for box in boxes.get(name, ())]
     table = np.array(flat, dtype=np.int64).reshape(-1, 4)

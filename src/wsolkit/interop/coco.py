@@ -217,7 +217,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         earlier = json.loads(path.read_bytes())
         keys = [key for key in {**earlier, **settings} if earlier.get(key) != settings.get(key)]
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(f"'{path}' is damaged ({error}): choose another output, or delete that folder") from error
     if keys:
         differences = "; ".join(f"{key}: {earlier.get(key)} there, {settings.get(key)} here" for key in keys[:5])

@@ -78,10 +78,10 @@ def read_examples(folder: Path) -> list[Example]:
     """
     path = folder / FOLDER / LIST
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return []
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise JobError(f"'{path}' is damaged ({error})") from error
     if not isinstance(entries, list):
         raise JobError(f"'{path}' is damaged: expected a list of images")
