@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 from fastapi import FastAPI
 
+from wsolkit.data.classes import repeated
 from wsolkit.data.records import read_image
 from wsolkit.errors import WsolkitError
 from wsolkit.localization.boxes import Select
@@ -75,7 +76,7 @@ class Opened:
         """Where the image shows a class; only a class that was not looked for before needs the network."""
         if label not in self._maps:
             with _network:
-                (self._maps[label],) = self._localizer.raw_maps(self._image, [self._localizer.class_names[label]])
+                (self._maps[label],) = self._localizer.raw_maps_of(self._image, [label], 1)
         return self._localizer.at_threshold(self._maps[label], threshold, select)
 
 
@@ -99,7 +100,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         threshold, select: what it starts with.
         examples: images to choose from; the first ones that can be read are shown.
     """
-    names = localizer.class_names
+    names = unlike(localizer.class_names)
     offered = list(islice(thumbnails(examples), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
@@ -185,6 +186,12 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         if offered:
             on(gallery.select, open_example, [tau, parts], [file, *outputs])
     return page
+
+
+def unlike(names: Sequence[str]) -> list[str]:
+    """Names of classes, with the number behind those that several have: the page tells classes apart by their names."""
+    several = set(repeated(names))
+    return [f"{name} (number {label})" if name in several else name for label, name in enumerate(names)]
 
 
 def thumbnails(paths: Sequence[Path]) -> Iterator[tuple[Image, Path]]:
