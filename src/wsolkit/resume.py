@@ -177,5 +177,5 @@ def _begin_epoch(trainer: Trainer) -> None:
     if loop.restarting:
         loop.epoch_loop.restarting = False
         loop.reset_restart_stage()
-        progress = loop.epoch_progress.current
-        progress.completed = progress.processed  # type: ignore[attr-defined]
+        for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+            progress.completed = progress.processed  # type: ignore[attr-defined]

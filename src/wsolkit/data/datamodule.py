@@ -156,7 +156,8 @@ class WSOLDataModule(LightningDataModule):
         return {} if self._training is None else dict(self._training.state_dict())
 
     def _ended(self, epoch: int) -> bool:
-        return self.trainer is not None and self.trainer.current_epoch > epoch
+        """Whether the trainer has done with an epoch, if only by trainer.max_steps."""
+        return self.trainer is not None and self.trainer.fit_loop.epoch_progress.current.processed > epoch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook: go on from there."""
