@@ -372,7 +372,7 @@ def test_what_is_no_image_is_named(image: Any, message: str, localizer: Localize
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classes": "bird"}, "there is no class 'bird'; the model knows 2, by name or from 0 to 1: 0, 1"),
+        ({"classes": "bird"}, "there is no class 'bird'; there are 2, by name or from 0 to 1: 0, 1"),
         ({"classes": 2}, "there is no class '2'"),
         ({"classes": -1}, "there is no class '-1'"),
         ({"classes": [0, 1]}, "2 classes for 1 images"),

@@ -442,7 +442,7 @@ def test_classes_are_read_from_a_table(trained: Path, images: Path, tmp_path: Pa
         (["checkpoint=CHECKPOINT", "source=images/*.gif", "output=out"], "source: 'images/*.gif' matches no image"),
         (["checkpoint=CHECKPOINT", "source=images/*/../x.png", "output=out"], "goes up after a pattern"),
         (["checkpoint=CHECKPOINT", "source=empty", "output=out"], "source: 'empty' holds no images (.jpeg, .jpg"),
-        (["WHOLE", "classes=bird"], "there is no class 'bird'; the model knows 8, by name or from 0 to 7: red spots"),
+        (["WHOLE", "classes=bird"], "there is no class 'bird'; there are 8, by name or from 0 to 7: red spots"),
         (["WHOLE", "classes=red spot"], "there is no class 'red spot' (did you mean 'red spots'?)"),
         (["WHOLE", "source=others", "classes=folder"], "classes=folder: there is no class 'others'"),
         (["WHOLE", "classes=gone.csv"], "classes: 'gone.csv' cannot be read"),

@@ -8,18 +8,21 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 
 from tests.fresh import FRESH
-from tests.test_commands import config, metrics, weights
+from tests.test_commands import Interrupted, config, metrics, weights
 from wsolkit.checkpoint import latest_checkpoint, read_checkpoint
 from wsolkit.errors import CheckpointError
 from wsolkit.jobs import job_name, run_name
+from wsolkit.methods.sat import SAT
 from wsolkit.train import train
 
 SETTINGS = (
@@ -114,8 +117,6 @@ def stop(folder: Path, step: int, queue: Path, *settings: str) -> None:
 
 def _train_until_sigterm(folder: Path, step: int, queue: Path, settings: tuple[str, ...]) -> None:
     """What a cluster does that needs the machine: SIGTERM, here in the middle of a step."""
-    from wsolkit.methods.sat import SAT
-
     training_step = SAT.training_step
 
     def interrupted(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -160,6 +161,108 @@ def test_damaged_checkpoint_is_passed_over(
 def test_changed_settings_are_named(unbroken: tuple[Path, float]) -> None:
     with pytest.raises(CheckpointError, match=r"was begun with other settings: optimizer.lr=0.5 \(was 0.001\). Give"):
         train(config(*SETTINGS, "optimizer.lr=0.5"), unbroken[0])
+
+
+BATCHES = (
+    *("trainer.max_epochs=3", "schedule.name=cosine", "dataset.num_workers=0", "dataset.batch_size=8"),
+    *("checkpoints.every_n_steps=1", "dataset.records.sizes={train: 48, val: 8, test: 8}", "num_examples=0"),
+)
+
+
+@pytest.fixture(scope="module")
+def within(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after three of six batches of the second of three epochs."""
+    folder = tmp_path_factory.mktemp("within")
+    steps(folder, stop_at=9)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def steps(folder: Path, *settings: str, stop_at: int | None = None) -> list[tuple[int, int, int, float]]:
+    """Train without the test at the end: epoch, batch, images and learning rate (in thousandths) of each step."""
+    training_step, seen = SAT.training_step, []
+
+    def watched(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == stop_at:
+            raise Interrupted
+        rate = 1000 * self.trainer.optimizers[0].param_groups[0]["lr"]
+        seen.append((self.current_epoch, batch_idx, len(batch["label"]), round(rate, 3)))
+        return training_step(self, batch, batch_idx)
+
+    def tested(*_: Any, **__: Any) -> None:
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Interrupted):
+        patch.setattr(SAT, "training_step", watched)
+        patch.setattr(Trainer, "test", tested)
+        train(config(*BATCHES, *settings), folder)
+    return seen
+
+
+def test_run_goes_on_in_batches_of_another_size(within: Path, tmp_path: Path) -> None:
+    """24 of 48 images were trained on: with the next whole batch, at the schedule's rate there, in the same epoch."""
+    with pytest.warns(
+        UserWarning, match="epoch 1 goes on after 32 of its 48 images: the checkpoint's run had trained on"
+    ):
+        seen = steps(tmp_path, f"resume={within}", "dataset.batch_size=16")
+    assert seen == [(1, 2, 16, 0.552), (2, 0, 16, 0.345), (2, 1, 16, 0.165), (2, 2, 16, 0.043)]
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt").step == 9 + 4
+    assert len((tmp_path / "metrics.csv").read_text().split("val/")) > 1  # validated at the end of each
+
+
+def test_optimizer_takes_the_settings_of_today(within: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"goes on with other settings: optimizer.lr=0.01 \(was 0.001\)"):
+        seen = steps(tmp_path, f"resume={within}", "optimizer.lr=0.01", "trainer.accumulate_grad_batches=2", stop_at=10)
+    assert seen == [(1, 6, 4, 6.545), (1, 7, 4, 6.545)]
+
+
+def test_run_that_max_steps_ended_goes_on_with_the_next_epoch(within: Path, tmp_path: Path) -> None:
+    steps(tmp_path / "a", f"resume={within}", "trainer.max_steps=10")
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    seen = steps(tmp_path / "b", f"resume={last}", "trainer.max_steps=17")
+    assert [(epoch, batch) for epoch, batch, *_ in seen] == [(2, batch) for batch in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "optimizer=sgd",
+            "has the state of another optimizer: optimizer._target_=torch.optim.SGD (was torch.optim.AdamW",
+        ),
+        (
+            "+optimizer.amsgrad=true",
+            "has the state of another optimizer, without max_exp_avg_sq. Settings that differ: ",
+        ),
+        ("trainer.max_epochs=1", "has come to epoch 2, and trainer.max_epochs=1: expected as many or more"),
+        ("method.num_blocks=1", "is of another model: "),
+        ("dataset.image_size=32", "64×192"),
+        (
+            "seed=5",
+            "stopped within epoch 1, and which images are left of it cannot be told: 5 as the seed of their order",
+        ),
+        ("dataset.records.sizes.train=40", "cannot be told: 40 training images (was 48). Go on with what it was"),
+        ("dataset.classes=[7,1,0]", "is of a run on 8 classes, and these are others: the data set lacks 'green spots'"),
+        ("dataset.shots=2", "is of a run with dataset.shots=None, these settings say 2"),
+        ("backbone=deit_tiny", "is of a run with backbone=vit_micro, these settings say deit_tiny"),
+    ],
+)
+def test_what_cannot_go_on_is_named(settings: str, message: str, within: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        train(config(*BATCHES, f"resume={within}", settings), tmp_path)
+    assert message in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_earlier_versions_go_on_in_their_batches(within: Path, tmp_path: Path) -> None:
+    content = torch.load(within, weights_only=True)
+    place = content["WSOLDataModule"]
+    content["WSOLDataModule"] = {key: place[key] for key in ("epoch", "taken")}
+    content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [content["WSOLDataModule"]]
+    torch.save(content, tmp_path / "early.ckpt")
+    seen = steps(tmp_path / "run", f"resume={tmp_path / 'early.ckpt'}", stop_at=10)
+    assert seen == [(1, 3, 8, 0.655)]
+    with pytest.raises(CheckpointError, match=r"which counted batches: dataset.batch_size=16 \(was 8\). Go on with"):
+        steps(tmp_path / "other", f"resume={tmp_path / 'early.ckpt'}", "dataset.batch_size=16")
 
 
 def test_same_command_has_the_same_directory() -> None:

@@ -21,7 +21,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.jobs import Job, State
 from wsolkit.reporting.charts import Shown
 from wsolkit.reporting.examples import write_examples
-from wsolkit.reporting.sweep import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown
+from wsolkit.reporting.sweep import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown, remarks
 from wsolkit.reporting.sweep_charts import axis, charts, file_name, line_chart, title
 from wsolkit.sweep_report import duration, gather
 
@@ -342,6 +342,20 @@ def test_sweeps_of_older_versions_have_hydra_s_files_only(tmp_path: Path) -> Non
     assert found.runs[0].value("lr") == 0.1
     assert counts(found.runs) == "3 jobs: 2 finished, 1 unfinished"
     assert found.runs[2].note == "no job.json says how it ended"
+
+
+def test_jobs_on_different_classes_are_said_to_be() -> None:
+    def remarks_on(*classes: tuple[str, ...]) -> list[str]:
+        settings = {"dataset": {"name": "folder"}}
+        runs = [
+            Run(str(place), "finished", {}, settings, {"top1_cls": 1.0}, classes=c) for place, c in enumerate(classes)
+        ]
+        return [line for line in remarks(group_runs(runs)) if "classes" in line]
+
+    assert remarks_on(("a", "b"), ("a", "b"), ()) == []
+    assert remarks_on(("a", "b"), ("a", "b", "c")) == [
+        "Not all jobs on folder tell the same classes apart: there are lists of 2, 3"
+    ]
 
 
 def test_a_seed_twice_counts_as_runs(sweep: Path) -> None:

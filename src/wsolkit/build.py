@@ -41,8 +41,12 @@ from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import PlainConfig
 
 
-def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
+def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:
     """The data set of `cfg.dataset`, normalised for the backbone.
+
+    Args:
+        cfg: settings.
+        model_classes: classes of the model that is evaluated on it, see `WSOLDataModule`.
 
     Raises:
         ConfigError: a setting is wrong. Files are read in `setup`, which raises DataError.
@@ -60,6 +64,7 @@ def build_datamodule(cfg: DictConfig) -> WSOLDataModule:
         std=std,
         seed=cfg.seed,
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
+        model_classes=model_classes,
     )
     return datamodule
 

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +243,9 @@ class Checkpoint:
 
     config: settings of its run, resolved; class_names: by label; version: of wsolkit; thresholds: τ that validation
     selected, as `<protocol>/<condition>`, {} where there were no boxes; metrics: numbers of its last validation;
-    mean, std: of the network's input, () in early checkpoints.
+    mean, std: of the network's input, () in early checkpoints; optimizer: settings of its groups of parameters;
+    optimizer_state: what it remembers of each parameter, by name; place: where in the training images it is, see
+    `wsolkit.data.dataset.Place`; epochs: how many it has begun.
     """
 
     path: Path
@@ -256,6 +258,10 @@ class Checkpoint:
     metrics: Mapping[str, float] = field(default_factory=dict)
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    optimizer: Sequence[Mapping[str, Any]] = ()
+    optimizer_state: Set[str] = frozenset()
+    place: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 0
 
     def names(self) -> dict[str, str]:
         """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
@@ -353,7 +359,8 @@ def _checked(path: Path, content: Mapping[str, Any], own: Mapping[str, Any]) -> 
     for name, kind in {"state_dict": dict[str, torch.Tensor], "global_step": int}.items():
         _check_type(name, content.get(name), kind)
     fields = {name: own[name] for name in _FIELDS if name in own}
-    checkpoint = Checkpoint(path, content["state_dict"], step=content["global_step"], **fields)
+    training = _training(content)
+    checkpoint = Checkpoint(path, content["state_dict"], step=content["global_step"], **fields, **training)
     _check_plain(checkpoint.config, "config")
     for group in GROUPS:
         node = checkpoint.config.get(group) or {}
@@ -398,6 +405,35 @@ def _check_plain(value: object, where: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _training(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how a run can go on from a checkpoint; {} where it holds a model alone.
+
+    Raises:
+        TypeError: the trainer's state is not what Lightning writes.
+    """
+    if "loops" not in content or not content.get("optimizer_states"):
+        return {}
+    try:
+        optimizer = content["optimizer_states"][0]
+        found = {
+            "optimizer": optimizer["param_groups"],
+            "optimizer_state": {key for state in optimizer["state"].values() for key in state},
+            "place": content.get("WSOLDataModule", {}),
+            "epochs": content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
+        }
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise TypeError(f"the trainer's state is incomplete ({error})") from error
+    kinds = {
+        "optimizer": list[dict[str, Any]],
+        "optimizer_state": set[str],
+        "place": dict[str, int | bool],
+        "epochs": int,
+    }
+    for name, kind in kinds.items():
+        _check_type(name, found[name], kind)
+    return found
 
 
 def _described(content: object) -> str:
@@ -446,6 +482,7 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
 def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
     """Read a checkpoint and check that it continues a run of these settings' method, backbone and part of a data set.
 
+    What depends on the classes, the model and the images, `wsolkit.resume` checks.
     Where the run in a directory goes on by itself (resume=auto), all settings have to be its own that make a difference
     to what it learns.
 
@@ -459,20 +496,29 @@ def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
         own = _name(cfg, group)
         if own != name:
             raise CheckpointError(f"resume={path} is of a run with {group}={name}, these settings say {own}")
-    for key in ("classes", "fraction", "shots"):
+    keys = ["fraction", "shots"]
+    if not (cfg.dataset.fraction is None and cfg.dataset.shots is None):
+        keys.append("subset_seed")
+    for key in keys:
         saved, given = checkpoint.config["dataset"].get(key), cfg.dataset[key]
         if saved != given:
             raise CheckpointError(f"resume={path} is of a run with dataset.{key}={saved}, these settings say {given}")
     if cfg.resume == "auto":
-        now, before = _flat(plain(cfg)), _flat(checkpoint.config)
-        changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+        changed = changed_settings(cfg, checkpoint)
         if changed:
-            difference = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed)
+            difference = ", ".join(f"{key}={values}" for key, values in changed.items())
             raise CheckpointError(
                 f"the run that '{path}' is of was begun with other settings: {difference}. Give the run another place "
                 f"with hydra.run.dir=DIR, or go on all the same with resume={path}"
             )
     return checkpoint
+
+
+def changed_settings(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, str]:
+    """Settings, of those that decide what a run learns, that differ from a checkpoint's: "now (was then)", by name."""
+    now, before = _flat(plain(cfg)), _flat(checkpoint.config)
+    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+    return {key: f"{now.get(key)} (was {before.get(key)})" for key in keys}
 
 
 # Where and how a run goes, not what it learns.

@@ -18,6 +18,7 @@ import PIL.Image
 from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 
+from wsolkit.data.classes import repeated
 from wsolkit.data.decoding import Exif
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError, WsolkitError
@@ -87,7 +88,7 @@ class Opened:
         """Where the image shows a class; only a class that was not looked for before needs the network."""
         if label not in self._maps:
             with _network:
-                (raw,) = self._localizer.raw_maps(self._read(), [self._localizer.class_names[label]])
+                (raw,) = self._localizer.raw_maps_of(self._read(), [label], 1)
             self._maps[label] = _without_pixels(raw)
         return self._localizer.at_threshold(self._maps[label], threshold, select)
 
@@ -135,7 +136,7 @@ def build_page(
         examples: images to choose from; the first ones that can be read are shown.
         uploads: reads what visitors upload.
     """
-    names = localizer.class_names
+    names = unlike(localizer.class_names)
     offered = list(islice(thumbnails(examples, localizer.exif), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
@@ -227,6 +228,12 @@ def build_page(
         if offered:
             on(gallery.select, open_example, [tau, parts], [file, *outputs])
     return page
+
+
+def unlike(names: Sequence[str]) -> list[str]:
+    """Names of classes, with the number behind those that several have: the page tells classes apart by their names."""
+    several = set(repeated(names))
+    return [f"{name} (number {label})" if name in several else name for label, name in enumerate(names)]
 
 
 def thumbnails(paths: Sequence[Path], exif: Exif) -> Iterator[tuple[Image, Path]]:

@@ -41,6 +41,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate `cfg.checkpoint`."""
     import lightning
     from hydra.core.hydra_config import HydraConfig
+    from lightning_utilities.core.rank_zero import rank_zero_warn
 
     from wsolkit.build import (
         build_datamodule,
@@ -51,6 +52,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         quieten_libraries,
     )
     from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.data.classes import are_numbers
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.profiling import StepProfiler
@@ -63,22 +65,15 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     check_config(cfg)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
-    datamodule = build_datamodule(cfg)
+    if are_numbers(checkpoint.class_names):
+        rank_zero_warn(
+            f"the {len(checkpoint.class_names)} classes of '{checkpoint.path}' have numbers for names: labels are not "
+            "matched with the data set's by name, but taken as they are"
+        )
+    datamodule = build_datamodule(cfg, checkpoint.class_names)
     datamodule.setup("validate")
     datamodule.setup("test")
     choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
-    known = len(checkpoint.class_names)
-    labels = datamodule.dataset("test").records.labels
-    if int(labels.max()) >= known:
-        raise ConfigError(
-            f"'{checkpoint.path}' was trained on {known} classes, but the test split has labels up to {labels.max()}: "
-            "evaluate it on a data set with the classes it was trained on"
-        )
-    if cfg.dataset.classes and list(datamodule.dataset("test").records.classes) != checkpoint.class_names:
-        raise ConfigError(
-            f"dataset.classes={cfg.dataset.classes} numbers the classes otherwise than '{checkpoint.path}', which was "
-            f"trained on {known}: evaluate it on those it was trained on, by leaving dataset.classes out"
-        )
     module = build_module(cfg, checkpoint.class_names)
     try:
         module.load_state_dict(checkpoint.state_dict)

@@ -29,6 +29,7 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
 
     from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import AtomicCheckpointIO
+    from wsolkit.data.classes import are_numbers, repeated
     from wsolkit.interop.foreign import read_foreign
     from wsolkit.interop.official import build_official, fitted
 
@@ -54,8 +55,10 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
     module.on_save_checkpoint(content)
     AtomicCheckpointIO().save_checkpoint(content, output)
-    known = "numbered" if names[0] == "0" else f"{names[0]}, …"
+    known = "numbered" if are_numbers(names) else f"{names[0]}, …"
     print(f"{cfg.method.name} on {cfg.backbone.name}, {len(names)} classes ({known}), {cfg.dataset.image_size} pixels")
+    if twice := repeated(names):
+        print(f"Several classes are called {', '.join(twice)}: say which one by its number")
     if found.left_out:
         print(f"Left out, and nothing of it was run: {', '.join(found.left_out)}")
     print(f"Written to {output}")

@@ -10,7 +10,6 @@ Boxes are those that an evaluation under the same protocol draws, carried over t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 from wsolkit.build import build_module, build_protocols, quieten_libraries
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import CONF, load_config
+from wsolkit.data.classes import class_label
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
 from wsolkit.data.records import Records, read_image
@@ -236,8 +236,8 @@ class Localizer:
 
         Args:
             images: one, or a list; see `ImageLike`.
-            classes: names or numbers of the classes to look for: one for all images, or one for each; None: the
-                predicted ones.
+            classes: names or numbers of the classes to look for: one for all images, or one for each; a name goes
+                before a number; None: the predicted ones.
             top_k: the most probable classes of each image, as a list, the most probable one first.
             threshold: τ in [0, 1); None: that of the protocol or the checkpoint, see `threshold`.
             select: one box, or one around each component above the threshold.
@@ -274,11 +274,16 @@ class Localizer:
         Raises:
             DataError: the image cannot be read. ConfigError: another argument is wrong.
         """
+        labels = None if classes is None else [self.label(name) for name in classes]
+        return self.raw_maps_of(image, labels, top_k)
+
+    def raw_maps_of(self, image: ImageLike, labels: Sequence[int] | None, top_k: int) -> list[RawMap]:
+        """`raw_maps` of classes that are given as labels, whatever they are called."""
         self.check(top_k, "largest")
         picture = as_rgb(image, self.exif)
         batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
-        labels = None if classes is None else [[self.label(name) for name in classes]]
-        found = self._forward(batch, labels, top_k)
+        given = None if labels is None else [labels]
+        found = self._forward(batch, given, top_k)
         self._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
         chosen = zip(*(of_image[0] for of_image in found), strict=True)
         return [RawMap(self.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen]
@@ -296,24 +301,12 @@ class Localizer:
         return WSOLDataset(records, self._transform, 0, self._uncropped)
 
     def label(self, name: str | int) -> int:
-        """Number of a class, by its name or its number.
+        """Number of a class, by its name or its number; a name goes before a number.
 
         Raises:
-            ConfigError: there is no such class.
+            ConfigError: there is no such class, or several have this name.
         """
-        text = str(name)
-        if text in self.class_names:
-            return self.class_names.index(text)
-        if text.isdecimal() and int(text) < len(self.class_names):
-            return int(text)
-        close = difflib.get_close_matches(text, self.class_names, n=1)
-        raise ConfigError(
-            f"there is no class '{text}'"
-            + (f" (did you mean '{close[0]}'?)" if close else "")
-            + f"; the model knows {len(self.class_names)}, by name or from 0 to {len(self.class_names) - 1}: "
-            + ", ".join(self.class_names[:8])
-            + (", …" if len(self.class_names) > 8 else "")
-        )
+        return class_label(self.class_names, name)
 
     def localize(
         self,

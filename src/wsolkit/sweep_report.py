@@ -126,7 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
     if run.state != "finished":
         return run
     try:
-        return replace(run, metrics=read_metrics(folder / RESULT))
+        return replace(run, metrics=read_metrics(folder / RESULT), classes=read_classes(folder / RESULT))
     except (JobError, OSError) as error:
         return replace(run, state="damaged", note=str(error))
 
@@ -222,14 +222,27 @@ def read_metrics(path: Path) -> dict[str, float]:
     Raises:
         JobError: the file is damaged.
     """
+    numbers = {name: value for name, value in _read_json(path).items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Names of the classes in a metrics.json; () if it does not say.
+
+    Raises:
+        JobError: the file is damaged.
+    """
+    return tuple(map(str, _read_json(path).get("class_names") or ()))
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise JobError(f"'{path}' is damaged ({error})") from error
     if not isinstance(content, Mapping):
         raise JobError(f"'{path}' is damaged: expected an object of metrics")
-    numbers = {name: value for name, value in content.items() if isinstance(value, int | float)}
-    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+    return content
 
 
 def duration(seconds: float) -> str:

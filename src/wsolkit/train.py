@@ -48,6 +48,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
+    from wsolkit.resume import Continuation, check_continuation
     from wsolkit.speed import Speed
     from wsolkit.trouble import (
         FiniteLoss,
@@ -68,6 +69,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule.setup("test")
     choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     module = build_module(cfg, datamodule.class_names)
+    if continued is not None:
+        check_continuation(continued, cfg, module, datamodule)
     monitor = cfg.monitor or _monitor(datamodule.dataset("val").records, next(iter(module.evaluation.protocols)))
     if monitor not in module.evaluation.names:
         raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
@@ -76,6 +79,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title(cfg, cfg), method_name(cfg))
     callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
+    if continued is not None:
+        callbacks.append(Continuation())
     here = resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
     loggers = build_loggers(cfg, folder, continued.step if continued and here else None)
     if loggers:

@@ -151,6 +151,46 @@ def test_loader_goes_on_where_it_was(workers: int, taken: int) -> None:
     assert torch.equal(torch.cat(seen), torch.cat(expected))
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "limit", "skip"),
+    [
+        (8, 1, 6, 3),  # as it was
+        (12, 1, 4, 2),
+        (4, 1, 12, 6),
+        (4, 2, 12, 6),
+        (16, 1, 3, 2),  # the next whole batch: 8 images are left out
+        (8, 2, 6, 4),  # the next whole step
+        (5, 1, 9, 5),
+        (48, 1, 1, 0),  # no whole batch is left: the last one comes again, and validation after it
+        (8, 1, 2, 1),  # trainer.limit_train_batches=2
+    ],
+)
+def test_place_in_an_epoch_is_counted_in_images(batch: int, accumulate: int, limit: int, skip: int) -> None:
+    """After 24 of 48 images, in batches of 8."""
+    batches = GlobalBatches(48, batch, seed=0, rank=0, world_size=1)
+    loader = TrainingLoader(shapes(48), batches, limit, accumulate)
+    loader.load_state_dict({"epoch": 1, "taken": 3, "over": False, "batch": 8, "images": 48, "seed": 0})
+    assert loader.start == (1, skip, True)
+    batches.epoch = 0
+    (every,) = GlobalBatches(48, 48, seed=0, rank=0, world_size=1)
+    assert next(iter(batches)) == every[skip * batch : (skip + 1) * batch]
+
+
+@pytest.mark.parametrize("taken", [6, 3])
+def test_an_epoch_that_is_over_is_over_in_batches_of_any_size(taken: int) -> None:
+    """Six of six batches, or three of six where trainer.max_steps ended it."""
+    loader = TrainingLoader(shapes(48), GlobalBatches(48, 4, seed=0, rank=0, world_size=1), 12)
+    loader.load_state_dict({"epoch": 1, "taken": taken, "over": True, "batch": 8, "images": 48, "seed": 0})
+    assert loader.start == (2, 0, False)
+
+
+def test_places_of_earlier_versions_count_batches() -> None:
+    for taken, start in ((2, (4, 2, True)), (3, (5, 0, False))):
+        loader = training_loader(shapes(), 0)
+        loader.load_state_dict({"epoch": 4, "taken": taken})
+        assert loader.start == start
+
+
 def test_augmentations_do_not_depend_on_the_number_of_workers() -> None:
     dataset = shapes()
     expected = epoch_of(dataset, 0, workers=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
@@ -14,6 +14,7 @@ from wsolkit.data.cache import ImageCache
 from wsolkit.data.dataset import (
     EachOnce,
     GlobalBatches,
+    Place,
     Sample,
     TrainingLoader,
     WSOLDataset,
@@ -23,7 +24,7 @@ from wsolkit.data.dataset import (
 from wsolkit.data.records import Records, Split
 from wsolkit.data.subset import choose
 from wsolkit.data.transforms import Transform
-from wsolkit.errors import ConfigError, DataError
+from wsolkit.errors import CheckpointError, ConfigError, DataError
 
 _MAX_AUTO_WORKERS = 8
 
@@ -52,6 +53,8 @@ class WSOLDataModule(LightningDataModule):
         cache: folder for a file of the training images at `resize`, made as they are read; None: they are decoded anew
             in each epoch. Evaluation always decodes.
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
+        model_classes: names of the classes that a model knows, by label, whose labels evaluated images then have; None:
+            those of the training images.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class WSOLDataModule(LightningDataModule):
         seed: int,
         cache: str | None,
         uncropped: bool,
+        model_classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -93,9 +97,10 @@ class WSOLDataModule(LightningDataModule):
         self.classes, self.fraction, self.shots, self.subset_seed = classes, fraction, shots, subset_seed
         self.cache = cache
         self.uncropped = uncropped
+        self.model_classes = model_classes
         self._datasets: dict[Split, WSOLDataset] = {}
         self._training: TrainingLoader | None = None
-        self._position: dict[str, int] | None = None
+        self._position: Place | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -118,7 +123,8 @@ class WSOLDataModule(LightningDataModule):
             uncropped = None
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
-            records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed)
+            known = None if train else self.model_classes
+            records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed, known)
             if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
             cache = ImageCache(Path(self.cache), records, self.resize) if train and self.cache is not None else None
@@ -127,6 +133,8 @@ class WSOLDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: read what the stage needs, so that errors come before the first step."""
+        if stage == "fit" and self.model_classes is None:
+            self.model_classes = self.class_names
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self.dataset(split)  # type: ignore[arg-type]
 
@@ -181,22 +189,54 @@ class WSOLDataModule(LightningDataModule):
             )
         dataset = self.dataset("train")
         batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
-        taken = _limited(None if self.trainer is None else self.trainer.limit_train_batches, len(batches))
-        self._training = TrainingLoader(dataset, batches, taken, **self._options())
+        limit = _limited(None if self.trainer is None else self.trainer.limit_train_batches, len(batches))
+        self._training = TrainingLoader(dataset, batches, limit, accumulate, self._ended, **self._options())
         if self._position is not None:
             self._training.load_state_dict(self._position)
         return self._training
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Lightning's hook: where training is.
 
         Lightning keeps the loader's state too, but restores it only within an epoch.
         """
-        return {} if self._training is None else self._training.state_dict()
+        return {} if self._training is None else dict(self._training.state_dict())
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def _ended(self, epoch: int) -> bool:
+        """Whether the trainer has done with an epoch, if only by trainer.max_steps."""
+        return self.trainer is not None and self.trainer.fit_loop.epoch_progress.current.processed > epoch
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook: go on from there."""
-        self._position = state_dict
+        self._position = cast(Place, state_dict)
+
+    def check_place(self, place: Place, resume: str) -> None:
+        """Check that training can go on from a place: within an epoch, only with the images that are left of it.
+
+        Args:
+            place: as in the checkpoint; {} if it does not say.
+            resume: setting that names the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        if place.get("over", True):
+            return
+        for now, before, what in (
+            (len(self.dataset("train")), place["images"], "training images"),
+            (self.seed, place["seed"], "as the seed of their order"),
+        ):
+            if now != before:
+                raise CheckpointError(
+                    f"{resume} stopped within epoch {place['epoch']}, and which images are left of it cannot be told: "
+                    f"{now} {what} (was {before}). Go on with what it was, or from a checkpoint of the end of an epoch"
+                )
+
+    @property
+    def start(self) -> tuple[int, int, bool]:
+        """Where training begins, see `TrainingLoader`."""
+        assert self._training is not None
+        return self._training.start
 
     def training_images(self, epoch: int, batch: int) -> list[str]:
         """Names of the images of a training batch, over all processes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -177,6 +179,22 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(epoch, index) for index in part.tolist()]
 
 
+class Place(TypedDict, total=False):
+    """Where in which epoch training is.
+
+    epoch: its number; taken: how many batches of it were trained on; over: whether it has ended, validation and all.
+    batch: images of a batch, over all processes; images: of the data set; seed: of their order; these three are not in
+    early checkpoints, nor is `over`.
+    """
+
+    epoch: int
+    taken: int
+    over: bool
+    batch: int
+    images: int
+    seed: int
+
+
 class TrainingLoader(DataLoader[Sample]):
     """Loads training batches, and says and restores where in which epoch it is.
 
@@ -185,13 +203,28 @@ class TrainingLoader(DataLoader[Sample]):
     Args:
         dataset, batches: what is loaded, in which order.
         limit: batches of an epoch, if the trainer takes fewer than there are.
+        accumulate: batches of an optimizer step.
+        ended: whether an epoch has ended before its last batch, as trainer.max_steps has it; its number is given.
         options: see `DataLoader`.
+
+    Attributes:
+        start: where it begins: number of an epoch, how many batches of it are left out, and whether it was within the
+            epoch that training stopped.
     """
 
-    def __init__(self, dataset: WSOLDataset, batches: GlobalBatches, limit: int, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: WSOLDataset,
+        batches: GlobalBatches,
+        limit: int,
+        accumulate: int = 1,
+        ended: Callable[[int], bool] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(dataset, batch_sampler=batches, collate_fn=training_batch, **options)
-        self._batches, self._limit = batches, limit
+        self._batches, self._limit, self._accumulate, self._ended = batches, limit, accumulate, ended
         self._epoch, self._taken = -1, limit
+        self.start = (0, 0, False)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._epoch, self._taken = self._batches.epoch, self._batches.skip
@@ -199,14 +232,41 @@ class TrainingLoader(DataLoader[Sample]):
             self._taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Lightning's hook: number of the epoch, and of batches that were taken in it."""
-        return {"epoch": self._epoch, "taken": self._taken}
+    def state_dict(self) -> Place:
+        """Lightning's hook: where training is."""
+        own = self._batches
+        return {
+            "epoch": self._epoch,
+            "taken": self._taken,
+            "over": self._taken >= self._limit or (self._ended is not None and self._ended(self._epoch)),
+            "batch": own.size,
+            "images": own.length,
+            "seed": own.seed,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: Place) -> None:
         """Lightning's hook: go on within the epoch, or with the next one."""
         epoch, taken = state_dict["epoch"], state_dict["taken"]
-        self._batches.epoch, self._batches.skip = (epoch + 1, 0) if taken >= self._limit else (epoch, taken)
+        within = not state_dict.get("over", taken >= self._limit)
+        epoch, skip = (epoch, self._skipped(state_dict)) if within else (epoch + 1, 0)
+        self._batches.epoch, self._batches.skip = epoch, skip
+        self.start = epoch, skip, within
+
+    def _skipped(self, place: Place) -> int:
+        """How many batches to leave out: whole optimizer steps, and never the last one, after which comes validation.
+
+        Where steps had other sizes, it goes on with the first step that begins at or after the images trained on.
+        """
+        size, before = self._batches.size, place.get("batch", self._batches.size)
+        trained = place["taken"] * before
+        steps = math.ceil(trained / (size * self._accumulate))
+        skip = min(steps, math.ceil(self._limit / self._accumulate) - 1) * self._accumulate
+        if size != before or skip * size != trained:
+            rank_zero_warn(
+                f"epoch {place['epoch']} goes on after {skip * size} of its {self._limit * size} images: the "
+                f"checkpoint's run had trained on {trained}, in batches of {before}; they are of {size} now"
+            )
+        return skip
 
 
 class EachOnce(Sampler[tuple[int, int]]):

@@ -1,7 +1,8 @@
 """Parts of a data set: some of its classes, a fraction of its training images, a few of them for each class.
 
 `classes` concerns every split. Those that are kept are numbered anew, from 0, in the data set's own order, whatever
-order they are named in: results by class, and a checkpoint's `class_names`, follow that numbering.
+order they are named in: results by class, and a checkpoint's `class_names`, follow that numbering. Where a model is
+evaluated, classes have the numbers that it knows them by.
 
 `fraction` and `shots` concern the training images of each class: first a fraction of them, then that many of these.
 Which ones depends on the seed and the class's name alone. So one process draws what another does; a class's images are
@@ -10,29 +11,36 @@ the same whichever classes are kept beside it; and with one seed, fewer images a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from wsolkit.data.classes import class_label, known_labels, missing_classes
 from wsolkit.data.records import Records, Source, Split, uncut_boxes
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Boxes, Image, Mask
 
 
 class Subset:
-    """Some of the images of a split; see `Records`.
+    """Some of the images of a split, with labels of their own; see `Records`.
 
     Args:
         records: of the split.
         positions: of the images in it [n].
-        kept: labels that these images may have, in ascending order; their numbers here are 0, 1, ….
+        labels: of these images [n].
+        classes: names by label.
     """
 
-    def __init__(self, records: Records, positions: npt.NDArray[np.int64], kept: Sequence[int]) -> None:
-        self.classes: Sequence[str] = [records.classes[label] for label in kept]
-        self.labels: npt.NDArray[np.int64] = np.searchsorted(kept, records.labels[positions]).astype(np.int64)
+    def __init__(
+        self,
+        records: Records,
+        positions: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        classes: Sequence[str],
+    ) -> None:
+        self.classes, self.labels = classes, labels
         self._records, self._positions = records, positions
 
     def name(self, index: int) -> str:
@@ -71,6 +79,7 @@ def choose(
     fraction: float | None,
     shots: int | None,
     seed: int,
+    known: Sequence[str] | None = None,
 ) -> Records:
     """The part of a split that the settings ask for; `records` itself where they ask for all of it.
 
@@ -81,10 +90,11 @@ def choose(
         fraction: of each class's training images, in (0, 1], at least one image. None: all.
         shots: training images of each class. None: all.
         seed: of the draw, 0 or more.
+        known: classes of a model, by label: those of the part then have its labels. None: they are numbered anew.
 
     Raises:
         ConfigError: a setting is out of its range, or there is no such class.
-        DataError: a class has fewer training images than `shots`.
+        DataError: a class has fewer training images than `shots`, or the model does not know it.
     """
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"dataset.fraction={fraction}: expected a share of the training images, above 0 and up to 1")
@@ -92,30 +102,32 @@ def choose(
         raise ConfigError(f"dataset.shots={shots}: expected 1 or more training images of each class")
     if seed < 0:
         raise ConfigError(f"dataset.subset_seed={seed}: expected 0 or more")
-    kept = list(range(len(records.classes))) if classes is None else _labels(records.classes, classes)
+    names = records.classes
+    kept = list(range(len(names))) if classes is None else _labels(names, classes)
     if split == "train" and (fraction is not None or shots is not None):
-        return Subset(records, _draw(records, kept, fraction, shots, seed), kept)
-    if classes is None:
+        positions = _draw(records, kept, fraction, shots, seed)
+    else:
+        positions = np.flatnonzero(np.isin(records.labels, kept))
+    numbers = np.full(len(names), -1)
+    numbers[kept] = range(len(kept))
+    if known is not None:
+        numbers[kept] = known_labels(names, kept, set(records.labels[positions].tolist()), known)
+    labels = numbers[records.labels[positions]].astype(np.int64)
+    if known is not None and (said := missing_classes(split, set(labels.tolist()), known)):
+        rank_zero_warn(said)
+    kept_names = [names[label] for label in kept] if known is None else list(known)
+    if kept_names == list(names) and np.array_equal(labels, records.labels):
         return records
-    return Subset(records, np.flatnonzero(np.isin(records.labels, kept)), kept)
+    return Subset(records, positions, labels, kept_names)
 
 
 def _labels(names: Sequence[str], wanted: Sequence[str | int]) -> list[int]:
     if not wanted:
         raise ConfigError("dataset.classes=[]: name one class or more, or leave it out for all")
-    label_of = {name: label for label, name in enumerate(names)}
-    found = set()
-    for given in wanted:
-        label = label_of.get(str(given), given)
-        if isinstance(label, str) or not 0 <= label < len(names):
-            close = difflib.get_close_matches(str(given), names, n=1)
-            raise ConfigError(
-                f"dataset.classes: there is no class '{given}'"
-                + (f" (did you mean '{close[0]}'?)" if close else "")
-                + f"; expected names, such as '{names[0]}', or labels from 0 to {len(names) - 1}"
-            )
-        found.add(label)
-    return sorted(found)
+    try:
+        return sorted({class_label(names, given) for given in wanted})
+    except ConfigError as error:
+        raise ConfigError(f"dataset.classes: {error}") from error
 
 
 def _draw(

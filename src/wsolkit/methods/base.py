@@ -246,9 +246,11 @@ class _Losses:
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add a batch's, scalars."""
         self._latest = torch.stack([value.detach().float() for value in losses.values()])
-        self._sum = self._latest + self._sum.to(self._latest.device) if self._names else self._latest
-        self._names = tuple(losses)
-        self._count += 1
+        if tuple(losses) == self._names:
+            self._sum = self._latest + self._sum.to(self._latest.device)
+            self._count += 1
+        else:  # the first of an epoch, or of a run that goes on with other terms
+            self._names, self._sum, self._count = tuple(losses), self._latest, 1
 
     def latest(self) -> dict[str, float]:
         """The last batch's; waits for the device."""

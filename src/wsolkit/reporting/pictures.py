@@ -241,10 +241,14 @@ class Report(Callback):
         """Lightning's hook."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             results = _parts(trainer, pl_module)[0].results
-            self.epochs.setdefault("epoch", []).append(trainer.current_epoch + 1)
+            kept: dict[str, float] = {"epoch": trainer.current_epoch + 1}
             for name, value in results.items():
                 if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:  # of the method, not of baselines
-                    self.epochs.setdefault(name, []).append(value)
+                    kept[name] = value
+            if self.epochs.keys() != kept.keys():  # the first; or a resumed run has other protocols
+                self.epochs = {name: [] for name in kept}
+            for name, value in kept.items():
+                self.epochs[name].append(value)
         if not (_loggers(trainer, WandbLogger, TensorBoardLogger) and self.count > 0):
             return
         module, datamodule = _parts(trainer, pl_module)

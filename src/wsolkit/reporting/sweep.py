@@ -34,7 +34,7 @@ class Run:
 
     name: its directory, seen from the sweep's; state: one of `STATES`; overrides: the settings given to it, by name;
     settings: all of them, nested, empty if unknown; metrics: the numbers it ended with; seconds: how long it took, or
-    takes; note: what there is to say of a job that is not finished.
+    takes; note: what there is to say of a job that is not finished; classes: names of those that it tells apart.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Run:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
     note: str = ""
+    classes: tuple[str, ...] = ()
 
     def value(self, key: str) -> Value:
         """The value of a setting such as "optimizer.lr", or the choice of a group such as "method"."""
@@ -274,6 +275,11 @@ def remarks(sweep: Sweep) -> list[str]:
     averaged = [key for key in sweep.pooled if any(row.differing([key]) for row in sweep.rows)]
     if averaged:
         lines.append(f"Averaged over: {', '.join(averaged)}")
+    for dataset in dict.fromkeys(run.value("dataset") for run in sweep.finished):
+        lists = {run.classes for run in sweep.finished if run.classes and run.value("dataset") == dataset}
+        if len(lists) > 1:
+            counts = ", ".join(map(str, sorted(map(len, lists))))
+            lines.append(f"Not all jobs on {dataset} tell the same classes apart: there are lists of {counts}")
     if not sweep.finished:
         lines.append("No job is finished yet, so there are no metrics and no plots.")
     elif not sweep.keys:

@@ -1,0 +1,181 @@
+"""A run that goes on with other settings than it was begun with: what can be is converted, the rest is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from wsolkit.checkpoint import Checkpoint, changed_settings
+from wsolkit.data.classes import check_same_classes
+from wsolkit.data.datamodule import WSOLDataModule
+from wsolkit.data.dataset import Place
+from wsolkit.errors import CheckpointError
+from wsolkit.methods.base import WSOLModule
+from wsolkit.optim import build_optimizer
+
+_FEW = 3  # weights in a message
+_COUNTED = (("dataset", "batch_size"), ("trainer", "accumulate_grad_batches"), ("trainer", "limit_train_batches"))
+
+
+def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModule, datamodule: WSOLDataModule) -> None:
+    """Check that these classes, this model, this optimizer and these images can take a run over from its checkpoint.
+
+    Settings in which the run differs from then are named in one line.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    resume = f"resume={checkpoint.path}"
+    changed = changed_settings(cfg, checkpoint)
+    check_same_classes(checkpoint.class_names, datamodule.class_names, resume)
+    _check_weights(resume, checkpoint, module, changed)
+    _check_optimizer(resume, checkpoint, module, changed)
+    limit = cfg.trainer.max_epochs
+    if limit is not None and 0 <= limit < checkpoint.epochs:
+        raise CheckpointError(
+            f"{resume} has come to epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
+        )
+    datamodule.check_place(cast(Place, checkpoint.place), resume)
+    _check_earlier_version(resume, checkpoint, cfg)
+    if changed:
+        rank_zero_warn(f"{resume} goes on with other settings: {_listed(changed)}")
+
+
+def _check_weights(resume: str, checkpoint: Checkpoint, module: WSOLModule, changed: Mapping[str, str]) -> None:
+    saved = {name: tuple(value.shape) for name, value in checkpoint.state_dict.items()}
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    others = [name for name in saved | own if saved.get(name) != own.get(name)]
+    if others:
+        shapes = [f"{name} {_shape(own.get(name))} (was {_shape(saved.get(name))})" for name in others[:_FEW]]
+        raise CheckpointError(
+            f"{resume} is of another model: {len(others)} of its weights differ, such as {', '.join(shapes)}. "
+            f"{_as_it_was(changed)}"
+        )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else "×".join(map(str, shape)) or "a number"
+
+
+def _check_optimizer(resume: str, checkpoint: Checkpoint, module: WSOLModule, changed: Mapping[str, str]) -> None:
+    target = "optimizer._target_"
+    if target in changed:
+        raise CheckpointError(f"{resume} has the state of another optimizer: {target}={changed[target]}")
+    optimizer = build_optimizer(module.training_settings.optimizer, module.parameter_groups())
+    saved = [(group.get("name"), len(group["params"])) for group in checkpoint.optimizer]
+    own = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
+    if saved and saved != own:
+        raise CheckpointError(
+            f"{resume} has the state of an optimizer of other parameters: {_groups(own)} (was {_groups(saved)}). "
+            f"{_as_it_was(changed)}"
+        )
+    lacking = _state_of_one(module) - checkpoint.optimizer_state
+    if saved and lacking:
+        raise CheckpointError(
+            f"{resume} has the state of another optimizer, without {', '.join(sorted(lacking))}. {_as_it_was(changed)}"
+        )
+
+
+def _state_of_one(module: WSOLModule) -> set[str]:
+    """What an optimizer remembers of each parameter, by trying it on one."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = module.training_settings.optimizer([{"params": [parameter]}])
+    optimizer.step()
+    return set(optimizer.state[parameter])
+
+
+def _groups(groups: Sequence[tuple[str | None, int]]) -> str:
+    return " + ".join(f"{count} {name}" for name, count in groups)
+
+
+def _check_earlier_version(resume: str, checkpoint: Checkpoint, cfg: DictConfig) -> None:
+    """Early checkpoints do not say how many images a batch had: it has to be as many as before."""
+    if not checkpoint.place or "batch" in checkpoint.place:
+        return
+    for group, key in _COUNTED:
+        now, before = cfg[group].get(key), checkpoint.config.get(group, {}).get(key)
+        if now != before:
+            raise CheckpointError(
+                f"{resume} is of an earlier version, which counted batches: {group}.{key}={now} (was {before}). Go on "
+                "with what it was"
+            )
+
+
+def _as_it_was(changed: Mapping[str, str]) -> str:
+    return f"Settings that differ: {_listed(changed)}" if changed else "No setting differs: the files of the model do"
+
+
+def _listed(changed: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={difference}" for key, difference in changed.items())
+
+
+class Continuation(Callback):
+    """Puts a run where its checkpoint was, counted in its own batches, with its own optimizer's settings.
+
+    Weights, moments and the number of steps are the checkpoint's. The learning rate is that of the schedule at this
+    epoch, whatever the number of steps to it.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: what the settings say, before Lightning puts the checkpoint's in its place."""
+        (optimizer,) = trainer.optimizers
+        self._groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: the loops, the optimizer and the schedule have the checkpoint's state by now."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, WSOLDataModule)
+        epoch, taken, within = datamodule.start
+        if within:
+            _move(trainer, taken)
+        else:
+            _begin_epoch(trainer)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        self._set_rates(trainer, epoch * steps + taken // trainer.accumulate_grad_batches)
+
+    def _set_rates(self, trainer: Trainer, step: int) -> None:
+        """Give the optimizer its settings, and the rates of a step of the schedule, counted in steps of today."""
+        (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+        scheduler = config.scheduler
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.last_epoch = step
+        scheduler.base_lrs = [group["initial_lr"] for group in self._groups]
+        before = optimizer.param_groups[0]["lr"]
+        factors = [factor(step) for factor in scheduler.lr_lambdas]
+        for group, own, factor in zip(optimizer.param_groups, self._groups, factors, strict=True):
+            group |= own | {"lr": own["initial_lr"] * factor}
+        now = optimizer.param_groups[0]["lr"]
+        if not math.isclose(now, before):
+            rank_zero_warn(f"the learning rate goes on at {now:.3g}; at the checkpoint it was {before:.3g}")
+
+
+def _move(trainer: Trainer, taken: int) -> None:
+    """Have Lightning count as many batches of the epoch as done."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    moved = taken - progress.ready
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress, name, getattr(progress, name) + moved)
+
+
+def _begin_epoch(trainer: Trainer) -> None:
+    """Have Lightning begin an epoch: with trainer.max_steps it would take the one before for unfinished."""
+    loop = trainer.fit_loop
+    if loop.restarting:
+        loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
+        for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+            progress.completed = progress.processed  # type: ignore[attr-defined]
