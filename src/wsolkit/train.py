@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsolkit.config import as_named, check_config, run_command
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.names import AS_IN_FILES
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.records import Records
-    from wsolkit.metrics.evaluation import Outcome
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -41,7 +41,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     )
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
-    from wsolkit.metrics.evaluation import Outcome
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
@@ -88,7 +87,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         training = datamodule.dataset("train").records
         if isinstance(training, Subset):
             names = [training.name(index) for index in range(len(training.labels))]
-            (folder / "train_images.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            listed = "".join(f"{name}\n" for name in names).encode(errors=AS_IN_FILES)
+            (folder / "train_images.txt").write_bytes(listed)
     try:
         log_settings(loggers, module.training_settings.config, folder)
         with named_trouble(cfg.dataset.batch_size), named_compilation():
@@ -104,9 +104,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     finally:
         finish(loggers)
     if trainer.is_global_zero:
-        outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
+        report(folder, title(cfg, cfg), method_name(cfg), chosen_on, module.results)
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
     return module.results
@@ -145,21 +144,17 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
-def report(
-    folder: Path, title: str, row: str, class_names: Sequence[str], chosen_on: Mapping[str, str], outcome: Outcome
-) -> None:
-    """Write metrics.json and print the table."""
-    from rich.console import Console
+def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]) -> None:
+    """Print the table, and where everything is."""
+    from wsolkit.reporting.table import results_table
+    from wsolkit.reporting.terminal import PlainConsole
 
-    from wsolkit.reporting.table import results_table, write_metrics
-
-    write_metrics(outcome, class_names, folder / "metrics.json")
-    table = results_table(outcome.results, chosen_on, row, title)
-    console = Console()
+    table = results_table(results, chosen_on, row, title)
+    console = PlainConsole()
     # Numbers that are cut off would be worse than long lines.
-    console.width = max(console.width, Console(width=400).measure(table).maximum)
+    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
     console.print(table)
-    console.print(f"Written to {as_named(folder)}", soft_wrap=True, highlight=False)
+    console.print(f"Written to {as_named(folder)}", soft_wrap=True)
 
 
 def finish(loggers: Sequence[Logger]) -> None:

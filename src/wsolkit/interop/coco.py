@@ -20,6 +20,7 @@ from pycocotools import mask as rle_masks
 import wsolkit
 from wsolkit.errors import DataError
 from wsolkit.localizer import Prediction
+from wsolkit.names import AS_IN_FILES
 
 PROGRESS, SETTINGS = "progress.jsonl", "settings.json"
 RESULTS, LABELS, TABLE, FAILED = "predictions.json", "pseudo_labels.json", "predictions.csv", "failed.csv"
@@ -230,7 +231,7 @@ def _lock(file: int, folder: Path) -> None:
 def _draft(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name when it is complete."""
     draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with draft.open("w", encoding="utf-8", errors=AS_IN_FILES, newline="") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -62,7 +62,7 @@ def write_examples(folder: Path, images: Sequence[Shown], protocol: str, thresho
         (folder / example.truth_file).write_bytes(jpeg(truth_image(shown)))
         (folder / example.map_file).write_bytes(jpeg(map_image(shown)))
         examples.append(asdict(example))
-    (folder / LIST).write_text(json.dumps(examples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / LIST).write_text(json.dumps(examples, indent=1) + "\n", encoding="utf-8")
 
 
 def read_examples(folder: Path) -> list[Example]:
