@@ -20,6 +20,7 @@ from wsolkit.data.records import read_image
 from wsolkit.errors import WsolkitError
 from wsolkit.localization.boxes import Select
 from wsolkit.localizer import Localizer, Prediction
+from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
 from wsolkit.types import Image
@@ -99,7 +100,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         threshold, select: what it starts with.
         examples: images to choose from; the first ones that can be read are shown.
     """
-    names = localizer.class_names
+    names = list(map(readable, localizer.class_names))
     offered = list(islice(thumbnails(examples), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
@@ -122,7 +123,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
         nothing = None, gr.Dropdown(choices({}), value=None), None
         if path is None:
             return *nothing, _WELCOME, ""
-        name = Path(path).name
+        name = readable(Path(path).name)
         try:
             image = read_image(Path(path))
         except Exception as error:  # decoders of broken files raise whatever comes
@@ -169,7 +170,7 @@ def build_page(localizer: Localizer, threshold: float, select: Select, examples:
                         probabilities = gr.Label(label="Probabilities", num_top_classes=_RANKED, show_heading=False)
                 if offered:
                     gallery = gr.Gallery(
-                        [(picture, path.name) for picture, path in offered],
+                        [(picture, readable(path.name)) for picture, path in offered],
                         label="Examples",
                         allow_preview=False,
                         buttons=[],
@@ -198,7 +199,7 @@ def thumbnails(paths: Sequence[Path]) -> Iterator[tuple[Image, Path]]:
 
 def message(text: str) -> str:
     """What went wrong, as HTML."""
-    return f'<p class="error" role="alert">{escape(text)}</p>'
+    return f'<p class="error" role="alert">{escape(readable(text))}</p>'
 
 
 def pictures(image: Image, found: Prediction) -> str:
@@ -217,7 +218,7 @@ def pictures(image: Image, found: Prediction) -> str:
     rectangles = "".join(
         f'<rect x="{x0}" y="{y0}" width="{x1 - x0 + 1}" height="{y1 - y0 + 1}"/>' for x0, y0, x1, y1 in found.boxes
     )
-    label = escape(f"{found.label} ({found.score:.1%})")
+    label = escape(f"{readable(found.label)} ({found.score:.1%})")
     figures = "".join(
         f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{title} of {label}">'
         f'<image href="data:image/jpeg;base64,{base64.b64encode(jpeg(picture)).decode()}" width="{width}" '
@@ -236,6 +237,6 @@ def boxes(name: str, found: Prediction) -> str:
     rows = "".join(f"<tr>{''.join(f'<td>{value}</td>' for value in box)}</tr>" for box in found.boxes.tolist())
     return (
         f'<div class="boxes" tabindex="0"><table><caption>{count} above τ = {found.threshold:g}, in pixels of '
-        f"{escape(name)} ({width}×{height}), both corners inside</caption><thead><tr>{head}</tr></thead>"
+        f"{escape(readable(name))} ({width}×{height}), both corners inside</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )

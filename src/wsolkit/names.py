@@ -65,8 +65,12 @@ def shortened(text: str, width: int) -> str:
 
 def isolated(name: str) -> str:
     """A name within a line of a picture: one that runs from right to left turns nothing beside it."""
-    turns = any(unicodedata.bidirectional(character) in ("R", "AL", "RLE", "RLO", "RLI") for character in name)
-    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}" if turns else name
+    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}" if runs_from_the_right(name) else name
+
+
+def runs_from_the_right(text: str) -> bool:
+    """Whether something in a text is written from right to left."""
+    return any(unicodedata.bidirectional(character) in ("R", "AL", "RLE", "RLO", "RLI") for character in text)
 
 
 def _columns(character: str) -> int:

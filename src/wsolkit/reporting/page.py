@@ -16,7 +16,7 @@ import PIL.Image
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from wsolkit.names import readable
+from wsolkit.names import readable, runs_from_the_right
 from wsolkit.reporting.charts import (
     PREDICTED,
     SCORE_COLOURS,
@@ -121,7 +121,7 @@ figure { min-width: 0; margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; overflow-wrap: anywhere; }
 figcaption small { font-size: .75rem; }
 figcaption b { color: var(--ink); font-weight: 600; }
-bdi, .classes tbody th { white-space: pre-wrap; }
+figcaption b, figcaption small, .classes tbody th { white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 28px 24px; }
 .charts figure { max-width: 100%; }
 .charts figcaption { width: 0; min-width: 100%; }
@@ -419,7 +419,7 @@ def mistake(label: str, predicted_label: str | None) -> str:
 
 def isolated(name: str) -> str:
     """A name within a line, as HTML: one that runs from right to left turns nothing beside it."""
-    return f"<bdi>{escape(name)}</bdi>"
+    return f"<bdi>{escape(name)}</bdi>" if runs_from_the_right(name) else escape(name)
 
 
 def _classes(name: str, curves: Curves, class_names: Sequence[str]) -> str:
