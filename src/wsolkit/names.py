@@ -25,7 +25,7 @@ _LINE_BREAK = re.compile("\r\n|[\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]")
 def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
     code = ord(error.object[error.start])
-    return (bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "\N{REPLACEMENT CHARACTER}"), error.start + 1
+    return bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "\N{REPLACEMENT CHARACTER}".encode(), error.start + 1
 
 
 codecs.register_error(AS_IN_FILES, _encoded)
