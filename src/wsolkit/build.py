@@ -38,6 +38,7 @@ from wsolkit.jobs import swept
 from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Network, Training, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.names import readable, shortened
 from wsolkit.types import PlainConfig
 
 
@@ -83,6 +84,9 @@ def _indexed(cfg: DictConfig) -> Callable[[Split], Records]:
     return Indexed(read, node["records"], Path(node["root"]), Path(node["index"]), rank_zero_warn)
 
 
+_NO_PROTOCOLS = ("epochs", "norms")  # what else metrics.json has numbers of
+
+
 def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
     """The protocols of `cfg.protocol` by name.
 
@@ -103,6 +107,8 @@ def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
                 f"protocol.{name}: resolution and resize are {meant[0]} and {meant[1]}, but the images are cut by "
                 f"dataset.image_size={seen[0]} and dataset.resize={seen[1]}: change those instead"
             )
+        if "/" in str(name) or name in _NO_PROTOCOLS:
+            raise ConfigError(f"protocol.{name}: numbers are named <protocol>/<metric>: choose a name other than that")
         protocols[str(name)] = protocol
     if not protocols:
         raise ConfigError("protocol=[]: name one or more, such as protocol=[maxboxacc]")
@@ -213,7 +219,7 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         kind = str(node._target_).rpartition(".")[2]
         build = functools.partial(instantiate, node, save_dir=str(folder), _convert_="all")
         if kind == "WandbLogger":
-            build = functools.partial(build, **_place_in_wandb(cfg, folder))
+            build = functools.partial(build, **_place_in_wandb(cfg, node, folder))
             if continued_at is not None:
                 build = functools.partial(build, **_earlier_wandb_run(folder))
         if kind == "TensorBoardLogger":
@@ -229,16 +235,17 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
     return loggers
 
 
-_LONGEST_TAG = 64
+_LONGEST_TAG, _LONGEST_NAME = 64, 128  # in W&B
 
 
-def _place_in_wandb(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """By what a run is found in W&B: its command, and, of a sweep's, the sweep and its own settings as tags."""
+def _place_in_wandb(cfg: DictConfig, node: DictConfig, folder: Path) -> dict[str, Any]:
+    """By what a run is found in W&B: names, its command, and, of a sweep's, the sweep and its own settings as tags."""
     found: dict[str, Any] = {"job_type": "evaluate" if "checkpoint" in cfg else "train"}
+    found |= {key: shortened(str(node[key]), _LONGEST_NAME) for key in ("name", "group") if node.get(key)}
     settings = swept(folder)
     if settings:
         tags = [folder.absolute().parent.name, *(f"{key}={value}" for key, value in settings.items())]
-        found["tags"] = [tag for tag in tags if len(tag) <= _LONGEST_TAG]
+        found["tags"] = [shortened(tag, _LONGEST_TAG) for tag in tags]
     return found
 
 
@@ -251,7 +258,16 @@ def log_settings(loggers: Sequence[Logger], settings: PlainConfig, folder: Path)
     if varied:
         settings = settings | {"sweep": {"name": folder.absolute().parent.name, **varied}}
     for logger in loggers:
-        logger.log_hyperparams(settings)
+        logger.log_hyperparams(settings if isinstance(logger, RunLog) else _readable(settings))
+
+
+def _readable(setting: Any) -> Any:
+    """A setting, or all of them, as text that can be sent."""
+    if isinstance(setting, dict):
+        return {readable(str(key)): _readable(value) for key, value in setting.items()}
+    if isinstance(setting, list):
+        return [_readable(value) for value in setting]
+    return readable(setting) if isinstance(setting, str) else setting
 
 
 def _reaches_wandb(logger: WandbLogger) -> bool:
@@ -261,6 +277,8 @@ def _reaches_wandb(logger: WandbLogger) -> bool:
     try:
         _ = logger.experiment
     except (CommError, UsageError) as error:
+        if "project name" in str(error):
+            raise ConfigError(f"logger.wandb.project: {error}") from error
         rank_zero_warn(
             f"W&B cannot be reached, or does not know you ({str(error).splitlines()[0]}): the run is logged offline; "
             f"`wandb sync {logger.save_dir}/wandb/offline-run-*` sends it later"

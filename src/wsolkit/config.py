@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import io
 import os
 import re
 import sys
@@ -89,6 +90,8 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from wsolkit.config import name_directory, run_command
 from wsolkit.data.files import walk
 from wsolkit.errors import ConfigError
+from wsolkit.reporting.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -46,7 +46,7 @@ def dashboard(cfg: DictConfig, _: Path) -> None:
         if entity is None and cfg.save:
             entity = wandb.Api().default_entity
         workspace = build_workspace(keys, entity or "", cfg.project, cfg.name, grouped=cfg.grouped)
-        console = Console(markup=False, highlight=False)
+        console = PlainConsole()
         for section in workspace.sections:
             console.print(f"{section.name}: {len(section.panels)}", soft_wrap=True)
         if cfg.save:

@@ -24,6 +24,7 @@ from wsolkit.data.records import read_image
 from wsolkit.errors import DataError, WsolkitError
 from wsolkit.localization.boxes import Select
 from wsolkit.localizer import Localizer, Prediction, RawMap
+from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
 from wsolkit.serving import MAX_BYTES, KnownHosts, Uploads
@@ -136,7 +137,7 @@ def build_page(
         examples: images to choose from; the first ones that can be read are shown.
         uploads: reads what visitors upload.
     """
-    names = unlike(localizer.class_names)
+    names = unlike(list(map(readable, localizer.class_names)))
     offered = list(islice(thumbnails(examples, localizer.exif), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
@@ -164,7 +165,7 @@ def build_page(
         nothing = None, gr.Dropdown(choices({}), value=None), None
         if path is None:
             return *nothing, _WELCOME, ""
-        name = Path(path).name
+        name = readable(Path(path).name)
         try:
             opened = Opened(localizer, partial(read, Path(path)), name)
         except DataError as error:
@@ -212,7 +213,7 @@ def build_page(
                         probabilities = gr.Label(label="Probabilities", num_top_classes=_RANKED, show_heading=False)
                 if offered:
                     gallery = gr.Gallery(
-                        [(picture, path.name) for picture, path in offered],
+                        [(picture, readable(path.name)) for picture, path in offered],
                         label="Examples",
                         allow_preview=False,
                         buttons=[],
@@ -247,7 +248,7 @@ def thumbnails(paths: Sequence[Path], exif: Exif) -> Iterator[tuple[Image, Path]
 
 def message(text: str) -> str:
     """What went wrong, as HTML."""
-    return f'<p class="error" role="alert">{escape(text)}</p>'
+    return f'<p class="error" role="alert">{escape(readable(text))}</p>'
 
 
 def pictures(image: Image, found: Prediction) -> str:
@@ -266,7 +267,7 @@ def pictures(image: Image, found: Prediction) -> str:
     rectangles = "".join(
         f'<rect x="{x0}" y="{y0}" width="{x1 - x0 + 1}" height="{y1 - y0 + 1}"/>' for x0, y0, x1, y1 in found.boxes
     )
-    label = escape(f"{found.label} ({found.score:.1%})")
+    label = escape(f"{readable(found.label)} ({found.score:.1%})")
     figures = "".join(
         f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{title} of {label}">'
         f'<image href="data:image/jpeg;base64,{base64.b64encode(jpeg(picture)).decode()}" width="{width}" '
@@ -285,6 +286,6 @@ def boxes(name: str, found: Prediction) -> str:
     rows = "".join(f"<tr>{''.join(f'<td>{value}</td>' for value in box)}</tr>" for box in found.boxes.tolist())
     return (
         f'<div class="boxes" tabindex="0"><table><caption>{count} above τ = {found.threshold:g}, in pixels of '
-        f"{escape(name)} ({width}×{height}), both corners inside</caption><thead><tr>{head}</tr></thead>"
+        f"{escape(readable(name))} ({width}×{height}), both corners inside</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )

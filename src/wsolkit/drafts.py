@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from wsolkit.names import AS_IN_FILES
+
 
 @contextmanager
 def draft(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
@@ -25,7 +27,7 @@ def draft(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
         OSError: it cannot be written, and is named; what was there before stays.
     """
     place = path.with_name(f".{path.name}.{os.getpid()}")
-    how = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    how = {} if "b" in mode else {"encoding": "utf-8", "errors": AS_IN_FILES, "newline": ""}
     try:
         with place.open(mode, **how) as file:  # type: ignore[call-overload]
             yield file

@@ -54,7 +54,6 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.data.classes import are_numbers
     from wsolkit.interop.score_maps import ScoreMaps
-    from wsolkit.metrics.evaluation import Outcome
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
@@ -104,13 +103,12 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     finally:
         finish(loggers)
     if trainer.is_global_zero:
-        outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, heading, method_name(cfg), checkpoint.class_names, chosen_on, outcome)
+        report(folder, heading, method_name(cfg), chosen_on, module.results)
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
         network = f"the network of '{checkpoint.path}'"
-        check_finite(outcome, datamodule.dataset("test").records, network, cfg.allow_not_finite)
+        check_finite(module, datamodule.dataset("test").records, network, cfg.allow_not_finite)
     return module.results
 
 
@@ -134,8 +132,9 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.config import plain
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Evaluation, outcome
-    from wsolkit.reporting.images import FILE, ImageTables, write_images
+    from wsolkit.reporting.images import ImageTables
     from wsolkit.reporting.pictures import choose_examples, write_report
+    from wsolkit.reporting.table import write_results
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
         raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
@@ -156,6 +155,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule = build_datamodule(cfg)
     datamodule.setup("validate")
     datamodule.setup("test")
+    examples = choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
     class_names = list(datamodule.dataset("test").records.classes)
     evaluation = Evaluation(protocols, len(class_names))
     maps = ScoreMaps(cfg.score_maps)
@@ -182,7 +182,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     evaluate_split("test")
     result = outcome(evaluation.compute())
     save_config(cfg, folder)
-    write_images(tables.rows(result.results, class_names), folder / FILE)
+    write_results(folder, result, class_names, tables.rows(result.results, class_names))
     heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
     write_report(
         folder,
@@ -194,9 +194,9 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
         evaluation,
         result,
         lambda batch: (first.at_size(read(batch, test), batch), [None] * len(batch["label"])),
-        choose_examples(test, cfg.num_examples, cfg.examples),
+        examples,
     )
-    report(folder, heading, "score maps", class_names, evaluation.chosen_on(datamodule.held_out), result)
+    report(folder, heading, "score maps", evaluation.chosen_on(datamodule.held_out), result.results)
     return result.results
 
 

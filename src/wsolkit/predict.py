@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsolkit.config import as_named, check_config, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
+from wsolkit.names import file_name
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -323,21 +324,22 @@ def _each(
     from wsolkit.data.records import read_image
     from wsolkit.reporting.charts import jpeg
     from wsolkit.reporting.overlay import overlay
+    from wsolkit.reporting.terminal import picture
 
     for source, predictions in zip(sources, found, strict=True):
         if not predictions:
             failed[source.name] = "the network gives logits or score maps that are not finite for it"
             continue
         if folder is not None:
-            path = _overlay_path(folder, source.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            best = predictions[0]
-            path.write_bytes(jpeg(overlay(read_image(base / source.name, exif), best.score_map, best.boxes)))
+            path, best = _overlay_path(folder, source.name), predictions[0]
+            with picture(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(jpeg(overlay(read_image(base / source.name, exif), best.score_map, best.boxes)))
         yield source, predictions
 
 
 def _overlay_path(folder: Path, name: str) -> Path:
-    return folder / OVERLAYS / f"{name}.jpg"
+    return folder / OVERLAYS / file_name(name, ".jpg")
 
 
 def main() -> None:

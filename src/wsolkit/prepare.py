@@ -152,7 +152,7 @@ def install(archives: Mapping[str, Archive], root: Path, show_progress: bool) ->
 
     from wsolkit.data.download import download
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not show_progress) as progress:
         for name, archive in archives.items():
             if not (root / archive.file).is_file():
@@ -163,10 +163,10 @@ def install(archives: Mapping[str, Archive], root: Path, show_progress: bool) ->
 def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, archives: Sequence[Path]) -> None:
     """Print what there is, and what to do with it."""
     from hydra.core.hydra_config import HydraConfig
-    from rich.console import Console
     from rich.table import Table
 
     from wsolkit.data.masks import MaskFiles
+    from wsolkit.reporting.terminal import PlainConsole
 
     table = Table("split", title=str(cfg.dataset.name))
     for column in ("images", "classes", "boxes", "masks"):
@@ -175,7 +175,7 @@ def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, arc
         masks = found.masks.count() if isinstance(found.masks, MaskFiles) else 0
         numbers = len(found.labels), len(found.classes), len(found.box_table), masks
         table.add_row(split, *(f"{number:,}" for number in numbers))
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(table)
 
     def say(text: str) -> None:

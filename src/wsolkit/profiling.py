@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.profilers import Profiler
-from rich.console import Console
 from rich.table import Table
 
 from wsolkit.drafts import write_text
 from wsolkit.methods.base import WSOLModule
+from wsolkit.reporting.terminal import PlainConsole
 
 Stage = Literal["training", "evaluation"]
 
@@ -175,4 +175,4 @@ class StepProfiler(Profiler):
             table.add_column("")
             for part, cost in result["parts"].items():
                 table.add_row(part, f"{cost['ms']:.2f}", f"{cost['percent']:.1f}", PARTS[part])
-            Console().print(table)
+            PlainConsole().print(table)

@@ -21,7 +21,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from rich.measure import Measurement
 from yaml import YAMLError
 
@@ -46,6 +45,7 @@ from wsolkit.reporting.sweep import (
     runs_csv,
     unfinished,
 )
+from wsolkit.reporting.terminal import PlainConsole, picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,16 +69,17 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
         from wsolkit.reporting.sweep_charts import charts
 
         figures = charts(sweep, cfg.x)
-        page, problems = comparison(sweep, directory)
+        with picture(_PAGE):
+            page, problems = comparison(sweep, directory)
     folder = directory if cfg.output is None else Path(str(cfg.output))
     try:
-        files = write(sweep, figures, page, folder)
+        files, pictures = write(sweep, figures, page, folder)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to '{folder}' ({error}); give another output=DIR") from error
     show(sweep)
     for problem in problems:
         print(f"pictures left out: {problem}")
-    print(f"Written to {folder}: {', '.join(files)}; plots: {len(figures)}")
+    print(f"Written to {folder}: {', '.join(files)}; plots: {len(pictures)}")
 
 
 def names(cfg: DictConfig, setting: str) -> list[str] | None:
@@ -253,26 +254,35 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder: Path) -> list[str]:
-    """Write the report, plots and page of pictures into a folder; returns the files' names, without the plots'."""
+def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder: Path) -> tuple[list[str], list[str]]:
+    """Write tables, plots, page of pictures and report into a folder, in this order; returns the names of its files.
+
+    Returns:
+        files, and plots: those that could be drawn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    tables = {"sweep.csv": runs_csv(sweep)} | ({"sweep_mean.csv": means_csv(sweep)} if sweep.finished else {})
+    _write_texts(tables, folder)
+    plots = []
     for name, figure in figures.items():
-        with draft(folder / f"{name}.png", "wb") as file:
-            figure.savefig(file, dpi=160)
-    report = markdown(sweep, [f"{name}.png" for name in figures], None if page is None else _PAGE)
-    files = {"sweep.md": report, "sweep.csv": runs_csv(sweep)}
-    if sweep.finished:
-        files["sweep_mean.csv"] = means_csv(sweep)
-    if page is not None:
-        files[_PAGE] = page
-    for name, text in files.items():
+        with picture(folder / f"{name}.png"):
+            with draft(folder / f"{name}.png", "wb") as file:
+                figure.savefig(file, dpi=160)
+            plots.append(f"{name}.png")
+    report = {"sweep.md": markdown(sweep, plots, None if page is None else _PAGE)}
+    pages = {} if page is None else {_PAGE: page}
+    _write_texts(report | pages, folder)
+    return [*report, *tables, *pages], plots
+
+
+def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
+    for name, text in texts.items():
         write_text(folder / name, text)
-    return list(files)
 
 
 def show(sweep: Sweep) -> None:
     """Print the table, and below it the jobs that are not finished."""
-    console = Console(markup=False, highlight=False, emoji=False)  # settings such as [maxboxacc] are no markup
+    console = PlainConsole()
     for line in (counts(sweep.runs), *remarks(sweep)):
         console.print(line, soft_wrap=True)
     if sweep.finished:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.records import Records
-    from wsolkit.metrics.evaluation import Outcome
 
 
 @one_run
@@ -44,7 +43,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     )
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
     from wsolkit.data.subset import Subset
-    from wsolkit.metrics.evaluation import Outcome
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
     from wsolkit.reporting.pictures import Report, choose_examples
@@ -115,13 +113,12 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     finally:
         finish(loggers)
     if trainer.is_global_zero:
-        outcome = Outcome(module.results, module.curves)
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, title(cfg, cfg), method_name(cfg), datamodule.class_names, chosen_on, outcome)
+        report(folder, title(cfg, cfg), method_name(cfg), chosen_on, module.results)
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
         network = f"the network of '{as_named(folder)}'"
-        check_finite(outcome, datamodule.dataset("test").records, network, cfg.allow_not_finite)
+        check_finite(module, datamodule.dataset("test").records, network, cfg.allow_not_finite)
     return module.results
 
 
@@ -158,21 +155,17 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def report(
-    folder: Path, title: str, row: str, class_names: Sequence[str], chosen_on: Mapping[str, str], outcome: Outcome
-) -> None:
-    """Write metrics.json and print the table."""
-    from rich.console import Console
+def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]) -> None:
+    """Print the table, and where everything is."""
+    from wsolkit.reporting.table import results_table
+    from wsolkit.reporting.terminal import PlainConsole
 
-    from wsolkit.reporting.table import results_table, write_metrics
-
-    write_metrics(outcome, class_names, folder / "metrics.json")
-    table = results_table(outcome.results, chosen_on, row, title)
-    console = Console()
+    table = results_table(results, chosen_on, row, title)
+    console = PlainConsole()
     # Numbers that are cut off would be worse than long lines.
-    console.width = max(console.width, Console(width=400).measure(table).maximum)
+    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
     console.print(table)
-    console.print(f"Written to {as_named(folder)}", soft_wrap=True, highlight=False)
+    console.print(f"Written to {as_named(folder)}", soft_wrap=True)
 
 
 def finish(loggers: Sequence[Logger]) -> None:

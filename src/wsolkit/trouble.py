@@ -16,7 +16,6 @@ from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.records import Records
 from wsolkit.errors import TrainingError
 from wsolkit.methods.base import WSOLModule
-from wsolkit.metrics.evaluation import Outcome
 
 _NAMED = 5
 _NONE = torch.iinfo(torch.int64).max
@@ -151,11 +150,11 @@ _ADVICE = (
 )
 
 
-def check_finite(outcome: Outcome, records: Records, network: str, allowed: bool) -> None:
+def check_finite(module: WSOLModule, records: Records, network: str, allowed: bool) -> None:
     """Check that an evaluation met no logits or score maps that are not finite.
 
     Args:
-        outcome: of the evaluation, in which these images count as wrong.
+        module: that was evaluated; these images count as wrong in its results.
         records: of the split.
         network: whose they are.
         allowed: whether they are allowed all the same.
@@ -163,9 +162,9 @@ def check_finite(outcome: Outcome, records: Records, network: str, allowed: bool
     Raises:
         TrainingError: it met some; the message names their images.
     """
-    count = int(outcome.results.get("not_finite", 0))
+    count = int(module.results.get("not_finite", 0))
     if count and not allowed:
-        named = [records.name(int(index)) for index in outcome.curves["not_finite_images"]]
+        named = [records.name(int(index)) for index in module.curves["not_finite_images"]]
         raise TrainingError(
             f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
             f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "

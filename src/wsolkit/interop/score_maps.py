@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from wsolkit.drafts import draft
 from wsolkit.errors import DataError
+from wsolkit.names import file_name
 
 
 class ScoreMaps:
     """A folder of score maps.
 
     Args:
-        folder: holds `<image id>.npy`; ids may name subfolders.
+        folder: holds `<image id>.npy`, see `wsolkit.names.file_name`; ids may name subfolders.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -31,7 +32,7 @@ class ScoreMaps:
         Raises:
             DataError: the id leads out of the folder.
         """
-        path = self.folder / f"{name}.npy"
+        path = self.folder / file_name(name, ".npy")
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError(f"image id '{name}' leads out of the folder of score maps '{self.folder}'")
         return path

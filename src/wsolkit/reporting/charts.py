@@ -7,6 +7,7 @@ missing is None.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,9 @@ import numpy.typing as npt
 import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from wsolkit.reporting.figure import PlainFigure
+from wsolkit.reporting.terminal import picture
 
 if TYPE_CHECKING:
     from wsolkit.types import Boxes, Image  # with torch, which the report of a sweep does without
@@ -59,12 +63,13 @@ class Shown(NamedTuple):
 
 def charts(results: Results, curves: Curves) -> dict[str, Figure]:
     """All charts there is data for, keyed `<protocol>/<chart>`."""
-    drawn = {
-        f"{protocol}/{name}": draw(results, curves, protocol)
-        for protocol in protocol_names(results, curves)
-        for name, draw in _CHARTS.items()
-    }
-    return {key: figure for key, figure in drawn.items() if figure is not None}
+    drawn: dict[str, Figure] = {}
+    for protocol, (name, draw) in itertools.product(protocol_names(results, curves), _CHARTS.items()):
+        with picture(f"chart {protocol}/{name}"):
+            figure = draw(results, curves, protocol)
+            if figure is not None:
+                drawn[f"{protocol}/{name}"] = figure
+    return drawn
 
 
 def protocol_names(results: Results, curves: Curves) -> list[str]:
@@ -312,7 +317,7 @@ def _value(results: Results, key: str) -> float | None:
 
 
 def _figure(width: float = 4.4) -> Figure:
-    return Figure(figsize=(width, 3.5), layout="constrained")
+    return PlainFigure(figsize=(width, 3.5), layout="constrained")
 
 
 def _style(axes: Any, xlabel: str, ylabel: str) -> Any:

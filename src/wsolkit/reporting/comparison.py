@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsolkit.errors import JobError
 from wsolkit.reporting.examples import FOLDER, Example, read_examples
-from wsolkit.reporting.page import colour_key, document, embedded, mistake
+from wsolkit.reporting.page import colour_key, document, embedded, isolated, mistake
 from wsolkit.reporting.sweep import SEED, Row, Run, Sweep, Value, cells, order, remarks, shown
 
 _MOST_COLUMNS = 12  # wider tables are no longer read, and each picture makes the file larger
@@ -127,7 +127,7 @@ def _image(columns: Sequence[Column], key: ImageKey) -> str:
     first = next(column for column in columns if key in column.examples)
     example = first.examples[key]
     picture = embedded((first.folder / example.truth_file).read_bytes(), f"{example.image}: ground truth")
-    caption = f"<b>{escape(example.label)}</b><br><small>{escape(example.image)}</small>"
+    caption = f"<b>{isolated(example.label)}</b><br><small>{isolated(example.image)}</small>"
     cells = "".join(f"<td>{_cell(column, key)}</td>" for column in columns)
     return f'<tr><th scope="row">{_figure(picture, caption)}</th>{cells}</tr>'
 

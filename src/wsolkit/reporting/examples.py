@@ -64,7 +64,7 @@ def write_examples(folder: Path, images: Sequence[Shown], protocol: str, thresho
             with draft(folder / name, "wb", sync=False) as file:
                 file.write(jpeg(picture))
         examples.append(asdict(example))
-    write_text(folder / LIST, json.dumps(examples, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / LIST, json.dumps(examples, indent=1) + "\n")
 
 
 def read_examples(folder: Path) -> list[Example]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from wsolkit.drafts import draft
 from wsolkit.metrics.boxes import Verdicts
 from wsolkit.metrics.errors import CLS, ERRORS
 from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.names import write_csv
 
 FILE = "images.csv"
 
@@ -121,6 +121,5 @@ def _gather(rows: dict[int, ImageRow]) -> dict[int, ImageRow]:
 def write_images(tables: Mapping[str, Iterable[ImageRow]], path: Path) -> None:
     """Write the rows of all protocols as CSV: the columns of `ImageRow` after the protocol's name."""
     with draft(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("protocol", *ImageRow._fields))
-        writer.writerows((protocol, *row) for protocol, rows in tables.items() for row in rows)
+        write_csv(file, [("protocol", *ImageRow._fields)])
+        write_csv(file, ((protocol, *row) for protocol, rows in tables.items() for row in rows))

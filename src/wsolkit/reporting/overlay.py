@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from wsolkit.names import shortened
 from wsolkit.reporting.charts import PREDICTED, SCORE_COLOURS
+from wsolkit.reporting.figure import PlainFigure
 from wsolkit.types import Boxes, Image
 
 _MIN_SIDE, _MAX_SIDE = 256, 1024
@@ -61,11 +63,11 @@ def prediction_figure(image: Image | None, score_map: ScoreMap, boxes: Boxes, ti
     """The image, if there is one, and beside it its overlay."""
     drawn = overlay(image, score_map, boxes)
     pictures = [drawn] if image is None else [image, drawn]
-    figure = Figure(figsize=(4 * len(pictures), 4.3), layout="constrained")
+    figure = PlainFigure(figsize=(4 * len(pictures), 4.3), layout="constrained")
     for axes, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         axes.imshow(picture)
         axes.set_axis_off()
-    figure.suptitle(title)
+    figure.suptitle(shortened(title, 40 * len(pictures)))
     return figure
 
 

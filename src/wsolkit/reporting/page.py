@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from wsolkit.drafts import write_text
+from wsolkit.names import readable, runs_from_the_right
 from wsolkit.reporting.charts import (
     PREDICTED,
     SCORE_COLOURS,
@@ -32,6 +33,7 @@ from wsolkit.reporting.charts import (
     series,
     spelled,
 )
+from wsolkit.reporting.terminal import picture
 
 _OPEN_UP_TO = 30  # classes whose table is unfolded
 
@@ -120,6 +122,7 @@ figure { min-width: 0; margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; overflow-wrap: anywhere; }
 figcaption small { font-size: .75rem; }
 figcaption b { color: var(--ink); font-weight: 600; }
+figcaption b, figcaption small, .classes tbody th { white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 28px 24px; }
 .charts figure { max-width: 100%; }
 .charts figcaption { width: 0; min-width: 100%; }
@@ -246,14 +249,14 @@ def write_page(
 
 
 def document(title: str, head: str, main: str) -> str:
-    """A whole page in the style of the report.
+    """A whole page in the style of the report, in characters that pages may have.
 
     Args:
         title: text.
         head: HTML below the title.
         main: HTML.
     """
-    return _PAGE.format(title=escape(title), style=_STYLE, head=head, main=main, script=_SCRIPT)
+    return readable(_PAGE.format(title=escape(title), style=_STYLE, head=head, main=main, script=_SCRIPT))
 
 
 def _summary(method: str, curves: Curves, class_names: Sequence[str], names: Sequence[str]) -> str:
@@ -332,12 +335,14 @@ def _number(value: float, digits: int) -> str:
 
 def _protocol(name: str, figures: Mapping[str, Figure], rules: Mapping[str, object]) -> str:
     """A protocol's charts and, folded, its rules."""
-    drawn = "".join(
-        f'<figure class="{chart} wide">\n{_svg(figures[f"{name}/{chart}"], f"{name}-{chart}", heading)}\n'
-        f"<figcaption><b>{heading}.</b> {caption}</figcaption>\n</figure>\n"
-        for chart, (heading, caption) in _CAPTIONS.items()
-        if f"{name}/{chart}" in figures
-    )
+    drawn = ""
+    for chart, (heading, caption) in _CAPTIONS.items():
+        if f"{name}/{chart}" in figures:
+            with picture(f"chart '{heading}' of report.html"):
+                drawn += (
+                    f'<figure class="{chart} wide">\n{_svg(figures[f"{name}/{chart}"], f"{name}-{chart}", heading)}\n'
+                    f"<figcaption><b>{heading}.</b> {caption}</figcaption>\n</figure>\n"
+                )
     content = f'<div class="charts">\n{drawn}</div>\n' if drawn else ""
     if rules:
         rows = "".join(
@@ -369,9 +374,13 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 def _gallery(heading: str, images: Sequence[Shown]) -> str:
-    if not images:
+    items = ""
+    for shown in images:
+        with picture(f"image '{shown.name}' in the gallery of report.html"):
+            items += _item(shown)
+    if not items:
         return ""
-    return f'<h3>{heading}</h3>\n{colour_key()}\n<div class="gallery">\n{"".join(map(_item, images))}</div>\n'
+    return f'<h3>{heading}</h3>\n{colour_key()}\n<div class="gallery">\n{items}</div>\n'
 
 
 def colour_key() -> str:
@@ -386,10 +395,10 @@ def colour_key() -> str:
 
 
 def _item(shown: Shown) -> str:
-    picture = embedded(jpeg(example_image(shown)), f"{shown.name}: boxes, and the same under the score map")
+    drawn = embedded(jpeg(example_image(shown)), f"{shown.name}: boxes, and the same under the score map")
     return (
-        f"<figure>{picture}\n<figcaption><b>{escape(shown.label)}</b>{mistake(shown.label, shown.predicted_label)}<br>"
-        f"IoU {_number(shown.iou, 2)}<br><small>{escape(shown.name)}</small></figcaption></figure>\n"
+        f"<figure>{drawn}\n<figcaption><b>{isolated(shown.label)}</b>{mistake(shown.label, shown.predicted_label)}<br>"
+        f"IoU {_number(shown.iou, 2)}<br><small>{isolated(shown.name)}</small></figcaption></figure>\n"
     )
 
 
@@ -406,7 +415,12 @@ def embedded(picture: bytes, description: str) -> str:
 
 def mistake(label: str, predicted_label: str | None) -> str:
     """What an image was taken for, as HTML; nothing if it was recognized, or nobody knows."""
-    return "" if predicted_label in (None, label) else f", taken for {escape(str(predicted_label))}"
+    return "" if predicted_label in (None, label) else f", taken for {isolated(str(predicted_label))}"
+
+
+def isolated(name: str) -> str:
+    """A name within a line, as HTML: one that runs from right to left turns nothing beside it."""
+    return f"<bdi>{escape(name)}</bdi>" if runs_from_the_right(name) else escape(name)
 
 
 def _classes(name: str, curves: Curves, class_names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from wsolkit.drafts import draft
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
+from wsolkit.names import isolated, readable, shortened
 from wsolkit.reporting.charts import (
     EPOCH_METRICS,
     PREDICTED,
@@ -34,10 +35,14 @@ from wsolkit.reporting.charts import (
     example_image,
     threshold_curves,
 )
-from wsolkit.reporting.examples import write_examples
+from wsolkit.reporting.examples import FOLDER as EXAMPLES
+from wsolkit.reporting.examples import LIST, write_examples
+from wsolkit.reporting.figure import PlainFigure
 from wsolkit.reporting.gallery import Localize, localize_with, show, shown_threshold
-from wsolkit.reporting.images import FILE, ImageRow, ImageTables, evenly, write_images
+from wsolkit.reporting.images import ImageRow, ImageTables, evenly
 from wsolkit.reporting.page import write_page
+from wsolkit.reporting.table import write_results
+from wsolkit.reporting.terminal import picture
 from wsolkit.types import Image, PlainConfig
 
 
@@ -55,6 +60,8 @@ def write_report(
 ) -> None:
     """Write report.html and, if there are examples, examples.png and examples/ into a run directory.
 
+    What cannot be drawn is left out, see `wsolkit.reporting.terminal.picture`.
+
     Args:
         folder: of the run.
         title: what was run.
@@ -69,30 +76,39 @@ def write_report(
     """
     dataset = datamodule.dataset("test")
 
-    def shown(indices: Sequence[int]) -> list[Shown]:
-        normalization = datamodule.mean, datamodule.std
-        return show(localize, evaluation, outcome.results, dataset, indices, class_names, normalization)
-
     first = next(iter(evaluation.protocols))
-    if examples:
-        pictures = shown(examples)
-        with draft(folder / "examples.png", "wb") as file:
+
+    def shown(what: str, indices: Sequence[int]) -> list[Shown]:
+        found: list[Shown] = []
+        with picture(what):
+            normalization = datamodule.mean, datamodule.std
+            found = show(localize, evaluation, outcome.results, dataset, indices, class_names, normalization)
+        return found
+
+    def extremes(which: str) -> list[Shown]:
+        indices = [int(index) for index in outcome.curves.get(f"{first}/{which}_images", ())]
+        return shown(f"the gallery of {which} images in report.html", indices)
+
+    pictures = shown("the examples", examples)
+    if pictures:
+        with picture(folder / "examples.png"), draft(folder / "examples.png", "wb") as file:
             draw_examples(pictures, title).savefig(file, dpi=100)
-        write_examples(folder, pictures, first, shown_threshold(outcome.results, first))
-    extremes = {name: [int(i) for i in outcome.curves.get(f"{first}/{name}_images", ())] for name in ("worst", "best")}
-    write_page(
-        folder / "report.html",
-        title=title,
-        method=method,
-        results=outcome.results,
-        curves=outcome.curves,
-        class_names=class_names,
-        worst=shown(extremes["worst"]),
-        best=shown(extremes["best"]),
-        protocols={name: vars(metric.protocol) for name, metric in evaluation.protocols.items()},
-        chosen_on=evaluation.chosen_on(datamodule.held_out),
-        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-    )
+        with picture(folder / EXAMPLES / LIST):
+            write_examples(folder, pictures, first, shown_threshold(outcome.results, first))
+    with picture(folder / "report.html"):
+        write_page(
+            folder / "report.html",
+            title=title,
+            method=method,
+            results=outcome.results,
+            curves=outcome.curves,
+            class_names=class_names,
+            worst=extremes("worst"),
+            best=extremes("best"),
+            protocols={name: vars(metric.protocol) for name, metric in evaluation.protocols.items()},
+            chosen_on=evaluation.chosen_on(datamodule.held_out),
+            settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        )
 
 
 def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ()) -> list[int]:
@@ -115,21 +131,22 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
     """A sheet of examples, two in a row, with a legend."""
     rows = max(1, (len(examples) + 1) // 2)
     height = 2.95 * rows + 0.85
-    figure = Figure(figsize=(10, height))  # of equal cells, for which a layout engine takes long
+    figure = PlainFigure(figsize=(10, height))  # of equal cells, for which a layout engine takes long
     for axes in figure.subplots(rows, 2, squeeze=False).ravel():
         axes.set_axis_off()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.5 / height, top=1 - 0.85 / height, wspace=0.03, hspace=0.2)
     for axes, example in zip(figure.axes, examples, strict=False):
         axes.imshow(example_image(example))
         known = example.predicted_label in (None, example.label)
-        said = "" if known else f", taken for {example.predicted_label}"
-        axes.set_title(f"{example.label}{said}\nIoU {example.iou:.2f}", fontsize=9)
+        said = "" if known else f", taken for {isolated(shortened(str(example.predicted_label), 30))}"
+        label = isolated(shortened(example.label, 64 if known else 30))
+        axes.set_title(f"{label}{said}\nIoU {example.iou:.2f}", fontsize=9)
     handles = [
         Patch(edgecolor=TRUTH, fill=False, label="ground truth"),
         Patch(edgecolor=PREDICTED, fill=False, linestyle="--", label="predicted box"),
     ]
     figure.legend(handles=handles, loc="lower center", ncols=2)
-    figure.suptitle(title)
+    figure.suptitle(shortened(title, 100), y=1 - 0.2 / height)
     return figure
 
 
@@ -170,6 +187,9 @@ def write_inside(
     return figure
 
 
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.float32]]) -> Figure:
     """A sheet with a row for each image and series, the steps from left to right, each map on its own scale.
 
@@ -177,15 +197,15 @@ def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.f
     """
     steps = max(maps.shape[1] for maps in series.values())
     rows: list[tuple[Image | None, list[tuple[str, npt.NDArray[np.float32]]]]] = []
-    for which, picture in enumerate(pictures):
+    for which, image in enumerate(pictures):
         if steps == 1:
-            rows.append((picture, [(name, maps[which, 0]) for name, maps in series.items()]))
+            rows.append((image, [(name, maps[which, 0]) for name, maps in series.items()]))
             continue
         for place, (name, maps) in enumerate(series.items()):
-            row = [(f"${name}^{step}$", one) for step, one in enumerate(maps[which])]
-            rows.append((None if place else picture, row))
+            row = [(name + str(step).translate(_RAISED), one) for step, one in enumerate(maps[which])]
+            rows.append((None if place else image, row))
     columns = 1 + max(len(row) for _, row in rows)
-    figure = Figure(figsize=(1.3 * columns, 1.5 * len(rows)))
+    figure = PlainFigure(figsize=(1.3 * columns, 1.5 * len(rows)))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - 0.22 / (1.5 * len(rows)), wspace=0.05, hspace=0.17)
     for axes in grid.ravel():
@@ -254,16 +274,17 @@ class Report(Callback):
         module, datamodule = _parts(trainer, pl_module)
         dataset = datamodule.dataset("val")
         normalization = datamodule.mean, datamodule.std
-        examples = show(
-            localize_with(module),
-            module.evaluation,
-            module.results,
-            dataset,
-            choose_examples(dataset, self.count),
-            module.training_settings.class_names,
-            normalization,
-        )
-        _log_examples(trainer, examples)
+        with picture("examples/val"):
+            examples = show(
+                localize_with(module),
+                module.evaluation,
+                module.results,
+                dataset,
+                choose_examples(dataset, self.count),
+                module.training_settings.class_names,
+                normalization,
+            )
+            _log_examples(trainer, examples)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
@@ -271,22 +292,25 @@ class Report(Callback):
         self._tables = ImageTables(module.evaluation, datamodule.dataset("test"), self.listed)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Lightning's hook: first the results, then the pictures."""
         module, datamodule = _parts(trainer, pl_module)
+        class_names = module.training_settings.class_names
         assert self._tables is not None
-        tables = self._tables.rows(module.results, module.training_settings.class_names)
+        tables = self._tables.rows(module.results, class_names)
         if not trainer.is_global_zero:
             return
-        write_images(tables, self.folder / FILE)
         module.curves |= {f"epochs/{name}": values for name, values in self.epochs.items()}
         outcome = Outcome(module.results, module.curves)
+        write_results(self.folder, outcome, class_names, tables)
         examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
-        inside = write_inside(self.folder, module, datamodule, examples)
+        inside: Figure | None = None
+        with picture(self.folder / "inside.png"):
+            inside = write_inside(self.folder, module, datamodule, examples)
         write_report(
             self.folder,
             self.title,
             self.method,
-            module.training_settings.class_names,
+            class_names,
             module.training_settings.config,
             datamodule,
             module.evaluation,
@@ -309,24 +333,26 @@ def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
     """Log what validation has shown, as `examples/val`."""
     step = max(trainer.global_step - 1, 0)  # that of the validation's numbers
     pictures = [example_image(example) for example in examples]
-    captions = [f"{example.label}, IoU {example.iou:.2f}" for example in examples]
+    captions = [f"{readable(example.label)}, IoU {example.iou:.2f}" for example in examples]
     for logger in _loggers(trainer, WandbLogger):
         import wandb
 
-        images = [wandb.Image(picture, caption=said) for picture, said in zip(pictures, captions, strict=True)]
+        images = [wandb.Image(one, caption=said) for one, said in zip(pictures, captions, strict=True)]
         logger.log_metrics({"examples/val": images, "epoch": trainer.current_epoch}, step=step)
     for logger in _loggers(trainer, TensorBoardLogger):
-        for example, picture in zip(examples, pictures, strict=True):
-            logger.experiment.add_image(f"examples/{example.name}", picture, step, dataformats="HWC")
+        for example, one in zip(examples, pictures, strict=True):
+            logger.experiment.add_image(f"examples/{readable(example.name)}", one, step, dataformats="HWC")
 
 
 def _log_figures(trainer: Trainer, figures: Mapping[str, Figure]) -> None:
     """Log figures by name."""
-    for name, picture in {name: pixels(figure) for name, figure in figures.items()}.items():
-        for logger in _loggers(trainer, WandbLogger):
-            logger.log_image(name, [picture])
-        for logger in _loggers(trainer, TensorBoardLogger):
-            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+    for name, figure in figures.items():
+        with picture(f"{name} of the logger"):
+            drawn = pixels(figure)
+            for logger in _loggers(trainer, WandbLogger):
+                logger.log_image(name, [drawn])
+            for logger in _loggers(trainer, TensorBoardLogger):
+                logger.experiment.add_image(name, drawn, trainer.global_step, dataformats="HWC")
 
 
 def _log_tables(trainer: Trainer, tables: Mapping[str, Sequence[ImageRow]], outcome: Outcome) -> None:

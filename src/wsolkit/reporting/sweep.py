@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import io
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wsolkit.errors import ConfigError
+from wsolkit.names import one_line, write_csv
 
 Value = int | float | str | None
 """What a setting is in a table: a number or text; None where a job does not have the setting."""
@@ -347,7 +348,7 @@ def markdown(sweep: Sweep, pictures: Iterable[str] = (), page: str | None = None
         pictures: names of image files beside the report, which it shows.
         page: name of the page beside it that compares the rows image by image.
     """
-    parts = ["# Sweep", counts(sweep.runs), *remarks(sweep)]
+    parts = ["# Sweep", counts(sweep.runs), *map(as_markdown, remarks(sweep))]
     if sweep.finished:
         parts.append(_markdown_table(*cells(sweep), left=len(sweep.keys)))
         parts.append(f"Mean ± sample standard deviation over {sweep.unit}. Metrics are in percent, but for thresholds.")
@@ -363,8 +364,21 @@ def markdown(sweep: Sweep, pictures: Iterable[str] = (), page: str | None = None
 def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
     """A table whose first `left` columns are text, and the others numbers."""
     rule = ["---" if column < left else "---:" for column in range(len(heading))]
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heading, *rows)]
+    lines = [list(map(as_markdown, row)) for row in (heading, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+_MARKUP = re.compile(
+    r"""[\\`*<&$~|]                   # begin something wherever they are
+    | (?<![^\W_])_ | _(?![^\W_])     # emphasize at the edge of a word
+    | \](?=[(\[:])                  # ends the text of a link""",
+    re.VERBOSE,
+)
+
+
+def as_markdown(text: str) -> str:
+    """Markdown, in one line, that shows a text as it is."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text.replace("\n", " ")))
 
 
 def runs_csv(sweep: Sweep) -> str:
@@ -393,8 +407,6 @@ def means_csv(sweep: Sweep) -> str:
 
 def _csv(heading: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Absent values are empty, which pandas reads as NaN."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heading)
-    writer.writerows(rows)
+    file = io.StringIO(newline="")
+    write_csv(file, [heading, *map(list, rows)])
     return file.getvalue()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from wsolkit.names import AS_IN_FILES, shortened
+from wsolkit.reporting.figure import PlainFigure
 from wsolkit.reporting.sweep import Average, Sweep, Value, is_percentage, number, order, shown
+from wsolkit.reporting.terminal import picture
 
 # Okabe and Ito's colours, which stay apart under every colour blindness, without the yellow, which white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#888888")
@@ -58,19 +62,33 @@ def charts(sweep: Sweep, x: str | None = None) -> dict[str, Figure]:
         sweep: what to plot.
         x: the key on the horizontal axis; None: each in turn.
     """
-    figures = {}
+    figures: dict[str, Figure] = {}
+
+    def add(draw: Callable[..., Figure | None], metric: str, *keys: str) -> None:
+        name = file_name(metric, *keys)
+        with picture(f"{name}.png"):
+            figure = draw(sweep, metric, *keys)
+            if figure is not None:
+                figures[name] = figure
+
     for metric in sweep.metrics:
         for key in sweep.keys if x is None else [x]:
-            figures[file_name(metric, key)] = line_chart(sweep, metric, key)
+            add(line_chart, metric, key)
         if len(sweep.keys) == 2:
-            horizontal, vertical = sweep.keys if x is None else (x, *(key for key in sweep.keys if key != x))
-            figures[file_name(metric, horizontal, vertical)] = heat_map(sweep, metric, horizontal, vertical)
-    return {name: figure for name, figure in figures.items() if figure is not None}
+            add(heat_map, metric, *(sweep.keys if x is None else (x, *(key for key in sweep.keys if key != x))))
+    return figures
+
+
+_LONGEST_NAME = 200
 
 
 def file_name(metric: str, *keys: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", f"{metric}_by_{'_and_'.join(keys)}")
+    """A name that every file system takes, its own for each metric and keys: with a digest where letters are lost."""
+    whole = f"{metric}_by_{'_and_'.join(keys)}"
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "_", whole)
+    if len(name) <= _LONGEST_NAME and name == whole.replace("/", "_"):
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(whole.encode(errors=AS_IN_FILES)).hexdigest()[:8]}"
 
 
 def title(metric: str) -> str:
@@ -114,7 +132,7 @@ def line_chart(sweep: Sweep, metric: str, x: str) -> Figure | None:
     columns = min(len(parts.panels), 3)
     rows = math.ceil(len(parts.panels) / columns)
     width, height = (5.6, 4.2) if len(parts.panels) == 1 else (1.2 + 2.7 * columns, 1.4 + 2.4 * rows)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = PlainFigure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     places = axis([value for value, _ in points])
     connected = places.ordered and not parts.cloud
@@ -213,9 +231,9 @@ def _legend(figure: Figure, keys: Sequence[str], styles: Mapping[Combination, in
     handles = [Line2D([], [], **_look(style, connected=connected)) for style in styles.values()]
     fitting = max(1, int(figure.get_figwidth() * 13 / (max(map(len, labels)) + 6)))  # about 13 characters an inch
     rows = math.ceil(len(labels) / fitting)
-    figure.legend(
+    legend = figure.legend(
         handles,
-        labels,
+        [str(place) for place in range(len(labels))],  # Matplotlib before 3.10 leaves out what begins with a line: _
         title=", ".join(keys),
         loc="outside lower center",
         ncols=math.ceil(len(labels) / rows),
@@ -223,6 +241,8 @@ def _legend(figure: Figure, keys: Sequence[str], styles: Mapping[Combination, in
         title_fontsize=8,
         frameon=False,
     )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
 
 
 def heat_map(sweep: Sweep, metric: str, horizontal: str, vertical: str) -> Figure | None:
@@ -241,7 +261,7 @@ def heat_map(sweep: Sweep, metric: str, horizontal: str, vertical: str) -> Figur
         return None
     grid = np.array([[means.get((column, row), np.nan) for column in columns] for row in rows])
     size = (2.2 + 0.75 * len(columns), 1.5 + 0.5 * len(rows))
-    figure = Figure(figsize=(max(size[0], 4.4), max(size[1], 3.2)), layout="constrained")
+    figure = PlainFigure(figsize=(max(size[0], 4.4), max(size[1], 3.2)), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(grid, origin="lower", cmap="Blues", aspect="auto")
     dark = np.nanmean([np.nanmin(grid), np.nanmax(grid)])
@@ -269,6 +289,9 @@ def _style(axes: Any, places: Axis, width: float) -> None:
         axes.set_xticks(list(places.places.values()), [_short(value) for value in places.places])
         axes.xaxis.set_minor_locator(NullLocator())
         _tilt(axes, list(places.places), width - 0.6)
+    elif places.scale == "log":  # the usual labels are mathematics, such as $10^{-2}$
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     # Room for lines that are shifted, and as much beside categories as between them.
     axes.margins(x=0.1 if places.ordered else 0.5 / max(len(places.places) - 1, 1), y=0.08)
     axes.tick_params(labelsize=9)
@@ -287,5 +310,4 @@ def _tilt(axes: Any, values: Sequence[Value], width: float) -> None:
 
 def _short(value: Value) -> str:
     """A label: of a long value, its beginning and its end."""
-    text = shown(value)
-    return text if len(text) <= 24 else f"{text[:11]}…{text[-12:]}"
+    return shortened(shown(value), 24)

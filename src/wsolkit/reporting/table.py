@@ -1,10 +1,10 @@
-"""The table at the end of a run, and metrics.json."""
+"""The table at the end of a run, and the files of its numbers."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from wsolkit.drafts import write_text
 from wsolkit.metrics.boxes import BASELINES
 from wsolkit.metrics.evaluation import Outcome
+from wsolkit.reporting.images import FILE, ImageRow, write_images
 
 _COLUMNS = {
     "threshold": "τ",
@@ -71,6 +72,14 @@ def _cell(key: str, value: float | None) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if key == "threshold" else f"{value:.1f}"
+
+
+def write_results(
+    folder: Path, outcome: Outcome, class_names: Sequence[str], tables: Mapping[str, Iterable[ImageRow]]
+) -> None:
+    """Write metrics.json and images.csv into a run directory."""
+    write_metrics(outcome, class_names, folder / "metrics.json")
+    write_images(tables, folder / FILE)
 
 
 def write_metrics(outcome: Outcome, class_names: Sequence[str], path: Path) -> None:

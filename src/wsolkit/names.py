@@ -1,0 +1,106 @@
+"""Names of classes, images, folders and settings, which may be any text, on their way to people and into files."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+AS_IN_FILES = "wsolkit-as-in-files"
+"""How to encode text with names in it: `errors=` of `open` and of `str.encode`.
+
+Where a file's name is not UTF-8, Python holds lone surrogates in place of its bytes, and these bytes are written. Other
+lone surrogates, which nothing can encode, become U+FFFD.
+"""
+
+_LONGEST_FILE_NAME = 255  # bytes, on every usual file system
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_LINE_BREAK = re.compile("\r\n|[\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]")
+
+
+def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    code = ord(error.object[error.start])
+    return bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "\N{REPLACEMENT CHARACTER}".encode(), error.start + 1
+
+
+codecs.register_error(AS_IN_FILES, _encoded)
+
+
+def readable(text: str) -> str:
+    """Text that every page, terminal and library takes: control characters and what is no Unicode become U+FFFD.
+
+    Tabs and ends of lines stay.
+    """
+    return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def one_line(text: str) -> str:
+    """Readable text in one line: where it would end, there is ↵."""
+    return readable(_LINE_BREAK.sub("↵", text)).replace("\t", " ")
+
+
+def shortened(text: str, width: int) -> str:
+    """Readable text in one line of at most so many columns, as terminals count them: its beginning, … and its end.
+
+    Args:
+        width: 3 or more.
+    """
+    text = one_line(text)
+    columns = list(map(_columns, text))
+    if sum(columns) <= width:
+        return text
+    start, end, left = 0, len(text), width - 1
+    while True:
+        at = start if start <= len(text) - end else end - 1  # from both sides in turn
+        left -= columns[at]
+        if left < 0:
+            return f"{text[:start]}…{text[end:]}"
+        start, end = (start + 1, end) if at == start else (start, end - 1)
+
+
+def isolated(name: str) -> str:
+    """A name within a line of a picture: one that runs from right to left turns nothing beside it."""
+    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}" if runs_from_the_right(name) else name
+
+
+def runs_from_the_right(text: str) -> bool:
+    """Whether something in a text is written from right to left."""
+    return any(unicodedata.bidirectional(character) in ("R", "AL", "RLE", "RLO", "RLI") for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def file_name(name: str, ending: str) -> str:
+    """A path of a file named after something that has a name in files itself: `name + ending`.
+
+    Where the last part of that is too long for a file system, it is cut off and marked with a digest of the whole.
+
+    Args:
+        name: may have folders, divided by slashes.
+        ending: such as ".jpg".
+    """
+    folder, slash, last = name.rpartition("/")
+    encoded = last.encode(errors=AS_IN_FILES)
+    if len(encoded) + len(ending) <= _LONGEST_FILE_NAME:
+        return name + ending
+    mark = f"-{hashlib.sha256(encoded).hexdigest()[:8]}{ending}"
+    kept = encoded[: _LONGEST_FILE_NAME - len(mark)].decode(errors="ignore")
+    return f"{folder}{slash}{kept}{mark}"
+
+
+def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
+    r"""Write rows as CSV whose lines end with \n, so that csv.reader gives back every text."""
+    usual = csv.writer(file, lineterminator="\n")
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        # Python before 3.13 quotes no \r, at which readers end the line.
+        (quoted if any("\r" in str(cell) for cell in row) else usual).writerow(row)
