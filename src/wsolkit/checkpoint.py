@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
@@ -40,6 +41,7 @@ import wsolkit
 from wsolkit.backbones.weights import StateDict
 from wsolkit.config import load_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.overrides import escaped
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -335,17 +337,22 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
     """A command line with the groups of its checkpoint before `checkpoint=…`, so that the user's settings prevail.
 
     Args:
-        given: arguments, one of them `checkpoint=…`.
+        given: arguments in Hydra's grammar, one of them `checkpoint=…`.
         with_protocol: whether the first protocol of the checkpoint is chosen too.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or another method or backbone than its own is given.
     """
-    path = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")][-1]
-    several = not Path(path).exists() and "," in path  # a sweep over checkpoints, of one method
+    (override,) = OverridesParser.create().parse_overrides(
+        [[argument for argument in given if argument.startswith("checkpoint=")][-1]]
+    )
+    several = override.is_sweep_override()  # over checkpoints of one method
+    path = next(override.sweep_iterator(Transformer.str)) if several else override.value()
+    if path is None:
+        return list(given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who builds the model says it
-        checkpoint = read_checkpoint((path.split(",")[0] if several else path).strip("'"))
+        checkpoint = read_checkpoint(str(OmegaConf.create({"path": path}).path))
     names = checkpoint.names()
     with suppress(ConfigError):  # a method of the user's own, in another folder
         if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
@@ -469,7 +476,7 @@ def _merge(node: DictConfig, saved: Mapping[str, Any], derived: bool) -> None:
         if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
             _merge(node[key], value, derived)
         elif not _mentions_target(value) and not (derived and node[key] == value):
-            node[key] = value
+            node[key] = escaped(value)
 
 
 def _mentions_target(value: object) -> bool:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from wsolkit.errors import JobError
+from wsolkit.overrides import escaped, quoted
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
 _FIRST = ("method", "optimizer", "seed")  # what sweeps are mostly over: long names are cut at the end
@@ -98,6 +99,8 @@ def read_job(folder: Path) -> Job | None:
 
 def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
+    if isinstance(overrides, ListConfig):  # in which an override may look like an interpolation
+        overrides = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
     own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
     own.sort(key=lambda override: not override.startswith(_FIRST))
     readable = []
@@ -128,10 +131,12 @@ def swept(folder: Path) -> dict[str, Any]:
     job, plan = read_job(folder), folder.parent / "multirun.yaml"  # Hydra's record of the sweep
     if job is None or not plan.is_file():
         return {}
-    hydra = OmegaConf.load(plan).hydra
-    grid = [f"{key}={values}" for key, values in (hydra.sweeper.get("params") or {}).items()]
+    hydra: Any = OmegaConf.to_container(OmegaConf.load(plan).hydra, resolve=False)
+    grid = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
     parse = OverridesParser.create().parse_overrides
-    varied = {given.get_key_element() for given in parse([*grid, *hydra.overrides.task]) if given.is_sweep_override()}
+    varied = {
+        given.get_key_element() for given in parse([*grid, *hydra["overrides"]["task"]]) if given.is_sweep_override()
+    }
     own = {given.get_key_element(): given.value() for given in parse(job.overrides)}
     return {key: value for key, value in own.items() if key in varied}
 
@@ -159,7 +164,15 @@ def run_job(
             return
         job = Job(list(overrides), settings)
         job.write(folder)
-    command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        *flags,
+        *overrides,
+        "hydra.mode=RUN",
+        f"hydra.run.dir={quoted(escaped(str(folder)))}",
+    ]
     with (folder / OUTPUT).open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
         try:

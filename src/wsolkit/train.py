@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import as_named, check_config, run_command
+from wsolkit.config import as_named, check_config, plain, run_command
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.overrides import escaped
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -138,11 +139,11 @@ def method_name(cfg: DictConfig) -> str:
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, resolved, to config.yaml."""
+    """Write the settings, resolved, to config.yaml, for OmegaConf to read: ${ in a text is escaped."""
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(escaped(plain(cfg))), encoding="utf-8")
 
 
 def report(
