@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Transformer
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
@@ -343,11 +342,11 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
     Raises:
         CheckpointError: the checkpoint cannot be read, or another method or backbone than its own is given.
     """
-    (override,) = OverridesParser.create().parse_overrides(
-        [[argument for argument in given if argument.startswith("checkpoint=")][-1]]
-    )
-    several = override.is_sweep_override()  # over checkpoints of one method
-    path = next(override.sweep_iterator(Transformer.str)) if several else override.value()
+    parse = OverridesParser.create().parse_override
+    override = parse([argument for argument in given if argument.startswith("checkpoint=")][-1])
+    if override.is_sweep_override():  # over checkpoints of one method
+        override = parse(f"checkpoint={next(override.sweep_string_iterator())}")
+    path = override.value()
     if path is None:
         return list(given)
     with warnings.catch_warnings():

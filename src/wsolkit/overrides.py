@@ -108,8 +108,8 @@ class _Values:
             value: as typed.
             sweep: whether commas part values, of which each has a job of its own.
         """
-        if self._exists(value):
-            return self._item(value)
+        if self._exists(value) and not re.fullmatch(_QUOTED, value, re.DOTALL):
+            return self._text(value)
         sweep = sweep and not self.setting.startswith("hydra.")
         if sweep and _FUNCTION.fullmatch(value):
             return value
@@ -193,6 +193,7 @@ def quoted(text: str) -> str:
     return str(QuotedString(text, Quote.single).with_quotes())
 
 
+@cache
 def parsed(value: str) -> Any:
     """What Hydra takes a value for; None, too, if it cannot read it."""
     try:
