@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from wsolkit import Localizer
 from wsolkit.backbones.pretrained import create
 from wsolkit.checkpoint import BestCheckpoint, choose_groups, read_checkpoint, restore
-from wsolkit.config import as_text, check_config, load_config, locate, plain
+from wsolkit.config import check_config, load_config, locate, plain
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.overrides import escaped
 
 NAMES = [
     "../../../elsewhere/evil",
@@ -138,7 +139,7 @@ def _at(node: Any, path: tuple[str, ...]) -> Any:
 
 @pytest.mark.parametrize("text", ["a${b}", "\\${b}", "\\\\${b}\\", "${", "$ {x}", "C:\\data\\", "a${b}c\\${d}"])
 def test_text_stays_text_in_settings(text: str) -> None:
-    assert OmegaConf.create(as_text({"a": [text]})).a[0] == text
+    assert OmegaConf.create(escaped({"a": [text]})).a[0] == text
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from tests.fresh import FRESH, command
 from tests.test_commands import TINY, config, weights
 from tests.test_resume import _train, finish, stop
 from wsolkit.checkpoint import is_whole, read_checkpoint
-from wsolkit.config import as_override
 from wsolkit.data.shapes import ShapesRecords
 from wsolkit.errors import CheckpointError, TrainingError
 from wsolkit.methods.sat import SAT
+from wsolkit.overrides import as_overrides
 from wsolkit.train import train
 from wsolkit.types import TrainingBatch
 
@@ -110,7 +110,7 @@ def test_batch_is_divided_until_it_fits(tmp_path: Path, monkeypatch: pytest.Monk
         return loss
 
     change_losses(monkeypatch, fill)
-    assert as_override("dataset.batch_size=auto") == "fit_memory=true"
+    assert as_overrides(["dataset.batch_size=auto"], ()) == ["fit_memory=true"]
     assert train(config(*SETTINGS, "fit_memory=true"), tmp_path / "found") == expected
     for name, value in weights(tmp_path / "given").items():
         assert torch.equal(weights(tmp_path / "found")[name], value), name

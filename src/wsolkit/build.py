@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import shlex
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,7 +28,7 @@ from torch import nn
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.checkpoint import AtomicCheckpointIO
-from wsolkit.config import CONF, arguments, check_config, locate, plain
+from wsolkit.config import CONF, arguments, built, check_config, locate, plain
 from wsolkit.csv_log import RunLog
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
@@ -72,7 +72,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
 
 def build_records(cfg: DictConfig) -> Callable[[Split], Records]:
     """What reads a split of `cfg.dataset` from its official files."""
-    read: Callable[[Split], Records] = instantiate(cfg.dataset.records, _convert_="all")
+    read: Callable[[Split], Records] = built(cfg.dataset.records)
     return read
 
 
@@ -133,7 +133,7 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
     mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
     training = Training(
         optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),
-        schedule=instantiate(cfg.schedule, _convert_="all"),
+        schedule=built(cfg.schedule),
         seed=cfg.seed,
         config=plain(cfg),
         class_names=class_names,
@@ -217,7 +217,7 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
     loggers: list[Logger] = []
     for node in cfg.logger.values():
         kind = str(node._target_).rpartition(".")[2]
-        build = functools.partial(instantiate, node, save_dir=str(folder), _convert_="all")
+        build = functools.partial(built, node, save_dir=str(folder))
         if kind == "WandbLogger":
             build = functools.partial(build, **_place_in_wandb(cfg, node, folder))
             if continued_at is not None:
@@ -281,7 +281,7 @@ def _reaches_wandb(logger: WandbLogger) -> bool:
             raise ConfigError(f"logger.wandb.project: {error}") from error
         rank_zero_warn(
             f"W&B cannot be reached, or does not know you ({str(error).splitlines()[0]}): the run is logged offline; "
-            f"`wandb sync {logger.save_dir}/wandb/offline-run-*` sends it later"
+            f"`wandb sync {shlex.quote(str(logger.save_dir))}/wandb/offline-run-*` sends it later"
         )
         return False
     return True
@@ -302,7 +302,7 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
     settings = arguments(cfg.trainer)
     plugins: list[Any] = [AtomicCheckpointIO(), *_environment()]
     if isinstance(settings.get("profiler"), dict):
-        settings["profiler"] = instantiate(cfg.trainer.profiler)
+        settings["profiler"] = built(cfg.trainer.profiler)
     if settings.pop("sync_batchnorm", False):
         plugins.append(SyncBatchNormPlugin())
     StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)

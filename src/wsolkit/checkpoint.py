@@ -39,10 +39,11 @@ from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import as_text, load_config, plain
+from wsolkit.config import load_config, plain
 from wsolkit.csv_log import RunLog
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.methods.base import WSOLModule
+from wsolkit.overrides import escaped
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -450,17 +451,22 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
     """A command line with the groups of its checkpoint before `checkpoint=…`, so that the user's settings prevail.
 
     Args:
-        given: arguments, one of them `checkpoint=…`.
+        given: arguments in Hydra's grammar, one of them `checkpoint=…`.
         with_protocol: whether the first protocol of the checkpoint is chosen too.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or another method or backbone than its own is given.
     """
-    path = [argument.removeprefix("checkpoint=") for argument in given if argument.startswith("checkpoint=")][-1]
-    several = not Path(path).exists() and "," in path  # a sweep over checkpoints, of one method
+    parse = OverridesParser.create().parse_override
+    override = parse([argument for argument in given if argument.startswith("checkpoint=")][-1])
+    if override.is_sweep_override():  # over checkpoints of one method
+        override = parse(f"checkpoint={next(override.sweep_string_iterator())}")
+    path = override.value()
+    if path is None:
+        return list(given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who builds the model says it
-        checkpoint = read_checkpoint((path.split(",")[0] if several else path).strip("'"))
+        checkpoint = read_checkpoint(str(OmegaConf.create({"path": path}).path))
     names = checkpoint.names()
     with suppress(ConfigError):  # a method of the user's own, in another folder
         if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
@@ -595,7 +601,7 @@ def _merge(node: DictConfig, saved: Mapping[str, Any], derived: bool) -> None:
         if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
             _merge(node[key], value, derived)
         elif not _mentions_target(value) and not (derived and node[key] == value):
-            node[key] = as_text(value)
+            node[key] = escaped(value)
 
 
 def _mentions_target(value: object) -> bool:

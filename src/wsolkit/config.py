@@ -8,14 +8,18 @@ import inspect
 import io
 import os
 import re
+import shlex
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
+import hydra.core.utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -24,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
+from wsolkit.overrides import as_overrides, escaped
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -47,6 +52,11 @@ _EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slu
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
+# Hydra puts the absolute path of the run directory into its settings as it is, where ${ would be an interpolation.
+_paths = types.SimpleNamespace(**vars(os.path) | {"abspath": lambda path: escaped(os.path.abspath(path))})  # noqa: PTH100
+hydra.core.utils.os = types.SimpleNamespace(**vars(os) | {"path": _paths})
+
+
 def load_config(*overrides: str) -> DictConfig:
     """Compose the settings of `python -m wsolkit.train` with overrides such as "method=sat" or "optimizer.lr=1e-4".
 
@@ -55,29 +65,41 @@ def load_config(*overrides: str) -> DictConfig:
     """
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg: DictConfig = hydra.compose("train", overrides=[as_override(given) for given in overrides])
+            cfg: DictConfig = hydra.compose("train", overrides=as_overrides(overrides, _referable()))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
 
 
-def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) -> None:
+def run_command(
+    config_name: str,
+    task: Callable[[DictConfig, Path], object],
+    complete: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
 
     Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
     traceback too.
+
+    Args:
+        config_name: of the command's YAML file.
+        task: what it does.
+        complete: makes of its arguments, in Hydra's grammar, those that it is run with.
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     failures: list[Exception] = []
+    begun: list[Path] = []  # run directories
 
     def job(cfg: DictConfig) -> None:
         if not traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # not for the processes that the task starts
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
+            begun.append(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
+                begun.clear()
             else:
                 watch_sweep()
                 _prepare_children()
@@ -92,9 +114,9 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
+        sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable()))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         for failure in failures:
             raise failure
@@ -127,14 +149,15 @@ def run_command_on_checkpoint(
     Args:
         with_protocol: whether with the checkpoint's first protocol, too.
     """
-    if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
+
+    def complete(arguments: list[str]) -> list[str]:
+        if not any(argument.startswith("checkpoint=") for argument in arguments):
+            return arguments
         from wsolkit.checkpoint import choose_groups
 
-        try:
-            sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol)
-        except WsolkitError as error:
-            sys.exit(f"error: {error}")
-    run_command(config_name, task)
+        return choose_groups(arguments, with_protocol)
+
+    run_command(config_name, task, complete)
 
 
 def as_named(folder: Path) -> Path:
@@ -148,32 +171,8 @@ def name_directory() -> None:
     for index, argument in enumerate(sys.argv[1:], start=1):
         of_option = sys.argv[index - 1].startswith("-")
         if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
-            escaped = argument.replace("'", "\\'")
-            sys.argv[index] = f"directory='{escaped}'"
+            sys.argv[index] = f"directory={argument}"
             break
-
-
-def as_override(argument: str) -> str:
-    """What is given on the command line, in Hydra's grammar.
-
-    The value of `setting=path` is quoted where there is such a path, since = , [ ] mean something to Hydra, and so are
-    patterns and names of classes; and a post-process may be added with + as if it were not among the settings.
-    `dataset.batch_size=auto` keeps the global batch, and divides it.
-    """
-    if argument.startswith("+postprocess="):
-        return argument[1:]
-    if argument == "dataset.batch_size=auto":
-        return "fit_memory=true"
-    if argument.startswith("-"):
-        return argument
-    setting, equals, value = argument.partition("=")
-    special = set("=,[]{}()#$' \t") & set(value)
-    is_path = special and "/" in value and Path(value).exists()
-    is_text = setting in ("source", "output") or (setting == "classes" and special)
-    if value == "null" or not (equals and value and (is_path or (is_text and value[0] not in "'\""))):
-        return argument
-    escaped = value.replace("'", "\\'")
-    return f"{setting}='{escaped}'"
 
 
 def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
@@ -187,25 +186,37 @@ def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
 
 
+def given_overrides() -> list[str]:
+    """Overrides of this job, in Hydra's grammar."""
+    return list(_hydra_settings()["overrides"]["task"])
+
+
+def _hydra_settings() -> dict[str, Any]:
+    """Hydra's settings, without resolving what is in them: overrides may hold interpolations."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(HydraConfig.get(), resolve=False))
+
+
 def _command_line() -> tuple[list[str], list[str]]:
     """Overrides of this one job, and the flags that its command was started with."""
-    settings = HydraConfig.get()
-    sources = settings.runtime.config_sources
-    flags = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    return list(settings.overrides.task), flags
+    sources = _hydra_settings()["runtime"]["config_sources"]
+    flags = [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
+    return given_overrides(), flags
 
 
 def _prepare_children() -> None:
     """Make the command line and the run directory those of this one job.
 
-    DDP starts the command again for each device, with this process's command line and `hydra.run.dir`.
+    DDP starts the command again for each device, with this process's command line and `hydra.run.dir` between double
+    quotes, in this process's folder.
     """
     overrides, flags = _command_line()
     sys.argv[1:] = [*flags, *overrides, "hydra.mode=RUN"]
     instance = HydraConfig.instance().cfg
     assert instance is not None
+    folder = escaped(HydraConfig.get().runtime.output_dir)
     with read_write(instance.hydra):
-        instance.hydra.run.dir = HydraConfig.get().runtime.output_dir
+        instance.hydra.run.dir = escaped(QuotedString(folder, Quote.double).with_quotes()[1:-1])
+        instance.hydra.runtime.cwd = escaped(str(Path.cwd()))
 
 
 def explain(error: Exception) -> str:
@@ -213,7 +224,14 @@ def explain(error: Exception) -> str:
     if isinstance(error, WsolkitError):
         return str(error)
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}' cannot be read as a setting: {str(error).splitlines()[0]}"
+        return f"'{error.override}' cannot be read as a setting: {_as_it_should_be(error.override)}"
+    several = re.search(r"Ambiguous value for argument '(.*)'\n1\.", str(error), re.DOTALL)
+    if several:
+        setting, _, value = several[1].partition("=")
+        return (
+            f"'{several[1]}' has several values: add -m to run each of them, or write '{setting}=[{value}]' for a "
+            f"list, or {_in_quotes(setting, value)} for one text"
+        )
     needed = re.search(r"Missing mandatory value: (\S+)", str(error))
     if needed:
         return f"required and not given: {needed[1]}. Add {needed[1]}=…"
@@ -231,6 +249,21 @@ def explain(error: Exception) -> str:
             where, key = candidate.full_key or str(candidate.key), str(candidate.key)
             return f"there is no setting '{where}'{_choices(key, map(str, parent))}"
     return "\n".join(line for line in str(error).splitlines() if line.strip())
+
+
+def _as_it_should_be(override: str) -> str:
+    setting, equals, value = override.partition("=")
+    if not equals:
+        return "expected SETTING=VALUE"
+    if value[:1] in ("[", "{"):
+        example = f'{setting}=["first, one","second"]'
+        return f"put texts in it in quotes, such as {shlex.quote(example)}"
+    return f"put a text in quotes: {_in_quotes(setting, value)}"
+
+
+def _in_quotes(setting: str, text: str) -> str:
+    """A setting whose value is a text, for the shell."""
+    return shlex.quote(f"{setting}={QuotedString(text, Quote.double).with_quotes()}")
 
 
 def _choices(wrong: str, options: Iterable[str]) -> str:
@@ -283,6 +316,11 @@ class RunSettings(typing.TypedDict, total=False):
     num_workers: int | typing.Literal["auto"]
     device: str
     precision: typing.Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+def _referable() -> set[str]:
+    """Names that interpolations of settings begin with."""
+    return {*RunSettings.__annotations__, *(folder.name for folder in CONF.iterdir() if folder.is_dir())}
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -381,8 +419,8 @@ def _own_folders() -> list[Path]:
     """Folders of YAML files that the command line adds to the package's."""
     if not HydraConfig.initialized():
         return []
-    sources = HydraConfig.get().runtime.config_sources
-    return [Path(source.path) for source in sources if source.schema == "file" and Path(source.path) != CONF]
+    sources = _hydra_settings()["runtime"]["config_sources"]
+    return [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
 
 
 @functools.cache
@@ -400,13 +438,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", container)
 
 
-def as_text(value: Any) -> Any:
-    """A value for a configuration in which each string stands for itself: `${…}` in it is no interpolation."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
-    if isinstance(value, Mapping):
-        return {key: as_text(inner) for key, inner in value.items()}
-    return [as_text(inner) for inner in value] if isinstance(value, list) else value
+def built(node: DictConfig, **more: Any) -> Any:
+    """What the `_target_` of a node makes of the node's settings, and of more arguments."""
+    # Twice, since Hydra resolves settings twice.
+    return hydra.utils.instantiate(escaped(escaped(plain(node) | more)), _convert_="all")
 
 
 def arguments(node: DictConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 def demo(cfg: DictConfig, _: Path) -> None:
     """Serve the page of `cfg.checkpoint` until Ctrl-C, or until the process is asked to end."""
     import numpy as np
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     if find_spec("gradio") is None:
@@ -40,7 +39,7 @@ def demo(cfg: DictConfig, _: Path) -> None:
     from wsolkit.predict import find_images
 
     checkpoint = read_checkpoint(cfg.checkpoint)
-    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task, protocols=True)
+    cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
     check_config(cfg)
     quieten_libraries()
     base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))

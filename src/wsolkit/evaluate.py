@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.run_directory import one_run
 from wsolkit.train import finish, method_name, report, save_config, title
@@ -40,7 +40,6 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate `cfg.checkpoint`."""
     import lightning
-    from hydra.core.hydra_config import HydraConfig
     from lightning_utilities.core.rank_zero import rank_zero_warn
 
     from wsolkit.build import (
@@ -60,7 +59,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.trouble import check_finite, named_compilation
 
     checkpoint = read_checkpoint(cfg.checkpoint)
-    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task)
+    cfg = restore(cfg, checkpoint, given_overrides())
     check_config(cfg)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import check_config, run_command_on_checkpoint
+from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 
 def export(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.checkpoint` to the file `cfg.output`, and compare the two."""
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from wsolkit.build import quieten_libraries
@@ -36,7 +35,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     if lacking:
         raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
     checkpoint = read_checkpoint(cfg.checkpoint)
-    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task, protocols=True)
+    cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
     check_config(cfg)
     quieten_libraries()
     output = Path(cfg.output)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wsolkit.config import check_config, run_command
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.export import check_place
+from wsolkit.overrides import escaped
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,7 +40,7 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"method={cfg.method.name}: released files of {', '.join(METHODS)} are read, not of others")
     quieten_libraries()
     source = Path(cfg.source)
-    cfg.output = cfg.output or str(source.with_name(f"{source.name.split('.')[0]}.ckpt"))
+    cfg.output = escaped(cfg.output or str(source.with_name(f"{source.name.split('.')[0]}.ckpt")))
     output = Path(cfg.output)
     numbered = cfg.dataset.name == "folder" and OmegaConf.is_missing(cfg.dataset, "root")
     if numbered:

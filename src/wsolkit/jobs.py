@@ -27,11 +27,12 @@ from typing import Any, Literal
 
 import psutil
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from wsolkit.drafts import remove_drafts, write_text
 from wsolkit.errors import JobError
 from wsolkit.locks import is_held
+from wsolkit.overrides import escaped, quoted
 from wsolkit.run_directory import LOCK
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
@@ -97,6 +98,8 @@ def read_job(folder: Path) -> Job | None:
 
 def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
+    if isinstance(overrides, ListConfig):  # in which an override may look like an interpolation
+        overrides = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
     own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
     own.sort(key=lambda override: not override.startswith(_FIRST))
     readable = []
@@ -127,10 +130,12 @@ def swept(folder: Path) -> dict[str, Any]:
     job, plan = read_job(folder), folder.parent / "multirun.yaml"  # Hydra's record of the sweep
     if job is None or not plan.is_file():
         return {}
-    hydra = OmegaConf.load(plan).hydra
-    grid = [f"{key}={values}" for key, values in (hydra.sweeper.get("params") or {}).items()]
+    hydra: Any = OmegaConf.to_container(OmegaConf.load(plan).hydra, resolve=False)
+    grid = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
     parse = OverridesParser.create().parse_overrides
-    varied = {given.get_key_element() for given in parse([*grid, *hydra.overrides.task]) if given.is_sweep_override()}
+    varied = {
+        given.get_key_element() for given in parse([*grid, *hydra["overrides"]["task"]]) if given.is_sweep_override()
+    }
     own = {given.get_key_element(): given.value() for given in parse(job.overrides)}
     return {key: value for key, value in own.items() if key in varied}
 
@@ -160,7 +165,8 @@ def run_job(
         remove_drafts([folder / RECORD])
         job = Job(list(overrides), settings)
         job.write(folder)
-    command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
+    place = f"hydra.run.dir={quoted(escaped(str(folder)))}"
+    command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", place]
     _await_end_of_run(folder)
     with (folder / OUTPUT).open("w", encoding="utf-8") as output:
         process = subprocess.Popen(

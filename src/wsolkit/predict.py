@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import as_named, check_config, plain, run_command_on_checkpoint
+from wsolkit.config import as_named, check_config, given_overrides, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.names import file_name
 
@@ -42,7 +42,6 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     Raises:
         SystemExit: with code 3, some images have no predictions.
     """
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from rich.progress import track
 
@@ -56,7 +55,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     if lacking:
         raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
     checkpoint = read_checkpoint(cfg.checkpoint)
-    cfg = restore(cfg, checkpoint, HydraConfig.get().overrides.task, protocols=True)
+    cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
     check_config(cfg)
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size}: expected 1 or more")

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
     from wsolkit.data.records import FileRecords, Records, Split
 
 
-def prepare(cfg: DictConfig, _: Path) -> None:
-    """Prepare `cfg.dataset`."""
+def prepare(cfg: DictConfig, _: Path, typed: Sequence[str] = ()) -> None:
+    """Prepare `cfg.dataset`.
+
+    Args:
+        typed: arguments of the command, which training is to be given too.
+    """
     check_config(cfg)
     name = cfg.dataset.name
     if cfg.dataset.get("root") is None:
@@ -70,6 +75,8 @@ def prepare(cfg: DictConfig, _: Path) -> None:
         records = write_index(index, splits, read, plain(cfg)["dataset"]["records"], root)
     files = [root / archive.file for archive in archives.values() if archive.unpack]  # others are read as they are
     show(cfg, records, index, [path for path in files if path.is_file()])
+    own = [argument for argument in typed if not argument.startswith(("progress=", "hydra."))]
+    print(f"Train: {shlex.join(['python', '-m', 'wsolkit.train', *own])}")
 
 
 def remove_leftovers(index: Path, state: Path) -> None:
@@ -162,7 +169,6 @@ def install(archives: Mapping[str, Archive], root: Path, show_progress: bool) ->
 
 def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, archives: Sequence[Path]) -> None:
     """Print what there is, and what to do with it."""
-    from hydra.core.hydra_config import HydraConfig
     from rich.table import Table
 
     from wsolkit.data.masks import MaskFiles
@@ -184,15 +190,13 @@ def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, arc
     say(f"Index: {index} ({index.stat().st_size / 2**20:.1f} MiB), used from now on without being asked for")
     if archives:
         say(f"No longer needed: {', '.join(map(str, archives))}")
-    given = [override for override in HydraConfig.get().overrides.task if not override.startswith("progress=")]
-    say(f"Train: {shlex.join(['python', '-m', 'wsolkit.train', *given])}")
 
 
 def main() -> None:
     """Entry point of the command."""
     if {"-m", "--multirun"} & set(sys.argv):
         sys.exit("error: data sets are prepared one by one: leave out -m")
-    run_command("prepare", prepare)
+    run_command("prepare", partial(prepare, typed=sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _with_record(job: Job, folder: Path, name: str) -> Run:
 def _without_record(folder: Path, name: str) -> Run:
     """A run that was not started by a sweep: it is finished if it has metrics; otherwise nobody knows."""
     try:
-        overrides = list(OmegaConf.load(folder / _OVERRIDES))
+        overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / _OVERRIDES), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise JobError(f"'{folder / _OVERRIDES}' is damaged ({error})") from error
     settings = read_settings(folder / (_USED if (folder / _USED).is_file() else _COMPOSED))

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import as_named, check_config, run_command
+from wsolkit.config import as_named, check_config, plain, run_command
 from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.overrides import escaped
 from wsolkit.run_directory import one_run
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ def method_name(cfg: DictConfig) -> str:
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, resolved, to config.yaml."""
+    """Write the settings, resolved, to config.yaml, for OmegaConf to read: ${ in a text is escaped."""
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(escaped(plain(cfg))))
 
 
 def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]) -> None:
