@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import warnings
 import zipfile
@@ -40,6 +39,7 @@ import wsolkit
 from wsolkit.backbones.weights import StateDict
 from wsolkit.config import load_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.signals import SIGNALS
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -97,14 +97,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpointing):
     """Keeps checkpoints from which a run goes on exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
 
-    Written at the end of each epoch, after its validation; in between, now and then and when SIGTERM asks the run to
-    stop, as a cluster does that needs the machine.
+    Written at the end of each epoch, after its validation; in between, now and then and when a signal stops the run.
 
     Args:
         folder: of the checkpoints.
         every_n_steps: also after so many optimizer steps.
         every_n_minutes: also after so many minutes.
         requeue: a run that SIGTERM stops puts its job back into SLURM's queue, if it is one.
+
+    Attributes:
+        saved_step: the optimizer step after which the last was written, or after which the run went on.
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, every_n_minutes: float | None, requeue: bool) -> None:
@@ -116,19 +118,17 @@ class LastCheckpoint(Checkpointing):
         self.every_n_minutes = every_n_minutes
         self.requeue = requeue
         self._saved_at = time.monotonic()
-        self._saved_step = 0
+        self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
-        if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # "your time is nearly over"
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
-        if _between_steps(trainer) and self._is_due(trainer):
+        if between_steps(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -142,16 +142,21 @@ class LastCheckpoint(Checkpointing):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
-        if not isinstance(exception, SIGTERMException):
-            return
-        if trainer.training and _between_steps(trainer) and trainer.global_step > self._saved_step:
+        together = isinstance(exception, SIGTERMException)  # all processes are here
+        if together and trainer.training and between_steps(trainer) and trainer.global_step > self.saved_step:
             self._save(trainer)
-        if self.requeue and trainer.is_global_zero:
+        if self.requeue and trainer.is_global_zero and signal.SIGTERM in (SIGNALS.reason, SIGNALS.received):
             _requeue()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         self._save(trainer)
+
+    def left(self) -> str:
+        """What a run that ends now leaves to go on from, in a few words."""
+        if not (self.folder / LAST).is_file():
+            return "there is no checkpoint yet"
+        return f"'{self.folder / LAST}' is of step {self.saved_step}"
 
     def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -163,10 +168,10 @@ class LastCheckpoint(Checkpointing):
             os.link(last, draft)  # so that last.ckpt is there at any moment
             draft.replace(self.folder / PREVIOUS)
         trainer.save_checkpoint(last)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
 
-def _between_steps(trainer: Trainer) -> bool:
+def between_steps(trainer: Trainer) -> bool:
     """Whether a run could go on exactly from here.
 
     Not at the end of an epoch: it would leave out its validation. Nor where gradients of several batches are being

@@ -6,6 +6,8 @@ import difflib
 import inspect
 import os
 import re
+import shlex
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job
+from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -86,10 +89,12 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    end_with_parent()
     sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        with SIGNALS.listening():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         for failure in failures:
             raise failure
     except (WsolkitError, HydraException, OmegaConfBaseException) as error:
@@ -97,8 +102,11 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if is_first():
+            print(stop.said, file=sys.stderr)
+        raise stop from None
 
 
 def run_command_on_checkpoint(
@@ -175,6 +183,16 @@ def _command_line() -> tuple[list[str], list[str]]:
     sources = settings.runtime.config_sources
     flags = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     return list(settings.overrides.task), flags
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to go on with the run in a directory."""
+    goes_on = ["resume=auto", as_override(f"hydra.run.dir={as_named(folder)}")]
+    if not HydraConfig.initialized():
+        return " ".join(goes_on)
+    overrides, flags = _command_line()
+    own = [override for override in overrides if not override.startswith("resume=")]
+    return shlex.join(["python", "-m", "wsolkit.train", *flags, *own, *goes_on])
 
 
 def _prepare_children() -> None:

@@ -49,6 +49,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         quieten_libraries,
     )
     from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.companions import stoppable
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.metrics.evaluation import Outcome
     from wsolkit.profiling import StepProfiler
@@ -98,7 +99,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     log_settings(loggers, module.training_settings.config, folder)
     try:
-        with named_compilation():
+        with stoppable(trainer), named_compilation():
             if datamodule.held_out:
                 module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
                 trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
