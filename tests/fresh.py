@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 
@@ -54,7 +54,9 @@ def _start(
     return call, process
 
 
-def _finished(call: list[str], process: ForkServerProcess, printed: Path, timeout: float | None = None) -> Any:
+def _finished(
+    call: list[str], process: ForkServerProcess, printed: Path, timeout: float | None = None
+) -> CompletedProcess[str]:
     process.join(timeout)
     assert process.exitcode is not None, f"it hangs: {(printed / 'stderr').read_text(encoding='utf-8')}"
     said = ((printed / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr"))
@@ -96,12 +98,12 @@ class Running:
     def numbers(self) -> list[int]:
         """The processes' numbers by rank, once they are there."""
         path = self.folder / "numbers"
-        return json.loads(path.read_text()) if path.is_file() else []
+        return list(json.loads(path.read_text())) if path.is_file() else []
 
     def finish(self, timeout: float) -> CompletedProcess[str]:
         """Wait for its end; an error if it does not end in time, or leaves a process behind."""
         try:
-            done: CompletedProcess[str] = _finished(self._call, self._process, self.folder, timeout)
+            done = _finished(self._call, self._process, self.folder, timeout)
             left = [number for number in self.numbers if Path(f"/proc/{number}").exists()]
             assert not left, f"processes stay: {left}"
             return done
@@ -172,14 +174,14 @@ def _fork_others(count: int, printed: Path) -> None:
 
     class Forked(subprocess.Popen):  # type: ignore[type-arg]
         def __init__(self, command: list[str], env: dict[str, str], cwd: str) -> None:
-            self.args, self.returncode, self._child_created = command, None, True  # type: ignore[attr-defined, assignment]
+            self.args, self.returncode, self._child_created = command, None, True
             self.stdin = self.stdout = self.stderr = None
             self._waitpid_lock = threading.Lock()
             self.pid, order = waiting.pop(0)
             with os.fdopen(order, "w") as pipe:
                 pipe.write(json.dumps({"command": command[2:], "env": env, "cwd": cwd}))
 
-    subprocess_script.subprocess = type("", (), {"Popen": Forked})  # type: ignore[attr-defined, assignment]
+    subprocess_script.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment, attr-defined]
 
 
 def _obey(command: list[str], env: dict[str, str], cwd: str) -> None:

@@ -31,13 +31,14 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import load_config, plain
+from wsolkit.config import as_named, load_config, plain
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.signals import SIGNALS
 
@@ -124,6 +125,12 @@ class LastCheckpoint(Checkpointing):
         """Lightning's hook."""
         self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: a validation that is begun again counts from 0."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if loop.restarted_mid_evaluation:
+            loop.batch_progress.reset()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -143,8 +150,12 @@ class LastCheckpoint(Checkpointing):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
         together = isinstance(exception, SIGTERMException)  # all processes are here
-        if together and trainer.training and between_steps(trainer) and trainer.global_step > self.saved_step:
-            self._save(trainer)
+        if together and trainer.global_step > self.saved_step:
+            if trainer.training and between_steps(trainer):
+                self._save(trainer)
+            elif trainer.validating and trainer.state.fn == TrainerFn.FITTING:
+                _begin_validation_again(trainer)
+                self._save(trainer)
         if self.requeue and trainer.is_global_zero and signal.SIGTERM in (SIGNALS.reason, SIGNALS.received):
             _requeue()
 
@@ -154,9 +165,10 @@ class LastCheckpoint(Checkpointing):
 
     def left(self) -> str:
         """What a run that ends now leaves to go on from, in a few words."""
-        if not (self.folder / LAST).is_file():
-            return "there is no checkpoint yet"
-        return f"'{self.folder / LAST}' is of step {self.saved_step}"
+        last = self.folder / LAST
+        return (
+            f"saved after step {self.saved_step} as '{as_named(last)}'" if last.is_file() else "nothing was saved yet"
+        )
 
     def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -179,6 +191,17 @@ def between_steps(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop.epoch_loop
     return not loop.batch_progress.is_last_batch and loop._accumulated_batches_reached()
+
+
+def _begin_validation_again(trainer: Trainer) -> None:
+    """Say that the validation of an epoch has begun, and none of its batches is done: a resumed run does them all.
+
+    What was counted of the first ones is no part of a checkpoint.
+    """
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.reset()
+    progress.increment_ready()
+    progress.increment_started()
 
 
 def _requeue() -> None:

@@ -84,7 +84,7 @@ class Companions(Callback):
             return
         self._rank, self._processes = trainer.global_rank, trainer.world_size
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self._store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
         self._agreement = Agreement(self._store)
         threading.Thread(target=self._give_signs_of_life, name="companions", daemon=True).start()
 

@@ -61,11 +61,14 @@ def load_config(*overrides: str) -> DictConfig:
     return cfg
 
 
-def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) -> None:
+def run_command(config_name: str, task: Callable[[DictConfig, Path], object], stopped: str = "") -> None:
     """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
 
     Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
-    traceback too.
+    traceback too. Where SIGTERM or Ctrl-C stops it, it exits with 143 or 130.
+
+    Args:
+        stopped: how to go on where it was stopped, unless the task says so.
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -104,18 +107,20 @@ def run_command(config_name: str, task: Callable[[DictConfig, Path], object]) ->
         sys.exit(1)
     except (Stopped, KeyboardInterrupt) as error:
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        stop.advice = stop.advice or stopped
         if is_first():
-            print(stop.said, file=sys.stderr)
+            print(stop, file=sys.stderr)
         raise stop from None
 
 
 def run_command_on_checkpoint(
-    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True
+    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True, stopped: str = ""
 ) -> None:
     """`run_command`, with the method, backbone and data set of `checkpoint=…` before the user's settings.
 
     Args:
         with_protocol: whether with the checkpoint's first protocol, too.
+        stopped: see `run_command`.
     """
     if any(argument.startswith("checkpoint=") for argument in sys.argv[1:]):
         from wsolkit.checkpoint import choose_groups
@@ -124,7 +129,7 @@ def run_command_on_checkpoint(
             sys.argv[1:] = choose_groups(sys.argv[1:], with_protocol)
         except WsolkitError as error:
             sys.exit(f"error: {error}")
-    run_command(config_name, task)
+    run_command(config_name, task, stopped)
 
 
 def as_named(folder: Path) -> Path:

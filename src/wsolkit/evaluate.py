@@ -204,7 +204,9 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Entry point of the command."""
-    run_command_on_checkpoint("evaluate", evaluate, with_protocol=False)
+    run_command_on_checkpoint(
+        "evaluate", evaluate, with_protocol=False, stopped="nothing is kept; the same command begins anew"
+    )
 
 
 if __name__ == "__main__":

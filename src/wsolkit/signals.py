@@ -27,12 +27,16 @@ class Stopped(SystemExit):
         number: of the signal.
 
     Attributes:
-        said: what is left and how to go on, in one line.
+        advice: what is left, and how to go on.
     """
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(128 + number)
-        self.said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+        self.advice = ""
+        self._said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+
+    def __str__(self) -> str:
+        return f"{self._said}: {self.advice}" if self.advice else self._said
 
 
 class Signals:
@@ -122,7 +126,7 @@ def _watch_parent() -> None:
 def leave(number: signal.Signals) -> None:
     """End this process, which a signal has stopped, where it cannot by itself."""
     if is_first():
-        print(Stopped(number).said, file=sys.stderr, flush=True)
+        print(Stopped(number), file=sys.stderr, flush=True)
     end("", 128 + number)
 
 

@@ -100,7 +100,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 )
             trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
     except Stopped as stop:
-        stop.said += f"; {last.left()}. Go on with: {command_to_resume(folder)}"
+        stop.advice = f"{last.left()}; go on with {command_to_resume(folder)}"
         raise
     finally:
         finish(loggers)

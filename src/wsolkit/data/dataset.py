@@ -201,7 +201,7 @@ class TrainingLoader(DataLoader[Sample]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lightning's hook: go on within the epoch, or with the next one."""
-        epoch, taken = state_dict["epoch"], state_dict["taken"]
+        epoch, taken = self._epoch, self._taken = state_dict["epoch"], state_dict["taken"]
         self._batches.epoch, self._batches.skip = (epoch + 1, 0) if taken >= self._limit else (epoch, taken)
 
 
