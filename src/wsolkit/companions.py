@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -24,7 +25,8 @@ from wsolkit.signals import LOOK, PARENT, PATIENCE, SIGNALS, Stopped, end, leave
 SILENCE = 60.0
 """Seconds after which a process on another machine that gives no sign of life is taken for dead."""
 _BEAT = 2.0  # seconds between signs of life
-_FURTHEST, _ALIVE, _LOST = "wsolkit/furthest", "wsolkit/alive", "wsolkit/lost"
+_FURTHEST, _ALIVE, _LOST = "furthest", "alive", "lost"
+_RUNS = itertools.count()  # of this process; the others count alike
 _LEFT = 2**40  # more signs of life than anybody gives
 _PASS = 2**40  # more points than a pass over a split has batches
 
@@ -84,7 +86,8 @@ class Companions(Callback):
             return
         self._rank, self._processes = trainer.global_rank, trainer.world_size
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._store = distributed.PrefixStore(f"wsolkit/{next(_RUNS)}", store)  # type: ignore[attr-defined]
         self._agreement = Agreement(self._store)
         threading.Thread(target=self._give_signs_of_life, name="companions", daemon=True).start()
 
@@ -132,11 +135,12 @@ class Companions(Callback):
             if SIGNALS.received is not None:
                 raise Stopped(SIGNALS.received)
 
-    def close(self, failed: bool) -> None:
+    def close(self, failed: bool, patience: float) -> None:
         """Leave the others; the first process waits for them, who need its store.
 
         Args:
             failed: whether that was not to be: the others end, too.
+            patience: seconds in which they may leave by themselves.
         """
         self._finished = True
         if self._store is not None:
@@ -144,9 +148,9 @@ class Companions(Callback):
                 if failed:
                     self._store.set(_LOST, "")
                 self._store.add(f"{_ALIVE}/{self._rank}", _LEFT)
-                if self._rank == 0 and not failed:
-                    _wait(PATIENCE, lambda: all(self._signs(rank) >= _LEFT for rank in range(1, self._processes)))
-        end_children(0 if failed else PATIENCE)
+                if self._rank == 0:
+                    _wait(patience, lambda: all(self._signs(rank) >= _LEFT for rank in range(1, self._processes)))
+        end_children(patience)
 
     def _stop_or_pass(self) -> None:
         self._pass()
@@ -202,23 +206,6 @@ class Launcher(_SubprocessScriptLauncher):
         SIGNALS.children, self.procs = self.procs, []  # Lightning then looks after none
         threading.Thread(target=_watch_children, name="children", daemon=True).start()
 
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Lightning's hook: start the others, and do a process's part."""
-        try:
-            return super().launch(function, *args, trainer=trainer, **kwargs)
-        except SIGTERMException:
-            raise  # all processes go on to save
-        except Exception as error:
-            try:
-                if _of_lost_connection(error):
-                    _wait_for_the_reason()
-            finally:
-                end_children(10 * LOOK)  # they may have failed alike, and are about to say so
-            raise
-        except BaseException:
-            end_children(0)
-            raise
-
 
 def _of_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(
@@ -257,9 +244,8 @@ def end_children(patience: float) -> None:
     Args:
         patience: seconds in which they may end by themselves.
     """
-    children = SIGNALS.children
+    children, SIGNALS.children = SIGNALS.children, []  # what they leave with is of no interest any more
     _wait(patience, lambda: all(child.poll() is not None for child in children))
-    SIGNALS.children = []  # those that are killed now are not lost
     for child in children:
         child.kill()
         child.wait()
@@ -317,16 +303,20 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-    failed = True
+    failed, patience = True, 10 * LOOK  # others may have failed alike, and are about to say so
     with SIGNALS.listening():
         try:
             yield
-            failed = False
+            failed, patience = False, PATIENCE
         except (SystemExit, KeyboardInterrupt):
-            failed = SIGNALS.reason is None
             asked = SIGNALS.reason or SIGNALS.received
             if asked is None:
                 raise
+            failed, patience = (True, 0.0) if SIGNALS.reason is None else (False, PATIENCE)
             raise Stopped(asked) from None
+        except RuntimeError as error:
+            if _of_lost_connection(error):
+                _wait_for_the_reason()
+            raise
         finally:
-            companions.close(failed)
+            companions.close(failed, patience)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ def _watch_parent() -> None:
 def leave(number: signal.Signals) -> None:
     """End this process, which a signal has stopped, where it cannot by itself."""
     if is_first():
-        print(Stopped(number), file=sys.stderr, flush=True)
+        _say(str(Stopped(number)))
     end("", 128 + number)
 
 
@@ -138,12 +137,14 @@ def end(lost: str, code: int = 1) -> None:
         code: exit code.
     """
     if lost:
-        print(
+        _say(
             f"error: {lost}, often because the machine's memory is full; the others end, too. Continue from the last "
-            "checkpoint with resume=auto",
-            file=sys.stderr,
-            flush=True,
+            "checkpoint with resume=auto"
         )
     for child in SIGNALS.children:
         child.kill()
     os._exit(code)
+
+
+def _say(line: str) -> None:
+    os.write(2, f"{line}\n".encode())  # another thread may be amid printing, for good
