@@ -1,16 +1,21 @@
-# make train: a fresh machine to a trained model. make test: the same set-up, then the tests. make notebooks: run the
-# notebooks again and store them with what they show.
+# make train: a fresh machine to a trained model. make test: the same set-up, then the tests; make test-all: the slow ones,
+# too. make notebooks: run the notebooks again and store them with what they show.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: train test notebooks lint format clean
+.PHONY: train test test-all notebooks lint format clean
 
 train: $(VENV)/installed
 	$(RUN) -m wsolkit.train $(ARGS)
 
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed
+	$(PYTEST) $(ARGS)
 
 notebooks: $(VENV)/installed
 	$(RUN) notebooks/execute.py $(ARGS)

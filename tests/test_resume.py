@@ -107,24 +107,24 @@ def test_killed_twenty_times(unbroken: tuple[Path, float], tmp_path: Path) -> No
     assert_same(tmp_path / "run", expected)
 
 
-def stop(folder: Path, step: int, queue: Path, *settings: str) -> None:
-    """Begin a run that SIGTERM stops in a step; scontrol is looked for in `queue`."""
-    process = FRESH.Process(target=_train_until_sigterm, args=(folder, step, queue, settings))
+def stop(folder: Path, step: int, queue: Path, *settings: str, within: str = "training_step") -> None:
+    """Begin a run that SIGTERM stops in a step, or in the validation after it; scontrol is looked for in `queue`."""
+    process = FRESH.Process(target=_train_until_sigterm, args=(folder, step, queue, settings, within))
     process.start()
     process.join()
     assert process.exitcode == 143, folder.with_suffix(".log").read_text()
 
 
-def _train_until_sigterm(folder: Path, step: int, queue: Path, settings: tuple[str, ...]) -> None:
+def _train_until_sigterm(folder: Path, step: int, queue: Path, settings: tuple[str, ...], within: str) -> None:
     """What a cluster does that needs the machine: SIGTERM, here in the middle of a step."""
-    training_step = SAT.training_step
+    hook = getattr(SAT, within)
 
-    def interrupted(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
+    def interrupted(self: SAT, batch: Any, batch_idx: int) -> Any:
         if self.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return training_step(self, batch, batch_idx)
+        return hook(self, batch, batch_idx)
 
-    SAT.training_step = interrupted  # type: ignore[assignment,method-assign]
+    setattr(SAT, within, interrupted)
     os.environ |= {"SLURM_JOB_ID": "17", "PATH": f"{queue}:{os.environ['PATH']}"}
     _train(folder, settings)
 
@@ -138,6 +138,17 @@ def test_sigterm_saves_and_requeues(unbroken: tuple[Path, float], tmp_path: Path
     assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == 5  # the step was finished
     assert (tmp_path / "queue").read_text() == "requeue 17\n"
     finish(begin(folder), folder)
+    assert_same(folder, unbroken[0])
+
+
+@pytest.mark.parametrize("step", [3, 6, 12])
+def test_sigterm_in_validation_saves_what_was_trained(step: int, unbroken: tuple[Path, float], tmp_path: Path) -> None:
+    """After the first, second and last epoch; stopped twice there, the run does all of the validation."""
+    folder, rare = tmp_path / "run", "checkpoints.every_n_steps=null"
+    for _ in range(2):
+        stop(folder, step, tmp_path, rare, within="validation_step")
+        assert read_checkpoint(folder / "checkpoints" / "last.ckpt").step == step
+    finish(begin(folder, rare), folder)
     assert_same(folder, unbroken[0])
 
 

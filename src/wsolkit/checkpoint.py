@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import warnings
 import zipfile
@@ -33,17 +32,19 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import load_config, plain
+from wsolkit.config import as_named, load_config, plain
 from wsolkit.csv_log import RunLog
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.overrides import escaped
+from wsolkit.signals import SIGNALS
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -110,14 +111,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpointing):
     """Keeps checkpoints from which a run goes on exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
 
-    Written at the end of each epoch, after its validation; in between, now and then and when SIGTERM asks the run to
-    stop, as a cluster does that needs the machine.
+    Written at the end of each epoch, after its validation; in between, now and then and when a signal stops the run.
 
     Args:
         folder: of the checkpoints.
         every_n_steps: also after so many optimizer steps.
         every_n_minutes: also after so many minutes.
         requeue: a run that SIGTERM stops puts its job back into SLURM's queue, if it is one.
+
+    Attributes:
+        saved_step: the optimizer step after which the last was written, or after which the run went on.
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, every_n_minutes: float | None, requeue: bool) -> None:
@@ -129,19 +132,23 @@ class LastCheckpoint(Checkpointing):
         self.every_n_minutes = every_n_minutes
         self.requeue = requeue
         self._saved_at = time.monotonic()
-        self._saved_step = 0
+        self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
-        if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # "your time is nearly over"
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook: a validation that is begun again counts from 0."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if loop.restarted_mid_evaluation:
+            loop.batch_progress.reset()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
-        if _between_steps(trainer) and self._is_due(trainer):
+        if between_steps(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -155,16 +162,26 @@ class LastCheckpoint(Checkpointing):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
-        if not isinstance(exception, SIGTERMException):
-            return
-        if trainer.training and _between_steps(trainer) and trainer.global_step > self._saved_step:
-            self._save(trainer)
-        if self.requeue and trainer.is_global_zero:
+        together = isinstance(exception, SIGTERMException)  # all processes are here
+        if together and trainer.global_step > self.saved_step:
+            if trainer.training and between_steps(trainer):
+                self._save(trainer)
+            elif trainer.validating and trainer.state.fn == TrainerFn.FITTING:
+                _begin_validation_again(trainer)
+                self._save(trainer)
+        if self.requeue and trainer.is_global_zero and signal.SIGTERM in (SIGNALS.reason, SIGNALS.received):
             _requeue()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         self._save(trainer)
+
+    def left(self) -> str:
+        """What a run that ends now leaves to go on from, in a few words."""
+        last = self.folder / LAST
+        return (
+            f"saved after step {self.saved_step} as '{as_named(last)}'" if last.is_file() else "nothing was saved yet"
+        )
 
     def _save(self, trainer: Trainer) -> None:
         if isinstance(trainer.lightning_module, WSOLModule):
@@ -178,10 +195,10 @@ class LastCheckpoint(Checkpointing):
             os.link(last, draft)  # so that last.ckpt is there at any moment
             draft.replace(self.folder / PREVIOUS)
         trainer.save_checkpoint(last)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
 
-def _between_steps(trainer: Trainer) -> bool:
+def between_steps(trainer: Trainer) -> bool:
     """Whether a run could go on exactly from here.
 
     Not at the end of an epoch: it would leave out its validation. Nor where gradients of several batches are being
@@ -189,6 +206,17 @@ def _between_steps(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop.epoch_loop
     return not loop.batch_progress.is_last_batch and loop._accumulated_batches_reached()
+
+
+def _begin_validation_again(trainer: Trainer) -> None:
+    """Say that the validation of an epoch has begun, and none of its batches is done: a resumed run does them all.
+
+    What was counted of the first ones is no part of a checkpoint.
+    """
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.reset()
+    progress.increment_ready()
+    progress.increment_started()
 
 
 def _requeue() -> None:

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
 import types
 import typing
@@ -28,7 +29,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
-from wsolkit.overrides import as_overrides, escaped
+from wsolkit.overrides import as_overrides, escaped, quoted
+from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -75,16 +77,18 @@ def run_command(
     config_name: str,
     task: Callable[[DictConfig, Path], object],
     complete: Callable[[list[str]], list[str]] = list,
+    stopped: str = "",
 ) -> None:
     """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
 
     Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
-    traceback too.
+    traceback too. Where SIGTERM or Ctrl-C stops it, it exits with 143 or 130.
 
     Args:
         config_name: of the command's YAML file.
         task: what it does.
         complete: makes of its arguments, in Hydra's grammar, those that it is run with.
+        stopped: how to go on where it was stopped, unless the task says so.
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -112,12 +116,14 @@ def run_command(
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
         sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable()))
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        with SIGNALS.listening():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         for failure in failures:
             raise failure
     except (WsolkitError, HydraException, OmegaConfBaseException) as error:
@@ -132,8 +138,12 @@ def run_command(
             f"error: '{error.filename}' cannot be read or written ({error.strerror}); results go to another folder "
             f"with {'output' if _has_output(config_name) else 'hydra.run.dir'}=DIR"
         )
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        stop.advice = stop.advice or stopped
+        if is_first():
+            print(stop, file=sys.stderr)
+        raise stop from None
 
 
 def _has_output(config_name: str) -> bool:
@@ -142,12 +152,13 @@ def _has_output(config_name: str) -> bool:
 
 
 def run_command_on_checkpoint(
-    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True
+    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True, stopped: str = ""
 ) -> None:
     """`run_command`, with the method, backbone and data set of `checkpoint=…` before the user's settings.
 
     Args:
         with_protocol: whether with the checkpoint's first protocol, too.
+        stopped: see `run_command`.
     """
 
     def complete(arguments: list[str]) -> list[str]:
@@ -157,7 +168,7 @@ def run_command_on_checkpoint(
 
         return choose_groups(arguments, with_protocol)
 
-    run_command(config_name, task, complete)
+    run_command(config_name, task, complete, stopped)
 
 
 def as_named(folder: Path) -> Path:
@@ -201,6 +212,16 @@ def _command_line() -> tuple[list[str], list[str]]:
     sources = _hydra_settings()["runtime"]["config_sources"]
     flags = [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
     return given_overrides(), flags
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to go on with the run in a directory."""
+    goes_on = ["resume=auto", f"hydra.run.dir={quoted(escaped(str(as_named(folder))))}"]
+    if not HydraConfig.initialized():
+        return " ".join(goes_on)
+    overrides, flags = _command_line()
+    own = [override for override in overrides if not override.startswith("resume=")]
+    return shlex.join(["python", "-m", "wsolkit.train", *flags, *own, *goes_on])
 
 
 def _prepare_children() -> None:

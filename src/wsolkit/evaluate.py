@@ -51,6 +51,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
         quieten_libraries,
     )
     from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.companions import stoppable
     from wsolkit.data.classes import are_numbers
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.profiling import StepProfiler
@@ -93,7 +94,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
     log_settings(loggers, module.training_settings.config, folder)
     try:
-        with named_compilation():
+        with stoppable(trainer), named_compilation():
             if datamodule.held_out:
                 module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
                 trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
@@ -201,7 +202,9 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Entry point of the command."""
-    run_command_on_checkpoint("evaluate", evaluate, with_protocol=False)
+    run_command_on_checkpoint(
+        "evaluate", evaluate, with_protocol=False, stopped="nothing is kept; the same command begins anew"
+    )
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def _overlay_path(folder: Path, name: str) -> Path:
 
 def main() -> None:
     """Entry point of the command."""
-    run_command_on_checkpoint("predict", predict)
+    run_command_on_checkpoint("predict", predict, stopped="what is done is kept, and the same command does the rest")
 
 
 if __name__ == "__main__":

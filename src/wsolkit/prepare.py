@@ -196,7 +196,7 @@ def main() -> None:
     """Entry point of the command."""
     if {"-m", "--multirun"} & set(sys.argv):
         sys.exit("error: data sets are prepared one by one: leave out -m")
-    run_command("prepare", partial(prepare, typed=sys.argv[1:]))
+    run_command("prepare", partial(prepare, typed=sys.argv[1:]), stopped="the same command goes on")
 
 
 if __name__ == "__main__":

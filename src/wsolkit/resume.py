@@ -142,7 +142,7 @@ class Continuation(Callback):
         epoch, taken, within = datamodule.start
         if within:
             _move(trainer, taken)
-        else:
+        elif not trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation:
             _begin_epoch(trainer)
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         self._set_rates(trainer, epoch * steps + taken // trainer.accumulate_grad_batches)

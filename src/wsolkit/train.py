@@ -7,17 +7,16 @@ was used.
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsolkit.config import as_named, check_config, plain, run_command
+from wsolkit.config import as_named, check_config, command_to_resume, plain, run_command
 from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.overrides import escaped
 from wsolkit.run_directory import one_run
+from wsolkit.signals import Stopped
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -32,7 +31,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
     from lightning.pytorch.callbacks import LearningRateMonitor
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from wsolkit.build import (
         build_datamodule,
@@ -43,6 +41,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         quieten_libraries,
     )
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
+    from wsolkit.companions import stoppable
     from wsolkit.data.subset import Subset
     from wsolkit.profiling import StepProfiler
     from wsolkit.progress import Progress
@@ -100,17 +99,19 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
             names = [training.name(index) for index in range(len(training.labels))]
             write_text(folder / "train_images.txt", "".join(f"{name}\n" for name in names))
     try:
-        log_settings(loggers, module.training_settings.config, folder)
-        with named_trouble(cfg.dataset.batch_size), named_compilation():
-            trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
-        if not best.best_model_path:
-            raise CheckpointError(
-                "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
-                f"trainer.max_epochs={cfg.trainer.max_epochs}"
-            )
-        trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # Lightning would leave with 0, as if all were done
+        with stoppable(trainer):
+            log_settings(loggers, module.training_settings.config, folder)
+            with named_trouble(cfg.dataset.batch_size), named_compilation():
+                trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+            if not best.best_model_path:
+                raise CheckpointError(
+                    "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at "
+                    f"most trainer.max_epochs={cfg.trainer.max_epochs}"
+                )
+            trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    except Stopped as stop:
+        stop.advice = f"{last.left()}; go on with {command_to_resume(folder)}"
+        raise
     finally:
         finish(loggers)
     if trainer.is_global_zero:

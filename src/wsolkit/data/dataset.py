@@ -251,6 +251,8 @@ class TrainingLoader(DataLoader[Sample]):
         epoch, skip = (epoch, self._skipped(state_dict)) if within else (epoch + 1, 0)
         self._batches.epoch, self._batches.skip = epoch, skip
         self.start = epoch, skip, within
+        # What a checkpoint says that is written before the next batch.
+        self._epoch, self._taken = (epoch, skip) if within else (epoch - 1, self._limit)
 
     def _skipped(self, place: Place) -> int:
         """How many batches to leave out: whole optimizer steps, and never the last one, after which comes validation.
