@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from wsolkit import Localizer
+from wsolkit.data.decoding import Exif
 from wsolkit.demo import listen, main
 
 if TYPE_CHECKING:
@@ -147,6 +148,17 @@ def set_threshold(page: Page, threshold: float) -> None:
     page.get_by_label("number input for Threshold τ").fill(str(threshold))
     page.get_by_label("number input for Threshold τ").press("Enter")
     page.locator(".boxes caption", has_text=f"τ = {threshold:g},").wait_for()
+
+
+@pytest.mark.parametrize(("exif", "shape"), [("apply", (60, 40, 3)), ("ignore", (40, 60, 3))])
+def test_photos_are_offered_as_the_model_sees_them(tmp_path: Path, exif: Exif, shape: tuple[int, ...]) -> None:
+    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    from wsolkit.demo_page import thumbnails
+
+    noted = PIL.Image.Exif()
+    noted[0x0112] = 6
+    photo = save(tmp_path / "photo.jpg", (60, 40), exif=noted)
+    assert [(picture.shape, path) for picture, path in thumbnails([Path(__file__), photo], exif)] == [(shape, photo)]
 
 
 def test_visitor_sees_what_the_localizer_finds(visit: Any, demo: Demo) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
@@ -30,6 +31,7 @@ Exif = Literal["apply", "ignore"]
 """Whether an image is turned as its EXIF orientation says: "apply": upright; "ignore": as it is stored."""
 
 _ORIENTATION = 0x0112
+_FLIPS = {2: 1, 3: -1, 4: 0, 6: 0, 7: -1, 8: 1}  # OpenCV's codes; those from 5 on are transposed after it
 _TAKES_BACK = {6: 8, 8: 6}  # every other orientation takes back itself
 _BITS, _PHOTOMETRIC, _WIDTH, _LENGTH, _SAMPLE_FORMAT = 258, 262, 256, 257, 339  # tags of TIFF files
 _ZERO_IS_WHITE, _SIGNED = 0, (2,)
@@ -115,14 +117,10 @@ def orientation(image: PIL.Image.Image) -> int:
 
 
 def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """Turn pixels [H, W, …] as an EXIF orientation says; 5 to 8 exchange height and width."""
-    if orientation == 1:
-        return pixels
-    if orientation in (3, 4, 6, 7):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 7, 8):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.swapaxes(0, 1) if orientation >= 5 else pixels)
+    """Turn pixels [H, W] or [H, W, 3] as an EXIF orientation says; 5 to 8 exchange height and width."""
+    if orientation in _FLIPS:
+        pixels = np.asarray(cv2.flip(pixels, _FLIPS[orientation]), np.uint8)
+    return np.asarray(cv2.transpose(pixels), np.uint8) if orientation >= 5 else pixels
 
 
 def stored_size(image: PIL.Image.Image) -> tuple[int, int]:
