@@ -20,13 +20,14 @@ ones. Images without one count for boxes alone. A pixel belongs to the object wh
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation
+from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation, say_left_out
 from wsolkit.data.listed import held_out_records, read_lists
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Split, check_boxes, check_count, file_records, require_folder
@@ -69,7 +70,9 @@ def imagenet_records(
     if split == "val":
         return held_out_records("ImageNetV2", Path(lists) / "val", base, wnids, expected)
     if split == "train":
-        names = [list_images(base / "train" / wnid) for wnid in wnids]
+        left_out: Counter[str] = Counter()
+        names = [list_images(base / "train" / wnid, left_out) for wnid in wnids]
+        say_left_out(base / "train", left_out)
         ids = [f"train/{wnid}/{name}" for wnid, found in zip(wnids, names, strict=True) for name in found]
         records = file_records(base, _not_empty(ids, base / "train"), _repeat(names), wnids, {}, None)
     else:

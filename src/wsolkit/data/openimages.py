@@ -40,15 +40,9 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
     check_count(split, len(ids), expected, "OpenImages30k")
     if split == "train":
         check_first_label(base / "metadata" / split / "class_labels.txt", set(labels))
-    folders: dict[int, str] = {}
+    classes = [str(label) for label in range(num_classes)]
     for name, label in zip(ids, labels, strict=True):
-        folder = PurePosixPath(name).parent.name
-        if folders.setdefault(label, folder) != folder:
-            raise DataError(
-                f"'{base / 'metadata' / split / 'class_labels.txt'}' gives label {label} to '{name}' and to images in "
-                f"'{folders[label]}': a class has one folder"
-            )
-    classes = [folders.get(label, str(label)) for label in range(num_classes)]
+        classes[label] = PurePosixPath(name).parent.name
     masks = None if split == "train" else _masks(base, base / "metadata" / split / "localization.txt", ids)
     return file_records(base, ids, labels, classes, {}, None, masks)
 
