@@ -27,8 +27,9 @@ import wsolkit
 from wsolkit.data.decoding import Exif
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import read_image
+from wsolkit.errors import DataError
 from wsolkit.interop import coco as files
-from wsolkit.predict import find_images, main
+from wsolkit.predict import find_images, given_labels, main
 
 CLASSES = ("black spots", "blue spots", "cyan spots")
 FINAL = ("predictions.json", "pseudo_labels.json", "predictions.csv")
@@ -431,6 +432,43 @@ def test_classes_are_read_from_a_table(trained: Path, images: Path, tmp_path: Pa
     assert len(lines(tmp_path / "out")) == 8
 
 
+class Classes:
+    """What a table of classes asks a localizer."""
+
+    def label(self, name: str) -> int:
+        return ("red", "blue").index(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a/0.png,red\nb/1.png,blue\n",
+        "\ufeffa/0.png,red\r\n\r\nb/1.png,blue",
+        "path,class\na/0.png , red \n , \nb/1.png,blue\t\n\n",
+        '"a\\0.png","red"\nb\\1.png,blue\n',
+        "a/0.png,red\nb/1.png,blue\na/0.png,red\nother.png,green\n",
+    ],
+)
+def test_tables_of_classes_may_be_written_in_many_ways(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(content, encoding="utf-8", newline="")
+    assert given_labels(str(tmp_path / "c.csv"), tmp_path, ["a/0.png", "b/1.png"], Classes()) == [0, 1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a/0.png,red\n\na/0.png,blue\n", r"c.csv:3: 'a/0.png' has another class than in line 1: keep one"),
+        (b"a/0.png,red\na\\0.png,blue\n", r"c.csv:2: 'a/0.png' has another class than in line 1: keep one"),
+        ("a/0.png,red\n".encode("utf-16"), r"c.csv' is not a text file in UTF-8, but in UTF-16 or no text at all"),
+        (b"a/0.png," + b"x" * 200_000, r"c.csv' cannot be read as a CSV file \(field larger than field limit"),
+    ],
+)
+def test_wrong_tables_of_classes_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        given_labels(str(tmp_path / "c.csv"), tmp_path, ["a/0.png", "b/1.png"], Classes())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -447,7 +485,7 @@ def test_classes_are_read_from_a_table(trained: Path, images: Path, tmp_path: Pa
         (["WHOLE", "source=others", "classes=folder"], "classes=folder: there is no class 'others'"),
         (["WHOLE", "classes=gone.csv"], "classes: 'gone.csv' cannot be read"),
         (["WHOLE", "classes=short.csv"], "'short.csv' has no line for 6 of 7 images, such as 'black spots/1.png'"),
-        (["WHOLE", "classes=twice.csv"], "twice.csv:2: 'black spots/0.png' is listed twice"),
+        (["WHOLE", "classes=twice.csv"], "twice.csv:2: 'black spots/0.png' has another class than in line 1"),
         (["WHOLE", "classes=wide.csv"], "wide.csv:1: ['black spots/0.png', '0', '1'] has 3 fields, expected 2"),
         (["WHOLE", "classes=0", "top_k=2"], "top_k=2 chooses classes by their probability"),
         (["WHOLE", "top_k=9"], "top_k=9: expected 1 to 8"),
@@ -469,7 +507,7 @@ def test_wrong_calls(
     (tmp_path / "empty").mkdir()
     save(tmp_path / "others" / "x.png")
     (tmp_path / "short.csv").write_text("black spots/0.png,0\n")
-    (tmp_path / "twice.csv").write_text("black spots/0.png,0\nblack spots/0.png,0\n")
+    (tmp_path / "twice.csv").write_text("black spots/0.png,0\nblack spots/0.png,1\n")
     (tmp_path / "wide.csv").write_text("black spots/0.png,0,1\n")
     whole = [f"checkpoint={trained}", "source=images", "output=out"]
     given = [part for name in arguments for part in (whole if name == "WHOLE" else [name])]

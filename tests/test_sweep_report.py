@@ -20,7 +20,7 @@ from tests import fresh
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import Job, State
 from wsolkit.reporting.charts import Shown
-from wsolkit.reporting.examples import write_examples
+from wsolkit.reporting.examples import read_examples, write_examples
 from wsolkit.reporting.sweep import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown, remarks
 from wsolkit.reporting.sweep_charts import axis, charts, file_name, line_chart, title
 from wsolkit.sweep_report import duration, gather
@@ -107,6 +107,17 @@ def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_files_may_begin_with_a_byte_order_mark(sweep: Path) -> None:
+    add_run(sweep / "e", "seed=3", accuracy=3.0)
+    add_pictures(sweep / "a")
+    before = gather(sweep)
+    for path in sorted(sweep.rglob("*")):
+        if path.suffix in (".json", ".yaml"):
+            path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert gather(sweep) == before
+    assert len(read_examples(sweep / "a")) == 1
 
 
 def test_command_writes_and_prints_the_report(sweep: Path) -> None:

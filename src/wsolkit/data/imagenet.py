@@ -27,13 +27,14 @@ ones. Images without one count for boxes alone. A pixel belongs to the object wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation, read_lines
+from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation, read_lines, say_left_out
 from wsolkit.data.layout import Layout, find_layout
 from wsolkit.data.listed import first_image, held_out_records, read_fields, read_lists
 from wsolkit.data.masks import MaskFiles
@@ -93,7 +94,9 @@ def imagenet_records(
     if split == "val":
         return _held_out(layout, lists, wnids, official, expected)
     if split == "train":
-        names = [list_images(base / "train" / wnid) for wnid in wnids]
+        left_out: Counter[str] = Counter()
+        names = [list_images(base / "train" / wnid, left_out) for wnid in wnids]
+        say_left_out(base / "train", left_out)
         ids = [f"train/{wnid}/{name}" for wnid, found in zip(wnids, names, strict=True) for name in found]
         records = file_records(base, _not_empty(ids, base / "train"), _repeat(names), wnids, {}, None)
         few = [wnid for wnid, found in zip(wnids, names, strict=True) if len(found) < _FEWEST]
