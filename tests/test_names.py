@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 
 from tests.fresh import command
 from wsolkit import load_config
+from wsolkit.data.folder import _share
 from wsolkit.interop.coco import Source, prediction_files
 from wsolkit.interop.score_maps import ScoreMaps
+from wsolkit.jobs import job_name
 from wsolkit.localizer import Prediction
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.names import AS_IN_FILES, file_name, one_line, readable, shortened
@@ -160,9 +162,9 @@ def test_pictures_say_names() -> None:
     labels = [text.split("\n")[0].partition(", taken for ")[0].strip("\u2068\u2069") for text in said if "IoU" in text]
     assert labels[:3] == [DOLLARS, MARKUP, "_nolegend_"]
     assert labels == [shortened(name, 64 if name == DOLLARS else 30).strip("\u2068\u2069") for name in NAMES]
-    image = np.zeros((4, 4, 3), np.uint8)
+    image, box = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.int64)
     for name in NAMES[:6]:
-        assert shortened(name, 80) in ["", *texts(prediction_figure(image, np.zeros((4, 4)), np.zeros((0, 4)), name))]
+        assert shortened(name, 80) in ["", *texts(prediction_figure(image, np.zeros((4, 4)), box, name))]
 
 
 def test_report_says_names(tmp_path: Path) -> None:
@@ -198,6 +200,13 @@ def test_comparison_says_names(tmp_path: Path) -> None:
     assert {DOLLARS, MARKUP} <= set(Cells(page, "th").texts)
     found = Cells(page, "b").texts
     assert all(readable(name) in found for name in NAMES)
+
+
+def test_draws_by_name_take_any_name() -> None:
+    for name in ("caf\udce9", "数据"):
+        assert len(job_name([f"dataset.root={name}"])) < 120
+        ids = [f"{name}/{place}.png" for place in range(4)]
+        assert len(_share(ids, [0] * 4, [name], 0.5, evaluated=True)) == 2
 
 
 def test_sweep_says_names(tmp_path: Path) -> None:
@@ -236,10 +245,7 @@ def test_markdown_shows_text_as_it_is(text: str, expected: str) -> None:
 
 def test_charts_of_other_keys_have_files_of_their_own() -> None:
     names = ["数据", "分类", "x" * 300, "x" * 301]
-    runs = [
-        Run(str(n), "finished", dict.fromkeys(names, n), {"a": 1}, {METRIC: float(n)})  # type: ignore[arg-type]
-        for n in range(2)
-    ]
+    runs = [Run(str(n), "finished", dict.fromkeys(names, n), {"a": 1}, {METRIC: float(n)}) for n in range(2)]
     made = charts(group_runs(runs, names, [METRIC]))
     assert len(made) == 4
     assert all(len(name.encode()) < 250 for name in made)
@@ -342,19 +348,19 @@ def test_numbers_on_a_logarithmic_axis_are_plain() -> None:
     assert "1e-10" in texts(drawn)
 
 
+def failing(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no picture\ntoday")
+
+
 def test_what_a_failing_picture_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_bytes(b"half")
     with picture(tmp_path / "a.png"):
-        raise ValueError("broken\nin two lines")
+        failing()
     assert not (tmp_path / "a.png").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "warning: a.png cannot be drawn (ValueError: broken↵in two lines): it is left out, and the results are complete"
+        "warning: a.png cannot be drawn (RuntimeError: no picture↵today): it is left out, and the results are complete"
     )
-
-
-def failing(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("no picture today")
 
 
 def test_pictures_that_fail_cost_no_results(
@@ -373,7 +379,7 @@ def test_pictures_that_fail_cost_no_results(
     assert "<h2>Results</h2>" in (tmp_path / "report.html").read_text()
     printed = capsys.readouterr()
     assert "top1" in printed.out.lower() or "Top-1" in printed.out
-    missing = [line.split(" cannot be drawn (RuntimeError: no picture today)")[0] for line in printed.err.splitlines()]
+    missing = [line.split(" cannot be drawn (RuntimeError: no picture↵today)")[0] for line in printed.err.splitlines()]
     assert {"warning: inside.png", "warning: the examples", "warning: chart 'Threshold' of report.html"} <= set(missing)
 
 
