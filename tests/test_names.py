@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 
 from tests.fresh import command
 from wsolkit import load_config
+from wsolkit.data.folder import _share
 from wsolkit.interop.coco import Source, prediction_files
 from wsolkit.interop.score_maps import ScoreMaps
+from wsolkit.jobs import job_name
 from wsolkit.localizer import Prediction
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.names import AS_IN_FILES, file_name, one_line, readable, shortened
@@ -160,9 +162,9 @@ def test_pictures_say_names() -> None:
     labels = [text.split("\n")[0].partition(", taken for ")[0].strip("\u2068\u2069") for text in said if "IoU" in text]
     assert labels[:3] == [DOLLARS, MARKUP, "_nolegend_"]
     assert labels == [shortened(name, 64 if name == DOLLARS else 30).strip("\u2068\u2069") for name in NAMES]
-    image = np.zeros((4, 4, 3), np.uint8)
+    image, box = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.int64)
     for name in NAMES[:6]:
-        assert shortened(name, 80) in ["", *texts(prediction_figure(image, np.zeros((4, 4)), np.zeros((0, 4)), name))]
+        assert shortened(name, 80) in ["", *texts(prediction_figure(image, np.zeros((4, 4)), box, name))]
 
 
 def test_report_says_names(tmp_path: Path) -> None:
@@ -200,9 +202,16 @@ def test_comparison_says_names(tmp_path: Path) -> None:
     assert all(readable(name) in found for name in NAMES)
 
 
+def test_draws_by_name_take_any_name() -> None:
+    for name in ("caf\udce9", "数据"):
+        assert len(job_name([f"dataset.root={name}"])) < 120
+        ids = [f"{name}/{place}.png" for place in range(4)]
+        assert len(_share(ids, [0] * 4, [name], 0.5, evaluated=True)) == 2
+
+
 def test_sweep_says_names(tmp_path: Path) -> None:
     swept = sweep(NAMES, NAMES[:8])
-    figures = charts(swept)
+    figures = charts(swept, "dataset.name")
     (tmp_path / "out").mkdir()
     files, plots = write(swept, figures, None, tmp_path / "out")
     assert plots
@@ -212,7 +221,7 @@ def test_sweep_says_names(tmp_path: Path) -> None:
         assert {row[column] for row in rows} == set(NAMES)
     said = texts(figures["maxboxacc_max_box_acc_by_dataset.name"])
     legend = [text.get_text() for text in figures["maxboxacc_max_box_acc_by_dataset.name"].legends[0].get_texts()]
-    assert legend == [shortened(name, 24) for name in sorted(NAMES[:8])]
+    assert sorted(legend) == sorted(shortened(name, 24) for name in NAMES[:8])
     assert {shortened(name, 24) for name in NAMES if name} <= set(said)
     report = markdown(swept)
     report.encode()
@@ -236,10 +245,7 @@ def test_markdown_shows_text_as_it_is(text: str, expected: str) -> None:
 
 def test_charts_of_other_keys_have_files_of_their_own() -> None:
     names = ["数据", "分类", "x" * 300, "x" * 301]
-    runs = [
-        Run(str(n), "finished", dict.fromkeys(names, n), {"a": 1}, {METRIC: float(n)})  # type: ignore[arg-type]
-        for n in range(2)
-    ]
+    runs = [Run(str(n), "finished", dict.fromkeys(names, n), {"a": 1}, {METRIC: float(n)}) for n in range(2)]
     made = charts(group_runs(runs, names, [METRIC]))
     assert len(made) == 4
     assert all(len(name.encode()) < 250 for name in made)
@@ -342,19 +348,19 @@ def test_numbers_on_a_logarithmic_axis_are_plain() -> None:
     assert "1e-10" in texts(drawn)
 
 
+def failing(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no picture\ntoday")
+
+
 def test_what_a_failing_picture_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_bytes(b"half")
     with picture(tmp_path / "a.png"):
-        raise ValueError("broken\nin two lines")
+        failing()
     assert not (tmp_path / "a.png").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "warning: a.png cannot be drawn (ValueError: broken↵in two lines): it is left out, and the results are complete"
+        "warning: a.png cannot be drawn (RuntimeError: no picture↵today): it is left out, and the results are complete"
     )
-
-
-def failing(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("no picture today")
 
 
 def test_pictures_that_fail_cost_no_results(
@@ -373,12 +379,12 @@ def test_pictures_that_fail_cost_no_results(
     assert "<h2>Results</h2>" in (tmp_path / "report.html").read_text()
     printed = capsys.readouterr()
     assert "top1" in printed.out.lower() or "Top-1" in printed.out
-    missing = [line.split(" cannot be drawn (RuntimeError: no picture today)")[0] for line in printed.err.splitlines()]
+    missing = [line.split(" cannot be drawn (RuntimeError: no picture↵today)")[0] for line in printed.err.splitlines()]
     assert {"warning: inside.png", "warning: the examples", "warning: chart 'Threshold' of report.html"} <= set(missing)
 
 
 def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
-    root, classes = tmp_path / "数据 $a^$ [b]", sorted([DOLLARS, '[bold]red[/bold] & <b>"x"<', "数据集\n_"])
+    root, classes = tmp_path / "数据 $a^$ [b]", sorted([DOLLARS, '[bold]red[b] & <b>"x"<', "数据集\n_"])
     rng = np.random.default_rng(0)
     files = [f"${0}^$.png", '[red]"q" & <i>.png', "x" * 251 + ".png", "caf\udce9.png"]
     for split in ("train", "val"):
@@ -390,9 +396,9 @@ def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
                 PIL.Image.fromarray(pixels).save(root / split / name / file)
     done = command(
         "train",
-        *("method=cam", "dataset=folder", "dataset.image_size=32", "dataset.batch_size=4", "trainer=smoke"),
-        *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "logger=wandb", "num_examples=4"),
-        *("dataset.num_workers=0", f"dataset.root='{root}'", "hydra.run.dir=run"),
+        *("method=ts_cam", "backbone=vit_micro", "dataset=folder", "dataset.image_size=32", "dataset.batch_size=4"),
+        *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=4"),
+        *("dataset.num_workers=0", "logger=[wandb,tensorboard]", f"dataset.root='{root}'", "hydra.run.dir=run"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -107,7 +107,7 @@ def job_name(overrides: Sequence[str]) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if "/" not in value:  # no paths
             readable.append(f"{key.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}")
-    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(own).encode(errors="surrogateescape")).hexdigest()[:8]
     return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
 
 

@@ -44,7 +44,7 @@ class ImageCache:
             raise ConfigError(f"dataset.cache={folder}: this data set's images are in memory already: leave it null")
         names = [records.name(index) for index in range(len(records.labels))]
         what = [str(part) for part in (_FORMAT, size, first.banner, first.exif, first.path.resolve())]
-        identity = hashlib.sha256("\n".join([*what, *names]).encode()).hexdigest()
+        identity = hashlib.sha256("\n".join([*what, *names]).encode(errors="surrogateescape")).hexdigest()
         self.path = folder / f"{size}_{identity[:16]}"
         slot = np.dtype([("source", "<i8", 2), ("width_height", "<i8", 2), ("image", "u1", (size, size, 3))])
         try:

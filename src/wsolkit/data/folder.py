@@ -220,7 +220,7 @@ def _share(
                 f"class '{name}' has one image: with dataset.splits=null each class needs two or more, one to train on "
                 "and one to evaluate"
             )
-        members.sort(key=lambda index: derive_seed(*ids[index].encode()))
+        members.sort(key=lambda index: derive_seed(*ids[index].encode(errors="surrogateescape")))
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         positions += members[:count] if evaluated else members[count:]
     return sorted(positions)

@@ -318,7 +318,7 @@ def _state(name: str, root: Path) -> list[int]:
         if name == ".":
             names = (entry.name for entry in os.scandir(path))
             kept = sorted(entry for entry in names if not entry.startswith(".") and not entry.endswith(_ARCHIVES))
-            return [len(kept), zlib.crc32("\n".join(kept).encode())]
+            return [len(kept), zlib.crc32("\n".join(kept).encode(errors="surrogateescape"))]
         status = path.stat()
     except OSError:
         return [-1, -1]

@@ -139,7 +139,9 @@ def _draw(
     drawn = []
     for label in kept:
         name, start = records.classes[label], ends[label - 1] if label else 0
-        members = np.random.default_rng([seed, *name.encode()]).permutation(by_label[start : ends[label]])
+        members = np.random.default_rng([seed, *name.encode(errors="surrogateescape")]).permutation(
+            by_label[start : ends[label]]
+        )
         if fraction is not None:
             members = members[: max(round(fraction * len(members)), 1)]
         if shots is not None and len(members) < shots:

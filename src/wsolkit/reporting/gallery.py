@@ -32,9 +32,11 @@ def localize_with(module: WSOLModule) -> Localize:
         image = image.to(next(module.parameters()))
         training = module.training
         module.eval()
-        with torch.inference_mode():
-            localization = module.localize(image, batch["label"].to(module.device)[:, None])
-        module.train(training)
+        try:
+            with torch.inference_mode():
+                localization = module.localize(image, batch["label"].to(module.device)[:, None])
+        finally:  # what cannot be shown must not change what is trained
+            module.train(training)
         maps = metric.localization_maps(localization.maps[:, 0], batch)
         return [score.cpu() for score in maps], list(localization.logits.argmax(dim=1).tolist())
 
