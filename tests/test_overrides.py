@@ -27,7 +27,7 @@ from wsolkit.jobs import job_name
 from wsolkit.overrides import NAMES, PATHS, as_overrides
 from wsolkit.train import save_config
 
-ALL = "a b${x}&!;^\"'\\(),={}[]#$%~+@:|?*<>é数`"
+ALL = "a b${x}&!;^\"'\\(),={}[]#%~+@:|?*<>é数`"
 """Every sign that means something to a shell, to Hydra or to OmegaConf, in one name."""
 SIGNS = [f"a{sign}b" for sign in "&!;^\"'\\(),={}[]#$%~+@:|?*<>` \t\n-._"]
 TEXTS = [
