@@ -121,7 +121,8 @@ def find_images(source: str, output: Path) -> tuple[Path, list[str]]:
         what = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
     else:
         parts = path.parts
-        fixed = next((place for place, part in enumerate(parts) if set("*?[") & set(part)), None)
+        patterns = (place for place, part in enumerate(parts) if set("*?[") & set(part))
+        fixed = next((place for place in patterns if not Path(*parts[: place + 1]).exists()), None)
         if fixed is None:
             raise DataError(f"source: there is no file or folder '{source}'")
         if ".." in parts[fixed:]:

@@ -137,7 +137,7 @@ def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, arc
         masks = found.masks.count() if isinstance(found.masks, MaskFiles) else 0
         numbers = len(found.labels), len(found.classes), len(found.box_table), masks
         table.add_row(split, *(f"{number:,}" for number in numbers))
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
 
     def say(text: str) -> None:

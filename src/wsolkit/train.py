@@ -93,7 +93,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     try:
         log_settings(loggers, module.training_settings.config, folder)
         with named_trouble(cfg.dataset.batch_size), named_compilation():
-            trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+            # Absolute, since names such as "last" mean something else to Lightning.
+            start = None if resume is None else Path(resume).absolute()
+            trainer.fit(module, datamodule, ckpt_path=start, weights_only=True)
         if not best.best_model_path:
             raise CheckpointError(
                 "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
