@@ -25,9 +25,10 @@ from wsolkit.config import CONF, RunSettings, built, plain
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import job_name
 from wsolkit.overrides import NAMES, PATHS, as_overrides
+from wsolkit.predict import find_images
 from wsolkit.train import save_config
 
-ALL = "a b${x}&!;^\"'\\(),={}[]#$%~+@:|?*<>é数`"
+ALL = "a b${x}&!;^\"'\\(),={}[]#%~+@:|?*<>é数`"
 """Every sign that means something to a shell, to Hydra or to OmegaConf, in one name."""
 SIGNS = [f"a{sign}b" for sign in "&!;^\"'\\(),={}[]#$%~+@:|?*<>` \t\n-._"]
 TEXTS = [
@@ -65,7 +66,8 @@ parse = OverridesParser.create().parse_overrides
 
 def compose(name: str, *overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose(name, overrides=as_overrides(overrides, SETTINGS), return_hydra_config=True)
+        cfg: DictConfig = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
+    return cfg
 
 
 def has(cfg: DictConfig, setting: str) -> bool:
@@ -217,6 +219,12 @@ def test_path_of_a_setting_that_nobody_knows(in_tmp: Path) -> None:
     (in_tmp / "my lists").mkdir()
     assert in_command("+dataset.records.lists=./my lists") == "+dataset.records.lists='./my lists'"
     assert in_command("+dataset.records.lists=./none") == "+dataset.records.lists=./none"
+
+
+def test_pattern_below_a_folder_that_is_named_like_one(in_tmp: Path) -> None:
+    (in_tmp / "a[1] *").mkdir()
+    (in_tmp / "a[1] *" / "x.png").touch()
+    assert find_images("a[1] */*.png", in_tmp / "out") == (Path("a[1] *"), ["x.png"])
 
 
 def test_name_that_is_not_in_utf_8_is_refused() -> None:

@@ -101,8 +101,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     try:
         with stoppable(trainer):
             log_settings(loggers, module.training_settings.config, folder)
+            # Absolute, since names such as "last" mean something else to Lightning.
+            start = None if resume is None else Path(resume).absolute()
             with named_trouble(cfg.dataset.batch_size), named_compilation():
-                trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+                trainer.fit(module, datamodule, ckpt_path=start, weights_only=True)
             if not best.best_model_path:
                 raise CheckpointError(
                     "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at "
