@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from wsolkit.build import build_datamodule, build_trainer
 from wsolkit.config import check_config, load_config
@@ -128,8 +129,6 @@ def test_accelerators_that_are_not_there(accelerator: str, tmp_path: Path) -> No
 
 
 def test_an_optimizer_that_does_not_take_its_settings() -> None:
-    import torch
-
     def create(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1.0, nesterov=True)
 
@@ -138,13 +137,13 @@ def test_an_optimizer_that_does_not_take_its_settings() -> None:
 
 
 def test_an_error_of_a_loader_s_process_is_one_line() -> None:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, TensorDataset
 
     def missing(_: object) -> None:
         raise DataError("image 'a.jpg' does not exist")
 
     with pytest.raises(DataError) as caught:
-        next(iter(DataLoader([1, 2], num_workers=1, collate_fn=missing)))
+        next(iter(DataLoader(TensorDataset(torch.zeros(2)), num_workers=1, collate_fn=missing)))
     assert str(caught.value) == "image 'a.jpg' does not exist"
 
 

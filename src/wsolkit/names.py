@@ -8,7 +8,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from typing import IO
 
 AS_IN_FILES = "wsolkit-as-in-files"
 """How to encode text with names in it: `errors=` of `open` and of `str.encode`.
@@ -97,7 +97,7 @@ def file_name(name: str, ending: str) -> str:
     return f"{folder}{slash}{kept}{mark}"
 
 
-def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
+def write_csv(file: IO[str], rows: Iterable[Sequence[object]]) -> None:
     r"""Write rows as CSV whose lines end with \n, so that csv.reader gives back every text."""
     usual = csv.writer(file, lineterminator="\n")
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)

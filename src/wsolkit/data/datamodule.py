@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader
 
 from wsolkit.cores import available_cores
@@ -204,7 +205,10 @@ class WSOLDataModule(LightningDataModule):
 
     def _ended(self, epoch: int) -> bool:
         """Whether the trainer has done with an epoch, if only by trainer.max_steps."""
-        return self.trainer is not None and self.trainer.fit_loop.epoch_progress.current.processed > epoch
+        if self.trainer is None:
+            return False
+        progress = cast(ProcessedTracker, self.trainer.fit_loop.epoch_progress.current)
+        return progress.processed > epoch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook: go on from there."""
