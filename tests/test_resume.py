@@ -139,18 +139,21 @@ def test_sigterm_saves_and_requeues(unbroken: tuple[Path, float], tmp_path: Path
     assert_same(folder, unbroken[0])
 
 
-@pytest.mark.parametrize("damage", [truncate, flip])
+@pytest.mark.parametrize(("damage", "resume"), [(truncate, "auto"), (flip, "PREVIOUS")])
 def test_damaged_checkpoint_is_passed_over(
-    damage: Callable[[Path], None], unbroken: tuple[Path, float], tmp_path: Path
+    damage: Callable[[Path], None], resume: str, unbroken: tuple[Path, float], tmp_path: Path
 ) -> None:
+    """By itself, or as it is told to; the log, which is damaged too, is gone on with."""
     folder = tmp_path / "run"
     stop(folder, 7, tmp_path, "checkpoints.requeue=false")
     damage(folder / "checkpoints" / "last.ckpt")
     with (folder / "metrics.csv").open("ab") as file:
         file.write(b"0.0,1e-3,\0\0\xff")
     assert read_checkpoint(folder / "checkpoints" / "previous.ckpt").step == 7
-    printed = finish(begin(folder), folder)
-    assert "last.ckpt' is damaged or was cut short: the checkpoint before it is used" in printed
+    previous = folder / "checkpoints" / "previous.ckpt"
+    printed = finish(begin(folder, f"resume={resume.replace('PREVIOUS', str(previous))}"), folder)
+    passed_over = "last.ckpt' is damaged or was cut short: the checkpoint before it is used" in printed
+    assert passed_over == (resume == "auto")
     assert "metrics.csv' is damaged: 1 line left out, " in printed
     assert_same(folder, unbroken[0])
     for name in ("last.ckpt", "previous.ckpt"):
