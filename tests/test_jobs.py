@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ import pytest
 from tests.fresh import command
 from wsolkit.config import CONF
 from wsolkit.errors import JobError
-from wsolkit.jobs import Job, differences, job_name, read_job, run_job
+from wsolkit.jobs import Job, differences, job_name, read_job, run_job, watch_sweep
+from wsolkit.locks import alone
+from wsolkit.run_directory import LOCK
 
 SMOKE = (
     "trainer=smoke",
@@ -128,6 +132,66 @@ def test_stopped_sweep_takes_its_job_along(modules: Path, number: signal.Signals
     job = read_job(modules / "job")
     assert job is not None
     assert job.state == "interrupted"  # its sweep is gone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_sweep_takes_the_jobs_of_its_launcher_along(modules: Path, number: signal.Signals) -> None:
+    """Joblib's processes do not notice; and what waited in them is not begun."""
+    pytest.importorskip("joblib")
+    result = "import pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[-1].split('=')[1].strip('\"'))\n"
+    leave = "def leave(*_):\n    (folder / 'saved').touch()\n    sys.exit(143)\n"
+    write_module(
+        modules, "saves", result + leave + "signal.signal(15, leave)\n(folder / 'begun').touch()\ntime.sleep(90)"
+    )
+    code = (
+        "import joblib, pathlib, wsolkit.jobs as j\n"
+        "job = joblib.delayed(j.run_job)\n"
+        "joblib.Parallel(2)(job('saves', [], [], {}, pathlib.Path(f'job{n}')) for n in range(6))"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code], cwd=modules, stderr=subprocess.DEVNULL)
+    while len(list(modules.glob("job*/begun"))) < 2:
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    sweep.send_signal(number)
+    sweep.wait(10)
+    deadline = time.time() + 30
+    while len(list(modules.glob("job*/saved"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    jobs = [read_job(folder) for folder in sorted(modules.glob("job[0-9]")) if (folder / "job.json").is_file()]
+    assert [job.state for job in jobs if job is not None] == ["interrupted"] * 2
+    assert {path.parent.name for path in modules.glob("*/begun")} == {
+        path.parent.name for path in modules.glob("*/saved")
+    }
+
+
+def test_job_on_other_systems_looks_for_its_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr("wsolkit.jobs._GLANCE", 0.01)
+    monkeypatch.setattr("os.kill", lambda process, number: ended.set() if number == signal.SIGTERM else None)
+    monkeypatch.setenv("WSOLKIT_SWEEP", str(os.getppid()))
+    watch_sweep()
+    assert "WSOLKIT_SWEEP" not in os.environ  # not for the processes that the job starts
+    assert not ended.wait(0.2)
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert ended.wait(10)
+
+
+def test_job_waits_for_the_one_that_a_killed_sweep_has_left(modules: Path) -> None:
+    folder = modules / "job"
+    folder.mkdir()
+    left = ExitStack()
+    left.enter_context(alone(folder / LOCK, "running"))
+    (folder / ".job.json.12").touch()
+    threading.Timer(1, left.close).start()
+    write_module(
+        modules,
+        "looks",
+        "import wsolkit.locks as l, wsolkit.run_directory as r\nfrom works import folder\nassert not l.is_held(folder / r.LOCK)",
+    )
+    run_job("looks", [], [], {}, folder)
+    assert not (folder / ".job.json.12").exists()
 
 
 def test_of_two_sweeps_at_once_one_runs_the_job(modules: Path) -> None:

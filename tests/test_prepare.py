@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shutil
 import signal
@@ -29,6 +31,7 @@ from tests.data.packing import pack, pack_each, tar_of, tree
 from tests.data.serving import serving
 from tests.fresh import command
 from wsolkit.config import CONF
+from wsolkit.locks import alone
 from wsolkit.prepare import main
 
 LISTS = "wsolevaluation-e9972606b18064ea886f098f2b5b29b9ade75f09"
@@ -385,14 +388,13 @@ def test_incomplete_data_sets_are_named(root: Path, tmp_path: Path, prepare: Pre
 
 
 def test_two_processes_do_not_prepare_the_same_folder(root: Path, tmp_path: Path, prepare: Prepare) -> None:
-    from filelock import FileLock
-
     write_listed(root, {"train": 4, "val": 2})
     (root / ".wsolkit").mkdir()
-    with FileLock(root / ".wsolkit" / ".index.arrow.lock"):
+    with alone(root / ".wsolkit" / ".index.arrow.lock", "preparing"):
         done = prepare("dataset=listed", f"dataset.root={root}")
     assert done.returncode == 1
-    assert f"error: another process is preparing '{root}': wait until it ends" in done.stderr
+    assert f"error: another process (number {os.getpid()} on {platform.node()}, since 2" in done.stderr
+    assert f") is preparing '{root}': wait until it ends\n" in done.stderr
 
 
 def test_killed_and_run_again_it_finishes(root: Path, tmp_path: Path, prepare: Prepare) -> None:
@@ -404,8 +406,12 @@ def test_killed_and_run_again_it_finishes(root: Path, tmp_path: Path, prepare: P
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.wait()
+    left = [root / ".wsolkit" / name for name in (".index.arrow.12", "index.arrow.345", "tmp4k2x")]
+    for path in left:
+        path.touch()
     done = prepare(*call[3:])
     assert done.returncode == 0, done.stderr
+    assert not [path for path in left if path.exists()]
     assert tree(root) == tree(write_cub(tmp_path / "expected"))
 
 

@@ -262,6 +262,28 @@ def test_dashboard_is_for_all_runs_in_a_directory(sweep: dict[str, Path], monkey
         logged_keys(folder / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", None),
+        ("config.yaml", b""),
+        ("config.yaml", b"a: [\0"),
+        ("metrics.json", b'{"a": 1'),
+        ("images.csv", b"image\nx\n"),
+        ("images.csv", b"protocol\n\xff\n"),
+    ],
+)
+def test_dashboard_names_a_run_that_it_cannot_read(file: str, content: bytes | None, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"epoch,step,val/top1_cls\r\n0,\0")  # as a killed run may leave it
+    (tmp_path / "config.yaml").write_text("num_examples: 0")
+    assert logged_keys(tmp_path) == {"epoch", "trainer/global_step", "val/top1_cls"}
+    (tmp_path / file).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"the run in '{tmp_path}' cannot be read .*: it has only just begun, or"):
+        logged_keys(tmp_path)
+
+
 def test_tensorboard_has_scalars_and_pictures(sweep: dict[str, Path]) -> None:
     events = EventAccumulator(str(sweep["sat"] / "tensorboard")).Reload()
     tags = events.Tags()

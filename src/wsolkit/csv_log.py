@@ -93,8 +93,8 @@ class LogWriter:
 
     def sync(self) -> None:
         """Have the file on the disk."""
-        if self._columns:
-            with self.path.open("ab") as file:
+        if self._columns and self.path.is_file():
+            with self.path.open("r+b") as file:
                 os.fsync(file.fileno())
 
     def _rows(self, before: float = math.inf) -> list[dict[str, str]]:

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from wsolkit.config import name_directory, run_command
 from wsolkit.data.files import walk
 from wsolkit.errors import ConfigError
+from wsolkit.log_file import NAME, read_log
 from wsolkit.reporting.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
-_LOG, _RESULT, _IMAGES, _INSIDE, _SETTINGS = "metrics.csv", "metrics.json", "images.csv", "inside.png", "config.yaml"
+_LOG, _RESULT, _IMAGES, _INSIDE, _SETTINGS = NAME, "metrics.json", "images.csv", "inside.png", "config.yaml"
 _HEADLINES = ("gt_known_loc", "top1_loc", "top5_loc", "max_box_acc", "max_box_acc_v2", "pxap", "peak_iou")
 _STEP = "trainer/global_step"
 _SERIES = {"method/semantic_weight_": "λ of each block", "method/threshold_": "β of each block"}
@@ -62,20 +64,28 @@ def logged_keys(directory: Path) -> set[str]:
     """Keys under which runs in a directory and below it have logged, or log with logger=wandb.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or one cannot be read.
     """
     below = walk(directory) if directory.is_dir() else ()
     folders = sorted(directory / found.path for found in below if _LOG in found.files)
     if not folders:
         raise ConfigError(f"there is no run in '{directory}': expected {_LOG}, in it or below")
-    return set().union(*map(_keys_of_a_run, folders)) | {"epoch", _STEP}
+    keys = {"epoch", _STEP}
+    for folder in folders:
+        try:
+            keys |= _keys_of_a_run(folder)
+        except (OSError, ValueError, LookupError, AttributeError, csv.Error, YAMLError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"the run in '{folder}' cannot be read ({reason}): it has only just begun, or a file of it is damaged"
+            ) from error
+    return keys
 
 
 def _keys_of_a_run(folder: Path) -> set[str]:
     from wsolkit.reporting.charts import charts  # with Matplotlib
 
-    with (folder / _LOG).open(newline="", encoding="utf-8-sig") as file:
-        keys = {name for name in next(csv.reader(file), []) if "/" in name}
+    keys = {name for name in read_log(folder / _LOG).columns if "/" in name}
     if OmegaConf.load(folder / _SETTINGS).num_examples > 0:
         keys.add("examples/val")
     if (folder / _INSIDE).is_file():

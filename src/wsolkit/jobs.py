@@ -185,11 +185,13 @@ def run_job(
                 _end_with_sweep()
                 if time.monotonic() - written >= _HEARTBEAT:
                     job.seconds, written = time.time() - job.started, time.monotonic()
-                    job.write(folder)
+                    with suppress(OSError):  # a full disk ends no job
+                        job.write(folder)
         except BaseException:  # Ctrl-C, the end of a cluster's patience, or that of the sweep
-            job.state, job.error = "interrupted", "stopped from outside"
-            job.write(folder)
             process.terminate()
+            job.state, job.error = "interrupted", "stopped from outside"
+            with suppress(OSError):
+                job.write(folder)
             try:
                 process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
