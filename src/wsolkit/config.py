@@ -120,7 +120,7 @@ def run_command(
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if traceback or begun:
+        if traceback or begun or error.filename is None:
             raise
         sys.exit(f"error: the directory '{error.filename}' cannot be made ({error.strerror}): give another one")
     except KeyboardInterrupt:

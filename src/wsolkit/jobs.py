@@ -134,9 +134,8 @@ def swept(folder: Path) -> dict[str, Any]:
     hydra: Any = OmegaConf.to_container(OmegaConf.load(plan).hydra, resolve=False)
     grid = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
     parse = OverridesParser.create().parse_overrides
-    varied = {
-        given.get_key_element() for given in parse([*grid, *hydra["overrides"]["task"]]) if given.is_sweep_override()
-    }
+    asked = parse([*grid, *hydra["overrides"]["task"]])
+    varied = {given.get_key_element() for given in asked if given.is_sweep_override()}
     own = {given.get_key_element(): given.value() for given in parse(job.overrides)}
     return {key: value for key, value in own.items() if key in varied}
 
@@ -164,15 +163,8 @@ def run_job(
             return
         job = Job(list(overrides), settings)
         job.write(folder)
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        *flags,
-        *overrides,
-        "hydra.mode=RUN",
-        f"hydra.run.dir={quoted(escaped(str(folder)))}",
-    ]
+    place = f"hydra.run.dir={quoted(escaped(str(folder)))}"
+    command = [sys.executable, "-m", module, *flags, *overrides, "hydra.mode=RUN", place]
     with (folder / OUTPUT).open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
         try:
