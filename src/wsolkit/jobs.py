@@ -133,9 +133,8 @@ def swept(folder: Path) -> dict[str, Any]:
     hydra: Any = OmegaConf.to_container(OmegaConf.load(plan).hydra, resolve=False)
     grid = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
     parse = OverridesParser.create().parse_overrides
-    varied = {
-        given.get_key_element() for given in parse([*grid, *hydra["overrides"]["task"]]) if given.is_sweep_override()
-    }
+    asked = parse([*grid, *hydra["overrides"]["task"]])
+    varied = {given.get_key_element() for given in asked if given.is_sweep_override()}
     own = {given.get_key_element(): given.value() for given in parse(job.overrides)}
     return {key: value for key, value in own.items() if key in varied}
 
