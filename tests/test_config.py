@@ -233,6 +233,13 @@ def test_checked_settings_are_only_of_their_type() -> None:
         check_config(cfg)
 
 
+def test_yaml_files_of_users_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "ours.yaml"
+    path.parent.mkdir()
+    path.write_text("# @package _global_\nseed: 77\n", encoding="utf-8-sig")
+    assert load_config(f"hydra.searchpath=[file://{tmp_path}]", "+mine=ours").seed == 77
+
+
 def test_imports_point_along_the_path_of_an_image() -> None:
     """data, backbones → localization → metrics → methods → reporting → commands; never back."""
     allowed = {

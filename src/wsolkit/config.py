@@ -22,6 +22,7 @@ import hydra.core.utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -45,6 +46,10 @@ def _by_name(name: str, values: Mapping[str, Any], default: Any) -> Any:
 # A paper's value for each data set or backbone, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.
 OmegaConf.register_new_resolver("by_dataset", _by_name, replace=True)
 OmegaConf.register_new_resolver("by_backbone", _by_name, replace=True)
+
+_header = ConfigSource._get_header_dict
+# Else Hydra would not see the header "# @package …" of a user's YAML file behind a byte order mark.
+ConfigSource._get_header_dict = staticmethod(lambda text: _header(text.lstrip("\ufeff")))  # type: ignore[method-assign]
 
 # Not arguments of the class that a node describes: a name is for people and interpolation, mean and standard deviation
 # of a backbone's input are for the data set.
