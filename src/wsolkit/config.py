@@ -98,17 +98,14 @@ def run_command(
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     failures: list[Exception] = []
-    begun: list[Path] = []  # run directories
 
     def job(cfg: DictConfig) -> None:
         if not traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)  # not for the processes that the task starts
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
-            begun.append(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
-                begun.clear()
             else:
                 watch_sweep()
                 _prepare_children()
