@@ -36,7 +36,6 @@ NUMBERS = [
     ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0: expected 1 or more"),
     ("trainer.max_epochs=0", "trainer.max_epochs=0: expected 1 or more"),
     ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: expected 1 or more"),
-    ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: expected a number above 0"),
     ("backbone.drop_path_rate=1.2", "backbone.drop_path_rate=1.2: expected a number from 0 to less than 1"),
     ("schedule.warmup_epochs=-2", "schedule.warmup_epochs=-2: expected 0 or more"),
     ("schedule.gamma=nan", "schedule.gamma=nan: expected a finite number"),
@@ -89,6 +88,7 @@ def check_run(folder: Path, *overrides: str) -> None:
             r"trainer.max_steps=7 .* after step 8: .*limit_train_batches=6",
         ),
         (["trainer.limit_train_batches=0.1"], "trainer.limit_train_batches leaves no batch of the train split"),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches leaves no batch of the val split"),
         (["trainer.limit_test_batches=0.1"], "trainer.limit_test_batches leaves no batch of the test split"),
     ],
 )

@@ -63,9 +63,9 @@ LIMITS: Mapping[str, Limits] = {
     "trainer.gradient_clip_val": _NOT_NEGATIVE,
     "trainer.check_val_every_n_epoch": _COUNT,
     "trainer.log_every_n_steps": _COUNT,
-    "trainer.limit_train_batches": _POSITIVE,
-    "trainer.limit_val_batches": _POSITIVE,
-    "trainer.limit_test_batches": _POSITIVE,
+    "trainer.limit_train_batches": _NOT_NEGATIVE,
+    "trainer.limit_val_batches": _NOT_NEGATIVE,
+    "trainer.limit_test_batches": _NOT_NEGATIVE,
 }
 
 
