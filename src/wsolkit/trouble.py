@@ -164,7 +164,7 @@ def check_finite(module: WSOLModule, records: Records, network: str, allowed: bo
     """
     count = int(module.results.get("not_finite", 0))
     if count and not allowed:
-        named = [records.name(int(index)) for index in module.curves["not_finite_images"]]
+        named = [records.name(int(index)) for index in module.curves["not_finite_images"] if index >= 0]
         raise TrainingError(
             f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
             f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "

@@ -246,5 +246,5 @@ def test_benchmarks_are_cut_like_any_other(tmp_path: Path) -> None:
     assert [len(data.dataset(split)) for split in splits] == [1, 2, 3]
     test = data.dataset("test").records
     assert test.size(0) == (40, 30)
-    assert test.boxes(1).tolist() == [[0, 0, 40, 30]]
+    assert test.boxes(1).tolist() == [[0, 0, 39, 29]]
     assert test.mask(1).sum() == 1200  # type: ignore[union-attr]

@@ -425,7 +425,7 @@ def test_what_is_not_finite_counts_as_wrong(name: str, what: str, value: float) 
     evaluation.update(batch, broken.localize, broken.classify)
     results, curves = outcome(evaluation.compute())
     assert results["not_finite"] == 1
-    assert curves["not_finite_images"] == [1]
+    assert curves["not_finite_images"] == [1, -1, -1, -1, -1]
     (verdicts,) = seen
     if what != "logits":
         assert (verdicts.iou[1] == 0).all()

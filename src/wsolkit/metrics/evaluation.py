@@ -103,10 +103,10 @@ class NotFinite(Metric):
         self.first = _lowest(torch.cat([self.first, index.masked_fill(finite, _NO_IMAGE)]))
 
     def compute(self) -> dict[str, Tensor]:
-        """`not_finite`, and positions as `not_finite_images`; nothing where all are finite."""
+        """`not_finite`, and positions as `not_finite_images`, filled up with −1; nothing where all are finite."""
         if not int(self.count):
             return {}
-        named = self.first[self.first < _NO_IMAGE]
+        named = self.first.masked_fill(self.first == _NO_IMAGE, -1)
         return {"not_finite": self.count.cpu().double(), "not_finite_images": named.cpu().double()}
 
 
@@ -444,9 +444,14 @@ def network_input(batch: EvaluationBatch, way: Input) -> tuple[Tensor, Tensor | 
 
 
 def ten_crop_probabilities(batch: EvaluationBatch, classify: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of the softmax over four corners, the centre, and their mirror images: [B, C]."""
+    """Mean of the softmax over four corners, the centre, and their mirror images: [B, C].
+
+    It is NaN for an image with logits that are not finite.
+    """
     crops = ten_crops(_uncropped(batch), batch["image"].shape[-1])
-    return torch.stack([classify(crop).float().softmax(dim=1) for crop in crops]).mean(dim=0)
+    logits = torch.stack([classify(crop).float() for crop in crops])  # [10, B, C]
+    finite = logits.isfinite().all(dim=0).all(dim=1, keepdim=True)
+    return logits.softmax(dim=2).mean(dim=0).masked_fill(~finite, torch.nan)
 
 
 def _at_size(score: Tensor, size: tuple[int, int]) -> Tensor:
