@@ -386,7 +386,7 @@ def test_pictures_that_fail_cost_no_results(
 def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
     root, classes = tmp_path / "数据 $a^$ [b]", sorted([DOLLARS, '[bold]red[b] & <b>"x"<', "数据集\n_"])
     rng = np.random.default_rng(0)
-    files = [f"${0}^$.png", '[red]"q" & <i>.png', "x" * 251 + ".png", "caf\udce9.png"]
+    files = ["$a^$ {0}.png", '[red]"q" & <i>.png', "x" * 251 + ".png", "caf\udce9.png"]
     for split in ("train", "val"):
         for label, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
@@ -394,19 +394,37 @@ def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
                 pixels = rng.integers(0, 90, (32, 32, 3), dtype=np.uint8)
                 pixels[8:20, 8:20, label] = 255
                 PIL.Image.fromarray(pixels).save(root / split / name / file)
+    names = [f"val/{name}/{file}" for name in classes for file in sorted(files)]
+    annotations = {
+        "images": [{"id": n, "file_name": name, "width": 32, "height": 32} for n, name in enumerate(names)],
+        "annotations": [
+            {"image_id": n, "category_id": n // len(files), "bbox": [8, 8, 12, 12]} for n in range(len(names))
+        ],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(classes)],
+    }
+    (root / "val.json").write_text(json.dumps(annotations), encoding="utf-8")
     done = command(
         "train",
         *("method=ts_cam", "backbone=vit_micro", "dataset=folder", "dataset.image_size=32", "dataset.batch_size=4"),
         *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=4"),
-        *("dataset.num_workers=0", "logger=[wandb,tensorboard]", f"dataset.root='{root}'", "hydra.run.dir=run"),
+        *(
+            "dataset.num_workers=0",
+            "logger=[wandb,tensorboard]",
+            "dataset.annotations=val.json",
+            f"dataset.root='{root}'",
+            "hydra.run.dir=run",
+        ),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.replace("warning: no installed font", "")
     assert json.loads((tmp_path / "run" / "metrics.json").read_bytes())["class_names"] == classes
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    heads = Cells(page, "th").texts
-    assert set(classes) <= set(heads)
+    assert set(classes) <= set(Cells(page, "th").texts)
+    assert set(map(readable, names)) >= set(Cells(page, "small").texts) > set()
+    with (tmp_path / "run" / "images.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        listed = [(row["image"], row["label"]) for row in csv.DictReader(file) if row["protocol"] == "maxboxacc"]
+    assert listed == [(name, classes[n // len(files)]) for n, name in enumerate(names)]
     assert (tmp_path / "run" / "examples.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_bytes())["dataset"]["root"] == str(root)
     assert {example.label for example in read_examples(tmp_path / "run")} <= set(classes)
