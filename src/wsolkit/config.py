@@ -49,7 +49,7 @@ OmegaConf.register_new_resolver("by_backbone", _by_name, replace=True)
 
 _header = ConfigSource._get_header_dict
 # Else Hydra would not see the header "# @package …" of a user's YAML file behind a byte order mark.
-ConfigSource._get_header_dict = staticmethod(lambda text: _header(text.lstrip("\ufeff")))  # type: ignore[method-assign]
+ConfigSource._get_header_dict = staticmethod(lambda text: _header(text.lstrip("\ufeff")))
 
 # Not arguments of the class that a node describes: a name is for people and interpolation, mean and standard deviation
 # of a backbone's input are for the data set.
