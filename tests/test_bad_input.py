@@ -154,7 +154,12 @@ def replace_line(path: Path, number: int, line: str | None) -> None:
             "val/image 0, x.png,40,0,41,9",
             "localization.txt:1: box 40,0,41,9 does not lie in its image of 40×30",
         ),
-        ("val/localization.txt", 1, "val/image 0, x.png,9,0,4,9", "localization.txt:1: box 9,0,4,9 ends before it begins"),
+        (
+            "val/localization.txt",
+            1,
+            "val/image 0, x.png,9,0,4,9",
+            "localization.txt:1: box 9,0,4,9 ends before it begins",
+        ),
         ("val/localization.txt", 2, None, "has no box for 1 of 5 images, such as 'val/image 1, x.png'"),
         ("val/localization.txt", 2, "val/image 1, x.png,1,2,3", "localization.txt:2: "),
     ],

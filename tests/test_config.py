@@ -248,7 +248,7 @@ def test_imports_point_along_the_path_of_an_image() -> None:
         "localization": {"localization", "compiled", "errors", "types"},
         "metrics": {"metrics", "localization", "compiled", "cores", "errors", "types"},
         "methods": {"methods", "metrics", "localization", "backbones", "optim", "seeding", "errors", "types"},
-        "reporting": {"reporting", "methods", "metrics", "localization", "data", "drafts", "errors", "types"},
+        "reporting": {"reporting", "methods", "metrics", "localization", "data", "drafts", "names", "errors", "types"},
     }
     source = REPOSITORY / "src" / "wsolkit"
     for package, may_import in allowed.items():

@@ -76,7 +76,7 @@ class WSOLDataModule(LightningDataModule):
         seed: int,
         cache: str | None,
         uncropped: bool,
-        model_classes: Sequence[str] | None = None,
+        model_classes: Sequence[str] | None,
     ) -> None:
         super().__init__()
         for name, value in {
