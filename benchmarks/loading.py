@@ -112,6 +112,7 @@ def own(paths: list[Path], cache: str | None) -> WSOLDataModule:
         seed=0,
         cache=cache,
         uncropped=False,
+        model_classes=None,
     )
 
 
