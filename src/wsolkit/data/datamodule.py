@@ -157,7 +157,10 @@ class WSOLDataModule(LightningDataModule):
 
     def _ended(self, epoch: int) -> bool:
         """Whether the trainer has done with an epoch, if only by trainer.max_steps."""
-        return self.trainer is not None and self.trainer.fit_loop.epoch_progress.current.processed > epoch
+        if self.trainer is None:
+            return False
+        done: int = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        return done > epoch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook: go on from there."""
