@@ -95,7 +95,7 @@ def known_labels(classes: Sequence[str], kept: Sequence[int], present: set[int],
         )
         return list(kept)
     if unknown:
-        missing = [name for name in known if name not in set(names)]
+        missing = _without(known, names)
         raise DataError(
             f"the model does not know {_each(unknown, missing or known)} of the data set's classes; it was trained on "
             f"{_others(missing, known)}. Classes are matched by name: rename them, or name those to evaluate with "
@@ -125,8 +125,7 @@ def check_same_classes(trained: Sequence[str], found: Sequence[str], resume: str
     trained, found = list(trained), list(found)
     if trained == found:
         return
-    lacking = [name for name in trained if name not in set(found)]
-    new = [name for name in found if name not in set(trained)]
+    lacking, new = _without(trained, found), _without(found, trained)
     if len(trained) != len(found) or not (are_numbers(trained) or are_numbers(found)):
         if lacking or new:
             parts = [f"lacks {_few(lacking)}"] * bool(lacking) + [f"has {_each(new, lacking)}"] * bool(new)
@@ -155,6 +154,11 @@ def _check_numbers(classes: Sequence[str], known: Sequence[str], fits: bool) -> 
         f"classes of {numbered} have numbers for names ({len(classes)} in the data set, {len(known)} in the model): "
         "labels are taken as they are"
     )
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    left_out = set(others)
+    return [name for name in names if name not in left_out]
 
 
 def _each(names: Sequence[str], meant: Sequence[str]) -> str:
