@@ -140,7 +140,7 @@ def test_sigterm_saves_and_requeues(unbroken: tuple[Path, float], tmp_path: Path
     assert_same(folder, unbroken[0])
 
 
-@pytest.mark.parametrize("step", [3, 6, 12])
+@pytest.mark.parametrize("step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 12))])
 def test_sigterm_in_validation_saves_what_was_trained(step: int, unbroken: tuple[Path, float], tmp_path: Path) -> None:
     """After the first, second and last epoch; stopped twice there, the run does all of the validation."""
     folder, rare = tmp_path / "run", "checkpoints.every_n_steps=null"

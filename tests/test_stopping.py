@@ -149,27 +149,39 @@ def assert_goes_on(folder: Path, unbroken: Path) -> None:
     assert log(folder / "run") == log(unbroken)
 
 
-# The signal, the rank that gets it, where, after which step, when the others get it too (seconds), the step of the
-# checkpoint, or where it may be.
-CASES = [
-    (signal.SIGTERM, "1", "training_step", 1, None, {2, 3}),
-    (signal.SIGTERM, "0", "validation_step", 4, None, {4}),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in [
-            (signal.SIGTERM, "0", "training_step", 1, None, {2, 3}),
-            (signal.SIGTERM, "0", "training_step", 2, 0.2, {3, 4}),
-            (signal.SIGTERM, "1", "training_step", 3, 0.0, {4}),  # the last of the epoch: stops in validation
-            (signal.SIGTERM, "1", "validation_step", 4, 0.5, {4}),
-            (signal.SIGTERM, "1", "test_step", 8, None, {8}),
-            (signal.SIGINT, "0", "training_step", 5, 0.0, {6, 7}),
-            (signal.SIGINT, "1", "validation_step", 8, None, {8}),
-        ]
-    ),
-]
+def stop(
+    folder: Path, number: signal.Signals, rank: str, within: str, step: int, apart: float | None, saved: set[int]
+) -> None:
+    """Stop a run of two processes, and check what it says and leaves: one of some steps."""
+    before = functools.partial(interrupt, number, rank, within, step, apart)
+    done = begin(folder, before=before).finish(600)
+    assert done.returncode == 128 + number, done.stderr
+    assert read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt").step in saved
+    (said,) = done.stderr.strip().splitlines()
+    assert said.startswith("interrupted: " if number == signal.SIGINT else "stopped by SIGTERM: ")
+    assert " as 'run/checkpoints/last.ckpt'; go on with python -m wsolkit.train method=sat" in said
+    assert said.endswith(" resume=auto hydra.run.dir=run")
 
 
-@pytest.mark.parametrize(("number", "rank", "within", "step", "apart", "saved"), CASES)
+def test_signal_to_one_process_stops_all(tmp_path: Path) -> None:
+    stop(tmp_path, signal.SIGTERM, "1", "training_step", 1, None, {2, 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "rank", "within", "step", "apart", "saved"),
+    [
+        (signal.SIGTERM, "1", "training_step", 1, None, {2, 3}),
+        (signal.SIGTERM, "0", "training_step", 1, None, {2, 3}),
+        (signal.SIGTERM, "0", "training_step", 2, 0.2, {3, 4}),
+        (signal.SIGTERM, "1", "training_step", 3, 0.0, {4}),  # the last of the epoch: stops in validation
+        (signal.SIGTERM, "0", "validation_step", 4, None, {4}),
+        (signal.SIGTERM, "1", "validation_step", 4, 0.5, {4}),
+        (signal.SIGTERM, "1", "test_step", 8, None, {8}),
+        (signal.SIGINT, "0", "training_step", 5, 0.0, {6, 7}),
+        (signal.SIGINT, "1", "validation_step", 8, None, {8}),
+    ],
+)
 def test_processes_stop_together_and_go_on(
     number: signal.Signals,
     rank: str,
@@ -180,14 +192,8 @@ def test_processes_stop_together_and_go_on(
     unbroken: Path,
     tmp_path: Path,
 ) -> None:
-    before = functools.partial(interrupt, number, rank, within, step, apart)
-    done = begin(tmp_path, before=before).finish(600)
-    assert done.returncode == 128 + number, done.stderr
-    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").step in saved
-    (said,) = done.stderr.strip().splitlines()
-    assert said.startswith("interrupted: " if number == signal.SIGINT else "stopped by SIGTERM: ")
-    assert "'run/checkpoints/last.ckpt'; go on with python -m wsolkit.train method=sat" in said
-    assert said.endswith(" resume=auto hydra.run.dir=run")
+    """Whoever gets which signal where, and the others `apart` seconds later or not at all."""
+    stop(tmp_path, number, rank, within, step, apart, saved)
     assert_goes_on(tmp_path, unbroken)
 
 
@@ -221,7 +227,7 @@ def test_others_end_with_a_killed_process(rank: str, tmp_path: Path) -> None:
     done = run.finish(600)
     assert done.returncode == (1 if rank == "1" else -signal.SIGKILL), done.stderr
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    named = "process 1 of 0 to 1 was killed by SIGKILL" if rank == "1" else "process 0 was killed"
+    named = "process 1 of 2, counted from 0, was killed by SIGKILL" if rank == "1" else "process 0 was killed"
     assert said.startswith(f"error: {named}, often because the machine's memory is full; the others end, too.")
 
 

@@ -179,9 +179,9 @@ class LastCheckpoint(Checkpointing):
     def left(self) -> str:
         """What a run that ends now leaves to go on from, in a few words."""
         last = self.folder / LAST
-        return (
-            f"saved after step {self.saved_step} as '{as_named(last)}'" if last.is_file() else "nothing was saved yet"
-        )
+        if not last.is_file():
+            return "nothing was saved yet"
+        return f"saved after step {self.saved_step} as '{as_named(last)}'"
 
     def _save(self, trainer: Trainer) -> None:
         if isinstance(trainer.lightning_module, WSOLModule):

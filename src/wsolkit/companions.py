@@ -188,10 +188,15 @@ class Companions(Callback):
                     elif time.monotonic() - since > SILENCE:
                         self._store.set(_LOST, "")
                         time.sleep(2 * _BEAT)  # for all to see it
-                        end(f"process {rank} of 0 to {self._processes - 1} gives no sign of life: it was killed")
+                        end(f"{_named(rank, self._processes)} gives no sign of life: it was killed")
         except RuntimeError:  # the store has gone with the first process
-            if not self._finished and SIGNALS.reason is None and PARENT not in os.environ:
+            time.sleep(4 * LOOK)  # those that it has started know it already, and end
+            if not self._finished and SIGNALS.reason is None:
                 end("process 0 was killed" if self._rank == 1 else "")
+
+
+def _named(rank: int, processes: int) -> str:
+    return f"process {rank} of {processes}, counted from 0,"
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -262,7 +267,7 @@ def _watch_children() -> None:
                 continue
             number = _STOPPED.get(code)
             if code < 0 and number is None:
-                end(f"process {rank} of 0 to {len(codes)} was killed by {signal.Signals(-code).name}")
+                end(f"{_named(rank, len(codes) + 1)} was killed by {signal.Signals(-code).name}")
             if SIGNALS.reason is not None:
                 continue
             if deadline is None:
