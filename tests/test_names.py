@@ -422,8 +422,8 @@ def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert set(classes) <= set(Cells(page, "th").texts)
     assert set(map(readable, names)) >= set(Cells(page, "small").texts) > set()
-    with (tmp_path / "run" / "images.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        listed = [(row["image"], row["label"]) for row in csv.DictReader(file) if row["protocol"] == "maxboxacc"]
+    with (tmp_path / "run" / "images.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as table:
+        listed = [(row["image"], row["label"]) for row in csv.DictReader(table) if row["protocol"] == "maxboxacc"]
     assert listed == [(name, classes[n // len(files)]) for n, name in enumerate(names)]
     assert (tmp_path / "run" / "examples.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_bytes())["dataset"]["root"] == str(root)
