@@ -40,7 +40,6 @@ LIMITS: Mapping[str, Limits] = {
     "num_workers": _NOT_NEGATIVE,
     "batch_size": _COUNT,
     "top_k": _COUNT,
-    "port": Limits("0 to 65535", 0, 65535),
     "checkpoints.every_n_steps": _COUNT,
     "checkpoints.every_n_minutes": _POSITIVE,
     "optimizer.lr": _POSITIVE,
