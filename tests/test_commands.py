@@ -367,11 +367,11 @@ def test_sweep_over_checkpoints(trained: Path) -> None:
     assert len(list((trained.parent / "both").glob("*/metrics.json"))) == 2
 
 
-def test_examples_must_exist() -> None:
+def test_examples_must_exist(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="examples: the test split has no image 'x'; it has 'test/00000', for instance"
     ):
-        train(config("examples=[x]"), Path("nowhere"))
+        train(config("examples=[x]"), tmp_path)
 
 
 def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,7 @@ def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
         object.__setattr__(found, field, value)
     sources = [Source(name, [1, 2], None) for name in NAMES]
     for _ in range(2):  # the second time, from what the first has left
-        with prediction_files(tmp_path, NAMES, {"source": DOLLARS}) as files:
+        with prediction_files(tmp_path, NAMES, {"source": DOLLARS, "exif": "apply"}) as files:
             missing = files.missing(sources, lambda name: True)
             files.add((sources[place], [found]) for place in missing)
             assert files.write(sources, {NAMES[-1]: MARKUP}) == len(NAMES) - 1

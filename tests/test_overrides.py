@@ -106,7 +106,7 @@ def test_settings_of_every_command_that_are_paths(composed: list[tuple[DictConfi
 
 def test_every_setting_that_is_a_text_is_known() -> None:
     """Settings of runs and of data sets whose type is text hold paths or names, or one word of a few."""
-    words = {"monitor", "host", "device"}
+    words = {"monitor", "host", "hosts", "device"}
     hints = {name: str(hint) for name, hint in typing.get_type_hints(RunSettings).items()}
     texts = {name for name, hint in hints.items() if "str" in hint.replace("typing.Literal", "")}
     assert texts - words <= PATHS | NAMES
@@ -289,7 +289,7 @@ def test_checkpoint_of_any_name_gives_its_groups(shapes_checkpoint: Path, in_tmp
 
 def test_paths_in_a_checkpoint_are_text(shapes_checkpoint: Path) -> None:
     saved = read_checkpoint(shapes_checkpoint)
-    config = dict(saved.config) | {"dataset": dict(saved.config["dataset"]) | {"cache": ALL}}
+    config = dict(saved.config) | {"dataset": dict(saved.config["dataset"]) | {"index": ALL}}
     cfg = load_config("method=ts_cam", "backbone=vit_micro")
-    assert restore(cfg, replace(saved, config=config), []).dataset.cache == ALL
+    assert restore(cfg, replace(saved, config=config), []).dataset.index == ALL
     assert restore(cfg, saved, [in_command(f"dataset.cache={ALL}")]).dataset.cache == ALL

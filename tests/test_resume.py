@@ -23,6 +23,7 @@ from wsolkit.checkpoint import latest_checkpoint, read_checkpoint
 from wsolkit.errors import CheckpointError
 from wsolkit.jobs import job_name, run_name
 from wsolkit.methods.sat import SAT
+from wsolkit.run_directory import LOCK
 from wsolkit.train import train
 
 SETTINGS = (
@@ -271,7 +272,7 @@ def test_what_cannot_go_on_is_named(settings: str, message: str, within: Path, t
     with pytest.raises(CheckpointError) as caught:
         train(config(*BATCHES, f"resume={within}", settings), tmp_path)
     assert message in str(caught.value)
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_earlier_versions_go_on_in_their_batches(within: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
 
 def test_folder_of_predictions_has_one_writer(tmp_path: Path) -> None:
     def open_it() -> None:
-        with prediction_files(tmp_path, ["cat"], {"top_k": 1}):
+        with prediction_files(tmp_path, ["cat"], {"top_k": 1, "exif": "apply"}):
             pass
 
     with held_by_another(tmp_path / ".predict.lock"):

@@ -27,7 +27,7 @@ from wsolkit.localizer import Localizer, Prediction, RawMap
 from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
-from wsolkit.serving import MAX_BYTES, KnownHosts, Uploads
+from wsolkit.serving import MAX_BYTES, KnownHosts, OnlyUploads, Uploads
 from wsolkit.types import Image
 
 _RANKED = 5
@@ -120,6 +120,7 @@ def build_app(
     theme.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
     page = build_page(localizer, threshold, select, examples, uploads)
     app = FastAPI()
+    app.add_middleware(OnlyUploads, uploads=uploads)
     app.add_middleware(KnownHosts, host=host, others=hosts)
     app.state.uploads = uploads
     look = {"footer_links": [], "run_history": False, "ssr_mode": False, "theme": theme, "css": _STYLE}

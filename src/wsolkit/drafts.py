@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from wsolkit.names import AS_IN_FILES
+
+
+_LONGEST = 240  # bytes: file systems allow 255, and a draft's name has a number more
+
+
+def _short(name: str) -> str:
+    """The name of a file, or what stands for one that leaves no room for a draft's number."""
+    encoded = name.encode(errors="surrogatepass")
+    return name if len(encoded) <= _LONGEST else hashlib.sha256(encoded).hexdigest()
 
 
 @contextmanager
@@ -26,7 +36,7 @@ def draft(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
     Raises:
         OSError: it cannot be written, and is named; what was there before stays.
     """
-    place = path.with_name(f".{path.name}.{os.getpid()}")
+    place = path.with_name(f".{_short(path.name)}.{os.getpid()}")
     how = {} if "b" in mode else {"encoding": "utf-8", "errors": AS_IN_FILES, "newline": ""}
     try:
         with place.open(mode, **how) as file:  # type: ignore[call-overload]
@@ -56,7 +66,7 @@ def remove_drafts(paths: Iterable[Path]) -> None:
         paths: the files; a name may be a pattern, such as `checkpoints/*.ckpt`.
     """
     for path in paths:
-        for found in path.parent.glob(f".{path.name}.*"):
+        for found in path.parent.glob(f".{_short(path.name)}.*"):
             if re.search(r"\.(\d+|draft)$", found.name):  # .draft: of earlier versions
                 with suppress(OSError):
                     found.unlink()

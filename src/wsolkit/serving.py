@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import stat
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from wsolkit.data.decoding import Exif
+from wsolkit.data.decoding import Exif, decoding
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError
 from wsolkit.types import Image
@@ -26,6 +27,8 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is decoded for a visitor: photos of phones have up to 50 million."""
 _SECONDS = 10.0
+_MAX_REQUEST = 2**20  # bytes: what a page asks is text
+_UPLOAD = "/gradio_api/upload"  # where Gradio takes files
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -54,8 +57,7 @@ class Uploads:
         Raises:
             DataError: it is none, is too large, cannot be decoded, or not in time.
         """
-        real = path.resolve()
-        if not real.is_relative_to(self._folder):
+        if not self.holds(path):
             raise DataError(f"'{path.name}' was not uploaded here")
         try:
             status = os.lstat(path)
@@ -65,7 +67,14 @@ class Uploads:
             raise DataError(f"'{path.name}' is not a file")
         if status.st_size > MAX_BYTES:
             raise DataError(f"'{path.name}' has {status.st_size:,} bytes: expected {MAX_BYTES:,} at most")
-        return self.decode(real)
+        return self.decode(path.resolve())
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path leads into the folder of uploads."""
+        try:
+            return path.resolve().is_relative_to(self._folder)
+        except (OSError, ValueError):  # no path at all, such as one with a null character
+            return False
 
     def decode(self, path: Path) -> Image:
         """Decode a file that need not be an upload; see `read`."""
@@ -121,13 +130,77 @@ def _decode_each(connection: Connection) -> None:
 
 def _decoded(path: Path, exif: Exif) -> Image:
     try:
-        with PIL.Image.open(path) as image:
+        with decoding(f"'{path.name}'"), PIL.Image.open(path) as image:
             width, height = image.size
-    except PIL.Image.DecompressionBombError:
+    except DataError as error:
+        if not isinstance(error.__cause__, PIL.Image.DecompressionBombError):
+            raise
         width = height = MAX_PIXELS
     if width * height > MAX_PIXELS:
         raise DataError(f"'{path.name}' has more than {MAX_PIXELS // 10**6} million pixels")
     return read_image(path, exif)
+
+
+class OnlyUploads:
+    """Passes on only requests that name no files of this machine but uploads.
+
+    Gradio may copy a file that a request names, wherever it lies, before anybody asks what it is for.
+
+    Args:
+        app: that answers.
+        uploads: the files that may be named.
+    """
+
+    def __init__(self, app: _App, uploads: Uploads) -> None:
+        self._app, self._uploads = app, uploads
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Answer a request, or refuse it with status 400, 403 or 413."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] == _UPLOAD:
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > _MAX_REQUEST:
+                await _refuse(send, 413, f"a request has up to {_MAX_REQUEST:,} bytes")
+                return
+        try:
+            named = [Path(path) for path in _paths(json.loads(body))] if body else []
+        except (ValueError, RecursionError):
+            await _refuse(send, 400, "a request is JSON")
+            return
+        for path in named:
+            if not self._uploads.holds(path):
+                await _refuse(send, 403, f"'{path.name}' was not uploaded here")
+                return
+        whole = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> MutableMapping[str, Any]:
+            return next(whole, None) or await receive()
+
+        await self._app(scope, again, send)
+
+
+def _paths(content: object) -> Iterator[str]:
+    """The files that a request's content names."""
+    if isinstance(content, dict):
+        if "path" in content and content["path"] is not None:
+            yield str(content["path"])
+        for value in content.values():
+            yield from _paths(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _paths(value)
+
+
+async def _refuse(send: _Send, status: int, reason: str) -> None:
+    text = reason.encode(errors="replace")
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text})
 
 
 class KnownHosts:
@@ -154,9 +227,8 @@ class KnownHosts:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            text = b"This server does not know itself by this name: open it under its own, or add it to hosts=[NAME]."
-            await send({"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": text})
+            own = "This server does not know itself by this name: open it under its own, or add it to hosts=[NAME]."
+            await _refuse(send, 421, own)
 
     def knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Whether the one `Host` among a request's headers is this machine."""

@@ -114,6 +114,10 @@ class WSOLModule(LightningModule, ABC):
         """
         return None
 
+    def on_train_start(self) -> None:
+        """Lightning's hook: the losses of the step that a resumed run goes on from are logged already."""
+        self._steps_before = self.trainer.global_step
+
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Seed the step's noise by seed, step and rank, so that a resumed run draws what an unbroken one drew."""
         self._steps_before = self.trainer.global_step
