@@ -69,3 +69,15 @@ def test_number_of_images_is_that_of_the_publication(root: Path) -> None:
         openimages_records("val", str(root), 2, {"train": 29819, "val": 2500, "test": 5000})
     with pytest.raises(DataError, match="label 1 of .* is out of range: expected 0 to 0"):
         openimages_records("val", str(root), 1, None)
+
+
+def test_lists_made_on_windows_in_a_copy_one_level_down(tmp_path: Path) -> None:
+    expected = openimages_records("test", str(write_openimages(tmp_path / "plain")), 2, None)
+    root = tmp_path / "copy"
+    write_openimages(root / "OpenImages")
+    (root / "OpenImages" / "metadata").rename(root / "metadata")
+    for path in root.glob("metadata/*/*.txt"):
+        path.write_text(path.read_text().replace("/", "\\"))
+    found = openimages_records("test", str(root), 2, None)
+    assert [found.name(index) for index in range(4)] == [expected.name(index) for index in range(4)]
+    assert np.array_equal(found.mask(0), expected.mask(0))  # type: ignore[arg-type]

@@ -252,7 +252,7 @@ def _masks(layout: Layout, folder: str, ids: Sequence[str]) -> MaskFiles:
 def _xml_folder(layout: Layout, candidates: Sequence[str]) -> Path | None:
     for candidate in candidates:
         folder = layout.find(candidate, around=True)
-        if folder.is_dir() and any(folder.glob("*.xml")):
+        if folder.is_dir() and any(folder.glob("[!.]*.xml")):
             return folder
     return None
 

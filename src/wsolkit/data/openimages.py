@@ -69,8 +69,8 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
 
 
 def _folder(layout: Layout, file: str) -> Path:
-    """The folder that paths of the lists are relative to."""
-    return layout.find(".", "OpenImages", "dataset/OpenImages", holds=file)
+    """The folder that paths of the lists are relative to; lists made on Windows have its separators."""
+    return layout.find(".", "OpenImages", "dataset/OpenImages", holds=file.replace("\\", "/"))
 
 
 def _masks(layout: Layout, path: Path, ids: list[str]) -> MaskFiles:
