@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "ts_cam, vit_micro, shapes; checkpoint selected on the held-out val split" in out
     for line in ("maxboxacc", "center_box", "gaussian", "full_image", "PxAP", "MaxBoxAcc,", "Written to run\n"):
         assert line in out
+    opened, next_, *commands = out.splitlines()[-5:]
+    assert (opened, next_) == ("Open run/report.html in a browser.", "Next:")
+    assert [shlex.split(line, comments=True)[2:] for line in commands] == [
+        ["wsolkit.demo", "checkpoint=run/checkpoints/best.ckpt"],
+        ["wsolkit.predict", "checkpoint=run/checkpoints/best.ckpt", "source=FOLDER", "output=boxes"],
+        ["wsolkit.train", "method=sat", "dataset=shapes"],
+    ]
     return folder / "run"
 
 

@@ -7,6 +7,7 @@ was used.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         chosen_on = module.evaluation.chosen_on(datamodule.held_out)
         report(folder, title(cfg, cfg), method_name(cfg), chosen_on, module.results)
+        print(what_next(folder, cfg))
         if isinstance(profiler, StepProfiler):
             profiler.report(folder)
         network = f"the network of '{as_named(folder)}'"
@@ -170,6 +172,22 @@ def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], res
     console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
     console.print(table)
     console.print(f"Written to {as_named(folder)}", soft_wrap=True)
+
+
+def what_next(folder: Path, cfg: DictConfig) -> str:
+    """What to open, and which commands to try on the model in a run directory."""
+    checkpoint = shlex.quote(f"checkpoint={as_named(folder) / 'checkpoints' / 'best.ckpt'}")
+    settings = [f"method={'ts_cam' if cfg.method.name == 'sat' else 'sat'}", f"dataset={cfg.dataset.name}"]
+    if "root" in cfg.dataset:
+        settings.append(f"dataset.root={cfg.dataset.root}")
+    commands = {
+        f"python -m wsolkit.demo {checkpoint}": "try the model on an image, in the browser",
+        f"python -m wsolkit.predict {checkpoint} source=FOLDER output=boxes": "write boxes and masks of images",
+        f"python -m wsolkit.train {shlex.join(settings)}": "train another method",
+    }
+    width = max(map(len, commands))
+    opened = [f"Open {as_named(folder) / 'report.html'} in a browser."] if (folder / "report.html").is_file() else []
+    return "\n".join([*opened, "Next:", *(f"    {what:<{width}}  # {why}" for what, why in commands.items())])
 
 
 def finish(loggers: Sequence[Logger]) -> None:
