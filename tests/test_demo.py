@@ -59,7 +59,7 @@ def demo(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             thread.start()
             yield served
             server.should_exit = True
-            thread.join()
+            thread.join(60)
 
 
 def counted(forward: Any, runs: list[int]) -> Any:

@@ -12,7 +12,6 @@ from typing import IO, Any
 
 from wsolkit.names import AS_IN_FILES
 
-
 _LONGEST = 240  # bytes: file systems allow 255, and a draft's name has a number more
 
 
