@@ -1,10 +1,10 @@
-# make train: a fresh machine to a trained model. make test: the same set-up, then the tests; make test-all: the slow ones,
-# too. make notebooks: run the notebooks again and store them with what they show.
+# make train: a fresh machine to a trained model. make test: the same set-up, then the tests; make test-slow: those that
+# take long; make test-all: both. make notebooks: run the notebooks again and store them with what they show.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: train test test-all notebooks lint format clean
+.PHONY: train test test-slow test-all notebooks lint format clean
 
 train: $(VENV)/installed
 	$(RUN) -m wsolkit.train $(ARGS)
@@ -13,6 +13,9 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadsco
 
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(VENV)/installed
 	$(PYTEST) $(ARGS)

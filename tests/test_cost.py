@@ -197,11 +197,13 @@ def test_compiled_network_learns_the_same(method: str, tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_it_learns_the_same(tmp_path: Path) -> None:
     torch._dynamo.reset()
     assert_learned(fit(tmp_path, settings("cam", "compile=true")), reference("cam"), 1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_run_leaves_the_checkpoint_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same names and numbers. An evaluation compiles, too: here it says that it cannot."""
     small = ("method=cam", "trainer.max_epochs=1")

@@ -62,7 +62,7 @@ def part_of_step(rank: int, world_size: int, port: str, folder: Path, *settings:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",
     [

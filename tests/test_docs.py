@@ -28,6 +28,8 @@ from tests.test_export import save
 from wsolkit import build_module, load_config
 from wsolkit.interop.official import _released_name
 
+pytestmark = pytest.mark.slow
+
 MODEL = "deit_small_patch16_224.fb_in1k"
 
 

@@ -116,7 +116,9 @@ def test_damaged_record_is_named(tmp_path: Path) -> None:
 def test_stopped_sweep_takes_its_job_along(modules: Path, number: signal.Signals, ends: bool) -> None:
     if number == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux ends a process with its killed parent")
-    code = "import pathlib, wsolkit.jobs as j; j.run_job('waits', [], [], {}, pathlib.Path('job'))"
+    # A shell that starts tests in the background has them ignore SIGINT.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listens}; import pathlib, wsolkit.jobs as j; j.run_job('waits', [], [], {{}}, pathlib.Path('job'))"
     sweep = subprocess.Popen([sys.executable, "-c", code], cwd=modules, stderr=subprocess.DEVNULL)
     while not (children := subprocess.run(["pgrep", "-P", str(sweep.pid)], capture_output=True, text=True).stdout):
         time.sleep(0.1)

@@ -76,6 +76,7 @@ def test_notebook_is_stored_as_it_ran(path: Path) -> None:
             assert tempfile.gettempdir() not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_shows_what_is_stored(path: Path, tmp_path: Path) -> None:
     stored = nbformat.read(path, as_version=4)

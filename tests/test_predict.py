@@ -367,6 +367,7 @@ def test_two_processes_do_not_write_into_one_folder(trained: Path, images: Path,
         assert predict(f"checkpoint={trained}", "source=images", "output=out", cwd=tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(trained: Path, tmp_path: Path) -> None:
     """Masks of 40 large images would take 240 MB and more."""
     code = (

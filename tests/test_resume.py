@@ -89,6 +89,7 @@ def log(folder: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if not key.startswith(("speed/", "memory/"))} for row in rows]
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(unbroken: tuple[Path, float], tmp_path: Path) -> None:
     """At random moments: in a step, in validation, while a checkpoint is being written."""
     expected, seconds = unbroken
