@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -103,14 +104,24 @@ class Running:
     def finish(self, timeout: float) -> CompletedProcess[str]:
         """Wait for its end; an error if it does not end in time, or leaves a process behind."""
         try:
-            done = _finished(self._call, self._process, self.folder, timeout)
-            left = [number for number in self.numbers if Path(f"/proc/{number}").exists()]
-            assert not left, f"processes stay: {left}"
-            return done
+            _finished(self._call, self._process, self.folder, timeout)
+            deadline = time.monotonic() + 5  # others look at the first process now and then
+            while left := [number for number in self.numbers if _lives(number)]:
+                assert time.monotonic() < deadline, f"processes stay: {left}"
+                time.sleep(0.1)
+            return _finished(self._call, self._process, self.folder)  # with what the others said last
         finally:
             for number in self.numbers:
-                if Path(f"/proc/{number}").exists():
+                if _lives(number):
                     os.kill(number, 9)
+
+
+def _lives(number: int) -> bool:
+    """Whether a process runs; one that has ended stays in /proc until its parent looks, or init, which may be slow."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _run(

@@ -17,12 +17,12 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
-from tests.fresh import Running
+from tests.fresh import Running, command
 from tests.test_commands import metrics, weights
 from tests.test_resume import log
 from wsolkit.checkpoint import is_whole, read_checkpoint
 from wsolkit.companions import Agreement
-from wsolkit.signals import SIGNALS, Stopped
+from wsolkit.signals import PARENT, SIGNALS, Stopped
 
 SETTINGS = (
     *("method=sat", "protocol=[maxboxacc]", "dataset.records.sizes={train: 48, val: 21, test: 21}"),
@@ -307,3 +307,10 @@ def test_usr1_of_slurm_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with SIGNALS.listening(), pytest.raises(Stopped, match="stopped by SIGTERM"):
         signal.raise_signal(signal.SIGUSR1)
+
+
+def test_command_that_a_first_process_starts_has_no_run_to_end_with(in_tmp: Path) -> None:
+    """Lightning leaves LOCAL_RANK=0 in its environment, for instance in a notebook's."""
+    environment = {PARENT: str(os.getpid()), "LOCAL_RANK": "0"}
+    done = command("train", "--cfg", "job", cwd=in_tmp, environment=environment)
+    assert done.returncode == 0, done.stderr

@@ -107,7 +107,8 @@ def end_with_parent() -> None:
 
     It would wait for hours to meet the others, or for a sum over all of them.
     """
-    if os.environ.get(PARENT, str(os.getpid())) != str(os.getpid()) and "LOCAL_RANK" in os.environ:
+    # Lightning says LOCAL_RANK=0 to the first process, whose other children inherit it.
+    if PARENT in os.environ and os.environ[PARENT] != str(os.getpid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
 
 
