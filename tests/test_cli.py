@@ -68,3 +68,10 @@ def test_command_composes_its_settings(tmp_path: Path) -> None:
     done = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "_target_: wsolkit.methods.ts_cam.TSCAM" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", ["wsolkit --help", "wsolkit.train --help", "wsolkit.train --cfg job"])
+def test_reader_that_goes_ends_it_in_silence(arguments: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -u -m {arguments} | head -n 0"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

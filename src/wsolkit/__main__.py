@@ -39,7 +39,12 @@ def main() -> None:
     """Run the command that the command line names."""
     given = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if given in ("--help", "-h", "help"):
-        print(overview())
+        try:
+            print(overview(), flush=True)
+        except BrokenPipeError:  # of `wsolkit --help | head`
+            from wsolkit.signals import leave_pipe
+
+            leave_pipe()
         return
     if given in ("--version", "-V"):
         from wsolkit import __version__

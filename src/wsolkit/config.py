@@ -31,7 +31,7 @@ from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
 from wsolkit.overrides import as_overrides, escaped, quoted
-from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first
+from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_pipe
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -126,6 +126,7 @@ def run_command(
         sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable()))
         with SIGNALS.listening():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        sys.stdout.flush()
         for failure in failures:
             raise failure
     except (WsolkitError, HydraException, OmegaConfBaseException) as error:
@@ -133,6 +134,8 @@ def run_command(
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # of `--help | head`
+        leave_pipe()
     except OSError as error:
         if traceback or error.filename is None:
             raise

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 PARENT = "WSOLKIT_PARENT"
 """Environment variable: the number of the process that starts others for a run."""
@@ -121,6 +123,12 @@ def _watch_parent() -> None:
     else:
         time.sleep(PATIENCE)  # all are leaving
         leave(reason)
+
+
+def leave_pipe() -> NoReturn:
+    """End this process, whose reader has gone, in silence and with the code that shells give to SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def leave(number: signal.Signals) -> None:
