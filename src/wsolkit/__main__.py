@@ -42,9 +42,9 @@ def main() -> None:
         try:
             print(overview(), flush=True)
         except BrokenPipeError:  # of `wsolkit --help | head`
-            from wsolkit.signals import leave_pipe
+            from wsolkit.signals import leave_without_reader
 
-            leave_pipe()
+            leave_without_reader()
         return
     if given in ("--version", "-V"):
         from wsolkit import __version__

@@ -31,7 +31,7 @@ from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
 from wsolkit.overrides import as_overrides, escaped, quoted
-from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_pipe
+from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_without_reader
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -135,7 +135,8 @@ def run_command(
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # of `--help | head`
-        leave_pipe()
+        leave_without_reader()
+        raise
     except OSError as error:
         if traceback or error.filename is None:
             raise

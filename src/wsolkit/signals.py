@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 PARENT = "WSOLKIT_PARENT"
 """Environment variable: the number of the process that starts others for a run."""
@@ -125,10 +125,16 @@ def _watch_parent() -> None:
         leave(reason)
 
 
-def leave_pipe() -> NoReturn:
-    """End this process, whose reader has gone, in silence and with the code that shells give to SIGPIPE."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
-    sys.exit(128 + signal.SIGPIPE)
+def leave_without_reader() -> None:
+    """Where whoever reads this process's output has gone: end in silence, with the code that shells give to SIGPIPE.
+
+    Otherwise nothing is done: another pipe is broken, such as one to a loader's process, which is an error.
+    """
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if any(event & select.POLLERR for _, event in output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def leave(number: signal.Signals) -> None:
