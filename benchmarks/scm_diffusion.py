@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from wsolkit import build_module, load_config
+from wsolkit.build import build_optimization
 from wsolkit.methods.scm import ActivationDiffusionBlock, Solver, choose_solver
-from wsolkit.optim import build_optimizer
 
 CLASSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +88,7 @@ def training_step(cfg: DictConfig) -> tuple[Callable[[], Tensor], Callable[[], N
     """Forward pass, and the whole step: forward, backward, optimizer."""
     torch.manual_seed(0)
     module = build_module(cfg).to(DEVICE)
-    optimizer = build_optimizer(module.training_settings.optimizer, module.parameter_groups())
+    optimizer = build_optimization(cfg).optimizer(module)
     size, count = cfg.dataset.image_size, cfg.dataset.batch_size
     image = torch.randn(count, 3, size, size, device=DEVICE)
     label = torch.randint(cfg.dataset.num_classes, (count,), device=DEVICE)

@@ -30,11 +30,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig
 
 from wsolkit import build_module, load_config
-from wsolkit.build import build_loggers, build_trainer, quieten_libraries
+from wsolkit.build import build_optimization
 from wsolkit.checkpoint import LastCheckpoint
-from wsolkit.optim import build_optimizer
+from wsolkit.libraries import quieten_libraries
 from wsolkit.progress import Progress
 from wsolkit.speed import Speed
+from wsolkit.training.loggers import build_loggers
+from wsolkit.training.trainer import build_trainer
 from wsolkit.trouble import FiniteLoss
 
 TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
@@ -78,7 +80,7 @@ def measure(cfg: DictConfig) -> tuple[float, float, float]:
     module, twin = build_module(cfg), build_module(cfg)
     size, count = cfg.dataset.image_size, cfg.dataset.batch_size
     batch = {"image": torch.randn(count, 3, size, size), "label": torch.arange(count) % cfg.dataset.num_classes}
-    optimizer = build_optimizer(twin.training_settings.optimizer, twin.parameter_groups())
+    optimizer = build_optimization(cfg).optimizer(twin)
 
     def bare() -> None:
         loss = twin.losses(batch)["loss"]  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import torch
 
 from wsolkit import build_module, load_config
-from wsolkit.optim import build_optimizer
+from wsolkit.build import build_optimization
 
 WARMUP, SECONDS = 2, 20.0
 
@@ -55,7 +55,7 @@ def main() -> None:
         "image": torch.randn(batch_size, 3, size, size, device=device),
         "label": torch.randint(cfg.dataset.num_classes, (batch_size,), device=device),
     }
-    optimizer = build_optimizer(module.training_settings.optimizer, module.parameter_groups())
+    optimizer = build_optimization(cfg).optimizer(module)
 
     def precision() -> torch.autocast | nullcontext[None]:
         return torch.autocast(device.type, half) if half is not None else nullcontext()

@@ -23,13 +23,17 @@ from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.backbones.sync_batch_norm import synchronise
-from wsolkit.build import SyncBatchNormPlugin, build_trainer, compile_network, quieten_libraries
+from wsolkit.build import compile_network
 from wsolkit.errors import ConfigError
+from wsolkit.libraries import quieten_libraries
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss
 from wsolkit.profiling import StepProfiler
 from wsolkit.progress import Progress
 from wsolkit.train import train
+from wsolkit.training.evaluator import Evaluator
+from wsolkit.training.loss_log import LossLog
+from wsolkit.training.trainer import SyncBatchNormPlugin, build_trainer
 from wsolkit.trouble import FiniteLoss
 
 TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
@@ -138,7 +142,7 @@ def test_steps_wait_for_the_device_only_to_log(method: str, tmp_path: Path, monk
             (row["step"], float(row["train/loss_step"])) for row in csv.DictReader(file) if row["train/loss_step"]
         ]
     assert [step for step, _ in losses] == ["2", "5"]
-    assert losses[-1][1] == module.shown["loss"]
+    assert losses[-1][1] == module.attached(LossLog).shown["loss"]
 
 
 def fit(folder: Path, cfg: Any, prepare: Callable[[WSOLModule], None] = lambda module: None) -> dict[str, Tensor]:
@@ -285,7 +289,7 @@ def test_profile_finds_where_time_is_spent(method: str, tmp_path: Path, monkeypa
     trainer = build_trainer(cfg, tmp_path, [], [])
     profiler = trainer.profiler  # type: ignore[attr-defined]
     assert isinstance(profiler, StepProfiler)
-    profiler.watch(module)
+    profiler.watch(module, module.attached(Evaluator).evaluation)
     trainer.fit(module, build_datamodule(cfg))
     profiler.report(tmp_path)
     result = json.loads((tmp_path / "profile.json").read_text())

@@ -20,6 +20,7 @@ from wsolkit.data.dataset import EachOnce, evaluation_batch
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss, global_mean
 from wsolkit.metrics.evaluation import outcome
+from wsolkit.training.evaluator import Evaluator
 
 CPU = torch.device("cpu")
 
@@ -107,14 +108,14 @@ def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) 
     torch.manual_seed(0)
     cfg = load_config(f"method={method}", *METHODS[method], "dataset.records.sizes={train: 16, val: 16, test: 21}")
     module, datamodule = build_module(cfg), build_datamodule(cfg)
-    dataset = datamodule.dataset("test")
+    dataset, evaluation = datamodule.dataset("test"), module.attached(Evaluator).evaluation
     order = EachOnce(len(dataset), rank, world_size)  # of 21 images: 6, 5, 5 and 5, so one process has one more step
     module.eval()
     with torch.inference_mode():
         # One by one: the last bits of a map depend on the place of its image among those computed together.
         for images in DataLoader(dataset, sampler=order, batch_size=1, collate_fn=evaluation_batch):
-            module.validation_step(images, 0)
-        computed = outcome(module.evaluation.compute())
+            evaluation.update(images, module.localize, module)
+        computed = outcome(evaluation.compute())
     synchronise(module.network, CPU)
     part = {name: value[rank::world_size] for name, value in batch().items()}
     losses = {name: value.detach().clone() for name, value in module.train().losses(part).items()}  # type: ignore[arg-type]

@@ -130,9 +130,9 @@ def save(path: Path, *overrides: str, size: int = 64) -> Path:
     module = build_module(
         load_config("dataset=folder", "dataset.root=.", f"dataset.image_size={size}", *overrides), names
     )
-    module.evaluation.thresholds = {"maxboxacc/gt_known_loc_predicted_class": 0.6}
     content: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
     module.on_save_checkpoint(content)
+    content["wsolkit"]["thresholds"] = {"maxboxacc/gt_known_loc_predicted_class": 0.6}
     AtomicCheckpointIO().save_checkpoint(content, path)
     return path
 

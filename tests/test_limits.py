@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsolkit.build import build_datamodule, build_trainer
-from wsolkit.config import check_config, load_config
+from wsolkit.build import build_datamodule, build_module
+from wsolkit.config import built, check_config, load_config
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.limits import LIMITS
-from wsolkit.optim import build_optimizer
+from wsolkit.training.optimization import Optimization
+from wsolkit.training.trainer import build_trainer
 
 NUMBERS = [
     ("seed=-1", "seed=-1: expected a whole number from 0 to 4294967295"),
@@ -132,8 +133,9 @@ def test_an_optimizer_that_does_not_take_its_settings() -> None:
     def create(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1.0, nesterov=True)
 
+    cfg = load_config("backbone=vit_micro")
     with pytest.raises(ConfigError, match="optimizer: Nesterov momentum requires a momentum"):
-        build_optimizer(create, [{"params": [torch.zeros(1)]}])
+        Optimization(create, built(cfg.schedule)).optimizer(build_module(cfg))
 
 
 def test_an_error_of_a_loader_s_process_is_one_line() -> None:

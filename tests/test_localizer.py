@@ -26,6 +26,7 @@ from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
 from wsolkit.metrics import evaluation
 from wsolkit.train import train
+from wsolkit.training.evaluator import Evaluator
 from wsolkit.types import Boxes
 
 PROTOCOLS = ("maxboxacc", "maxboxacc_v2", "ts_cam", "scm", "sat", "spa")
@@ -82,9 +83,10 @@ def evaluated(run: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> tupl
 
     monkeypatch.setattr(evaluation, "_submit_levels", remember)
     (batch,) = list(datamodule.test_dataloader())
+    judged = module.attached(Evaluator).evaluation
     with torch.inference_mode():
-        module.evaluation.update(batch, module.localize, module)
-    return module.evaluation.protocols[protocol].protocol, boxes, batch["size"].tolist()
+        judged.update(batch, module.localize, module)
+    return judged.protocols[protocol].protocol, boxes, batch["size"].tolist()
 
 
 def test_model_can_be_looked_into(checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from tests.fresh import command
 from wsolkit import load_config
+from wsolkit.config import save_config
 from wsolkit.data.folder import _share
 from wsolkit.interop.coco import Source, prediction_files
 from wsolkit.interop.score_maps import ScoreMaps
@@ -41,7 +42,7 @@ from wsolkit.reporting.sweep_charts import charts
 from wsolkit.reporting.table import results_table, write_results
 from wsolkit.reporting.terminal import PlainConsole, picture
 from wsolkit.sweep_report import write
-from wsolkit.train import save_config, train
+from wsolkit.train import train
 
 DOLLARS, MARKUP = "a_$x^$b", '[bold]red[/bold] & <b>"x"</b>'
 NAMES = [

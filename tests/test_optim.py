@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from wsolkit.errors import ConfigError
-from wsolkit.optim import Schedule, weight_decay_groups
+from wsolkit.methods.parameters import weight_decay_groups
+from wsolkit.training.optimization import Schedule
 
 
 def schedule(name: str, warmup_epochs: float = 0, milestones: tuple[int, ...] = (), final: float = 0) -> Schedule:

@@ -21,12 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 import wsolkit.data
 from wsolkit import load_config
 from wsolkit.checkpoint import choose_groups, read_checkpoint, restore
-from wsolkit.config import CONF, RunSettings, built, plain
+from wsolkit.config import CONF, RunSettings, built, plain, save_config
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import job_name
 from wsolkit.overrides import NAMES, PATHS, as_overrides
 from wsolkit.predict import find_images
-from wsolkit.train import save_config
 
 ALL = "a b${x}&!;^\"'\\(),={}[]#%~+@:|?*<>é数`"
 """Every sign that means something to a shell, to Hydra or to OmegaConf, in one name."""

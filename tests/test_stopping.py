@@ -272,7 +272,7 @@ def interrupt_evaluation(number: int) -> None:
             os.kill(os.getpid(), number)
         hook(self, batch, batch_idx)
 
-    WSOLModule.test_step = interrupted  # type: ignore[method-assign]
+    WSOLModule.test_step = interrupted
 
 
 def test_signals_are_heard_once() -> None:

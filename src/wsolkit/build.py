@@ -4,42 +4,28 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import shlex
-import typing
-import warnings
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
-from wsolkit.backbones.sync_batch_norm import synchronise
-from wsolkit.checkpoint import AtomicCheckpointIO
-from wsolkit.config import CONF, arguments, built, check_config, locate, plain
-from wsolkit.csv_log import RunLog
+from wsolkit.config import CONF, accepted, arguments, built, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
 from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
-from wsolkit.jobs import swept
 from wsolkit.localization.protocol import Protocol
-from wsolkit.methods.base import Network, Training, WSOLModule
+from wsolkit.methods.base import Description, Network, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
-from wsolkit.names import readable, shortened
-from wsolkit.types import PlainConfig
+from wsolkit.training.evaluator import Evaluator
+from wsolkit.training.loss_log import LossLog
+from wsolkit.training.noise import StepNoise
+from wsolkit.training.optimization import Optimization
 
 
 def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:
@@ -116,7 +102,34 @@ def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
 
 
 def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
-    """The method of `cfg.method` on the backbone of `cfg.backbone`.
+    """The method of `cfg.method`, ready for Lightning's Trainer: with an optimizer, a schedule and an evaluation.
+
+    Args:
+        cfg: settings as from `load_config`.
+        class_names: see `build_model`.
+
+    Raises:
+        ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+    """
+    module = build_model(cfg, class_names)
+    module.optimization = build_optimization(cfg)
+    module.callbacks = [StepNoise(cfg.seed), LossLog(), build_evaluator(cfg, module)]
+    return module
+
+
+def build_optimization(cfg: DictConfig) -> Optimization:
+    """The optimizer of `cfg.optimizer` under the schedule of `cfg.schedule`."""
+    create = functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer))
+    return Optimization(create, built(cfg.schedule))
+
+
+def build_evaluator(cfg: DictConfig, module: WSOLModule) -> Evaluator:
+    """What evaluates a module under the protocols of `cfg.protocol`."""
+    return Evaluator(Evaluation(build_protocols(cfg), len(module.description.class_names)))
+
+
+def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
+    """The method of `cfg.method` on the backbone of `cfg.backbone`, to localize with: no optimizer, no evaluation.
 
     Args:
         cfg: settings as from `load_config`.
@@ -131,26 +144,15 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
         known = None if cfg.dataset.classes else cfg.dataset.num_classes
         class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
     mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
-    training = Training(
-        optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),
-        schedule=built(cfg.schedule),
-        seed=cfg.seed,
-        config=plain(cfg),
-        class_names=class_names,
-        mean=mean,
-        std=std,
-    )
-    evaluation = Evaluation(build_protocols(cfg), len(class_names))
     method, backbone = locate(cfg.method._target_, "method."), locate(cfg.backbone._target_, "backbone.")
     _check_backbone(cfg, method, backbone)
     module: WSOLModule = method(
         backbone=backbone(**arguments(cfg.backbone)),
         num_classes=len(class_names),
-        training=training,
-        evaluation=evaluation,
         **_postprocess(cfg, method),
         **arguments(cfg.method),
     )
+    module.description = Description(plain(cfg), class_names, mean, std)
     if cfg.get("compile"):
         compile_network(module.network, **_compilation(cfg.compile))
     return module
@@ -178,7 +180,7 @@ def _compilation(setting: object) -> dict[str, Any]:
 def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> None:
     if not (inspect.isclass(method) and issubclass(method, WSOLModule)):
         raise ConfigError(f"method._target_={cfg.method._target_}: expected a class that extends WSOLModule")
-    needed = typing.get_type_hints(method.__init__).get("backbone", nn.Module)
+    needed = accepted(method)[0].get("backbone", nn.Module)
     if not issubclass(backbone, needed):
         choices = [
             path.stem
@@ -194,7 +196,7 @@ def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -
 def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
     """The post-process of `cfg.postprocess`, or None, as an argument of a method that takes one."""
     node = cfg.get("postprocess")
-    if "postprocess" in inspect.signature(method).parameters:
+    if "postprocess" in accepted(method)[0]:
         return {"postprocess": locate(node._target_, "postprocess.")(**arguments(node)) if node else None}
     if node:
         raise ConfigError(
@@ -202,155 +204,3 @@ def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
             f"method={cfg.method.name} is none: leave it out"
         )
     return {}
-
-
-def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None) -> list[Logger]:
-    """The loggers of `cfg.logger`, writing into the run directory.
-
-    Args:
-        cfg: settings.
-        folder: run directory.
-        continued_at: the step from which the run in it goes on; its log and its W&B run are then continued.
-    """
-    if getattr(rank_zero_only, "rank", 0):
-        continued_at = None
-    loggers: list[Logger] = []
-    for node in cfg.logger.values():
-        kind = str(node._target_).rpartition(".")[2]
-        build = functools.partial(built, node, save_dir=str(folder))
-        if kind == "WandbLogger":
-            build = functools.partial(build, **_place_in_wandb(cfg, node, folder))
-            if continued_at is not None:
-                build = functools.partial(build, **_earlier_wandb_run(folder))
-        if kind == "TensorBoardLogger":
-            if find_spec("tensorboard") is None:
-                raise ConfigError("logger=tensorboard needs another package: pip install 'wsolkit[tensorboard]'")
-            build = functools.partial(build, purge_step=continued_at)
-        logger = build()
-        if isinstance(logger, WandbLogger) and not _reaches_wandb(logger):
-            logger = build(mode="offline")
-        if isinstance(logger, RunLog) and continued_at is not None:
-            logger.go_on(continued_at)
-        loggers.append(logger)
-    return loggers
-
-
-_LONGEST_TAG, _LONGEST_NAME = 64, 128  # in W&B
-
-
-def _place_in_wandb(cfg: DictConfig, node: DictConfig, folder: Path) -> dict[str, Any]:
-    """By what a run is found in W&B: names, its command, and, of a sweep's, the sweep and its own settings as tags."""
-    found: dict[str, Any] = {"job_type": "evaluate" if "checkpoint" in cfg else "train"}
-    found |= {key: shortened(str(node[key]), _LONGEST_NAME) for key in ("name", "group") if node.get(key)}
-    settings = swept(folder)
-    if settings:
-        tags = [folder.absolute().parent.name, *(f"{key}={value}" for key, value in settings.items())]
-        found["tags"] = [shortened(tag, _LONGEST_TAG) for tag in tags]
-    return found
-
-
-def log_settings(loggers: Sequence[Logger], settings: PlainConfig, folder: Path) -> None:
-    """Log a run's settings; of a sweep's job also, as "sweep", the sweep's name and what it varies.
-
-    Dots in names, which W&B takes for levels, become lines: {"name": "lr", "optimizer_lr": 0.001}.
-    """
-    varied = {key.replace(".", "_"): value for key, value in swept(folder).items()}
-    if varied:
-        settings = settings | {"sweep": {"name": folder.absolute().parent.name, **varied}}
-    for logger in loggers:
-        logger.log_hyperparams(settings if isinstance(logger, RunLog) else _readable(settings))
-
-
-def _readable(setting: Any) -> Any:
-    """A setting, or all of them, as text that can be sent."""
-    if isinstance(setting, dict):
-        return {readable(str(key)): _readable(value) for key, value in setting.items()}
-    if isinstance(setting, list):
-        return [_readable(value) for value in setting]
-    return readable(setting) if isinstance(setting, str) else setting
-
-
-def _reaches_wandb(logger: WandbLogger) -> bool:
-    """Whether W&B takes the run; otherwise says why, and how to send it later."""
-    from wandb.errors import CommError, UsageError
-
-    try:
-        _ = logger.experiment
-    except (CommError, UsageError) as error:
-        if "project name" in str(error):
-            raise ConfigError(f"logger.wandb.project: {error}") from error
-        rank_zero_warn(
-            f"W&B cannot be reached, or does not know you ({str(error).splitlines()[0]}): the run is logged offline; "
-            f"`wandb sync {shlex.quote(str(logger.save_dir))}/wandb/offline-run-*` sends it later"
-        )
-        return False
-    return True
-
-
-def _earlier_wandb_run(folder: Path) -> dict[str, str]:
-    """How to continue the W&B run in a run directory, if there is one."""
-    runs = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
-    return {"id": runs[-1].name.rpartition("-")[2], "resume": "allow"} if runs else {}
-
-
-def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """The trainer of `cfg.trainer`.
-
-    Wherever Lightning chooses DDP by itself, buffers are not broadcast: that would be one more collective call in each
-    evaluation batch, of which processes have different numbers, since every image counts once.
-    """
-    settings = arguments(cfg.trainer)
-    plugins: list[Any] = [AtomicCheckpointIO(), *_environment()]
-    if isinstance(settings.get("profiler"), dict):
-        settings["profiler"] = built(cfg.trainer.profiler)
-    if settings.pop("sync_batchnorm", False):
-        plugins.append(SyncBatchNormPlugin())
-    StrategyRegistry.register("ddp", DDPStrategy, override=True, broadcast_buffers=False)
-    try:
-        trainer: Trainer = locate(cfg.trainer._target_, "trainer.")(
-            **settings,
-            default_root_dir=str(folder),
-            callbacks=callbacks,
-            logger=loggers,
-            plugins=plugins,
-            use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
-            enable_model_summary=False,
-        )
-    except (MisconfigurationException, ValueError) as error:
-        raise ConfigError(f"trainer: {error}") from error
-    return trainer
-
-
-def _environment() -> list[SLURMEnvironment]:
-    """SLURM, if a job of it runs this; `LastCheckpoint` does what Lightning would do when the job is to stop."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-
-
-class SyncBatchNormPlugin(TorchSyncBatchNorm):
-    """What Lightning calls to synchronise BatchNorm; its own would lose the activation in timm's layers."""
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Lightning's hook."""
-        assert isinstance(model, WSOLModule)
-        return synchronise(model, model.trainer.strategy.root_device)
-
-    def revert(self, model: nn.Module) -> nn.Module:
-        """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""
-        return model
-
-
-def quieten_libraries() -> None:
-    """Leave warnings that a user can act upon, and drop what Lightning says of itself."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        "Experiment logs directory",  # the run directory is meant to hold the log
-        "Checkpoint directory .* exists and is not empty",
-        ".*does not have many workers",  # the built-in data set needs none
-        ".*treespec, LeafSpec.*",
-        "The number of training batches",
-        ".*sync_dist=True",  # what is logged is of all processes already
-        "`broadcast_buffers` is deprecated",
-        ".*compute.*method of metric .* was called before",  # a process may get no image of a small split
-    ):
-        warnings.filterwarnings("ignore", message=message)

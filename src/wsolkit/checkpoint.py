@@ -42,9 +42,9 @@ from wsolkit.backbones.weights import StateDict
 from wsolkit.config import as_named, load_config, plain
 from wsolkit.csv_log import RunLog
 from wsolkit.errors import CheckpointError, ConfigError
-from wsolkit.methods.base import WSOLModule
 from wsolkit.overrides import escaped
 from wsolkit.signals import SIGNALS
+from wsolkit.training.loss_log import LossLog
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -63,6 +63,19 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
         self._here = folder / "best.ckpt"
         self._earlier = None if resume is None else Path(resume).parent / "best.ckpt"
+
+    def found(self, max_epochs: int) -> str:
+        """The file of the best checkpoint.
+
+        Raises:
+            CheckpointError: there is none, since no validation took place.
+        """
+        if not self.best_model_path:
+            raise CheckpointError(
+                "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
+                f"trainer.max_epochs={max_epochs}"
+            )
+        return self.best_model_path
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook: make the score of the earlier run's best checkpoint, and the file, those of this run."""
@@ -184,8 +197,9 @@ class LastCheckpoint(Checkpointing):
         return f"saved after step {self.saved_step} as '{as_named(last)}'"
 
     def _save(self, trainer: Trainer) -> None:
-        if isinstance(trainer.lightning_module, WSOLModule):
-            trainer.lightning_module.log_losses()  # what comes before the checkpoint will not be logged again
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LossLog):
+                callback.log_step(trainer)  # what comes before the checkpoint will not be logged again
         for logger in trainer.loggers:
             logger.sync() if isinstance(logger, RunLog) else logger.save()
         last = self.folder / LAST
@@ -291,6 +305,17 @@ class Checkpoint:
     optimizer_state: Set[str] = frozenset()
     place: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
+
+    def load_into(self, module: torch.nn.Module) -> None:
+        """Give a module the weights.
+
+        Raises:
+            CheckpointError: they are another model's.
+        """
+        try:
+            module.load_state_dict(self.state_dict)
+        except RuntimeError as error:
+            raise CheckpointError(f"'{self.path}' does not fit the model it names: {error}") from error
 
     def names(self) -> dict[str, str]:
         """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""

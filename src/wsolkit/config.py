@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from wsolkit.drafts import write_text
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
@@ -175,6 +176,12 @@ def run_command_on_checkpoint(
         return choose_groups(arguments, with_protocol)
 
     run_command(config_name, task, complete, stopped)
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    """Write the settings, resolved, to config.yaml, for OmegaConf to read: ${ in a text is escaped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(escaped(plain(cfg))))
 
 
 def as_named(folder: Path) -> Path:
@@ -388,17 +395,34 @@ def _check_node(node: Any, path: str) -> None:
 
 def _check_signature(node: Mapping[str, Any], path: str) -> None:
     target = locate(str(node["_target_"]), path)
-    parameters = inspect.signature(target).parameters
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    parameters, open_ended = accepted(target)
     unknown = [key for key in node if key not in _HYDRA_KEYS | _LABELS | parameters.keys()]
     # A data set's node also holds what its records are read with, such as dataset.root.
     if unknown and not open_ended and path != "dataset.":
         raise ConfigError(f"there is no setting '{path}{unknown[0]}'{_choices(unknown[0], parameters)}")
+    _check_types({key: node[key] for key in node.keys() & parameters.keys()}, parameters, path)
+
+
+def accepted(target: Any) -> tuple[dict[str, Any], bool]:
+    """Arguments of a class or function with their types, and whether it takes any others.
+
+    Arguments that are declared together, as `**settings: Unpack[SomeTypedDict]`, count one by one. The type is `Any`
+    where a library's annotation cannot be resolved: the library then checks for itself.
+    """
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError):
-        return  # a library's annotations may not be resolvable; the library then checks for itself
-    _check_types({key: node[key] for key in node.keys() & parameters.keys()}, hints, path)
+        hints = {}
+    found: dict[str, Any] = {}
+    open_ended = False
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            found[name] = hints.get(name, Any)
+        elif typing.get_args(hints.get(name)):
+            found |= typing.get_type_hints(typing.get_args(hints[name])[0])
+        else:
+            open_ended = True
+    return found, open_ended
 
 
 def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str) -> None:

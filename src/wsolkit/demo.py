@@ -33,8 +33,8 @@ def demo(cfg: DictConfig, _: Path) -> None:
     if OmegaConf.is_missing(cfg, "checkpoint"):
         raise ConfigError("required and not given: checkpoint. Add checkpoint=…")
 
-    from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer
     from wsolkit.predict import find_images
 

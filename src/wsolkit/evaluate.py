@@ -10,20 +10,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
-from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.config import check_config, given_overrides, plain, run_command_on_checkpoint, save_config
+from wsolkit.errors import ConfigError
 from wsolkit.run_directory import one_run
-from wsolkit.train import finish, method_name, report, save_config, title
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lightning import Callback
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from wsolkit.data.datamodule import WSOLDataModule
     from wsolkit.data.dataset import WSOLDataset
+    from wsolkit.data.records import Split
     from wsolkit.interop.score_maps import ScoreMaps
+    from wsolkit.metrics.evaluation import Evaluation
+    from wsolkit.reporting.gallery import Localize
     from wsolkit.types import EvaluationBatch
 
 
@@ -40,76 +42,45 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate `cfg.checkpoint`."""
     import lightning
-    from lightning_utilities.core.rank_zero import rank_zero_warn
 
-    from wsolkit.build import (
-        build_datamodule,
-        build_loggers,
-        build_module,
-        build_trainer,
-        log_settings,
-        quieten_libraries,
-    )
+    from wsolkit.build import build_datamodule, build_evaluator, build_model
     from wsolkit.checkpoint import read_checkpoint, restore
-    from wsolkit.companions import stoppable
-    from wsolkit.data.classes import are_numbers
+    from wsolkit.data.classes import warn_of_numbers
     from wsolkit.interop.score_maps import ScoreMaps
-    from wsolkit.profiling import StepProfiler
-    from wsolkit.progress import Progress
-    from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.trouble import check_finite, named_compilation
+    from wsolkit.libraries import quieten_libraries
+    from wsolkit.reporting.pictures import Report
+    from wsolkit.reporting.summary import method_name, print_summary, title
+    from wsolkit.training.trainer import running
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides())
     check_config(cfg)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
-    if are_numbers(checkpoint.class_names):
-        rank_zero_warn(
-            f"the {len(checkpoint.class_names)} classes of '{checkpoint.path}' have numbers for names: labels are not "
-            "matched with the data set's by name, but taken as they are"
-        )
+    warn_of_numbers(checkpoint.class_names, checkpoint.path)
     datamodule = build_datamodule(cfg, checkpoint.class_names)
-    datamodule.setup("validate")
-    datamodule.setup("test")
-    choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
-    module = build_module(cfg, checkpoint.class_names)
-    try:
-        module.load_state_dict(checkpoint.state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f"'{checkpoint.path}' does not fit the model it names: {error}") from error
+    datamodule.read("val", "test")  # a broken data set is named before anything is built
+    report = Report.of(cfg, folder, datamodule.dataset("test"), title(cfg, checkpoint.config), method_name(cfg))
+    module = build_model(cfg, checkpoint.class_names)
+    checkpoint.load_into(module)
+    evaluator = build_evaluator(cfg, module)
+    module.callbacks = [evaluator]
 
-    heading = title(cfg, checkpoint.config)
-    loggers = build_loggers(cfg, folder)
-    pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, heading, method_name(cfg))
-    callbacks: list[Callback] = [pictures]
-    if cfg.trainer.enable_progress_bar:
-        callbacks.append(Progress())
-    trainer = build_trainer(cfg, folder, callbacks, loggers)
-    if trainer.is_global_zero:
-        save_config(cfg, folder)
-    profiler = trainer.profiler  # type: ignore[attr-defined]
-    if isinstance(profiler, StepProfiler):
-        profiler.watch(module)
     saved = None if cfg.save_maps is None else ScoreMaps(cfg.save_maps)
-    log_settings(loggers, module.training_settings.config, folder)
-    try:
-        with stoppable(trainer), named_compilation():
-            if datamodule.held_out:
-                module.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
-                trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
-            module.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
-            trainer.test(module, datamodule, verbose=False)
-    finally:
-        finish(loggers)
+    with running(cfg, folder, module, [report]) as trainer:
+        if trainer.is_global_zero:
+            save_config(cfg, folder)
+        if datamodule.held_out:
+            evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
+            trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
+        evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
+        trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
-        chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, heading, method_name(cfg), chosen_on, module.results)
-        if isinstance(profiler, StepProfiler):
-            profiler.report(folder)
-        network = f"the network of '{checkpoint.path}'"
-        check_finite(module, datamodule.dataset("test").records, network, cfg.allow_not_finite)
-    return module.results
+        chosen_on = evaluator.evaluation.chosen_on(datamodule.held_out)
+        print_summary(folder, report.title, report.method, chosen_on, evaluator.results)
+        if not cfg.allow_not_finite:
+            evaluator.check_finite(datamodule.dataset("test").records, f"the network of '{checkpoint.path}'")
+    return evaluator.results
 
 
 def _writer(folder: ScoreMaps | None, dataset: WSOLDataset) -> Callable[[EvaluationBatch, list[Tensor]], None] | None:
@@ -126,78 +97,70 @@ def _writer(folder: ScoreMaps | None, dataset: WSOLDataset) -> Callable[[Evaluat
 
 def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate the maps in `cfg.score_maps`."""
-    from rich.progress import track
-
-    from wsolkit.build import build_datamodule, build_protocols, quieten_libraries
-    from wsolkit.config import plain
+    from wsolkit.build import build_datamodule, build_protocols
     from wsolkit.interop.score_maps import ScoreMaps
+    from wsolkit.libraries import quieten_libraries
     from wsolkit.metrics.evaluation import Evaluation, outcome
     from wsolkit.reporting.images import ImageTables
     from wsolkit.reporting.pictures import choose_examples, write_report
+    from wsolkit.reporting.summary import print_summary
     from wsolkit.reporting.table import write_results
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
         raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
-    if not Path(cfg.score_maps).is_dir():
-        raise ConfigError(
-            f"score_maps: there is no folder '{cfg.score_maps}'; it should hold a .npy file for each image"
-        )
     check_config(cfg)
     quieten_libraries()
     protocols = build_protocols(cfg)
-    for setting in ("input", "resolution"):
-        values = {name: getattr(rules, setting) for name, rules in protocols.items()}
-        if len(set(values.values())) > 1:
-            raise ConfigError(
-                f"the maps in '{cfg.score_maps}' have one {setting}, but these protocols differ in it: "
-                f"{', '.join(f'{name} ({value})' for name, value in values.items())}. Evaluate them one by one"
-            )
-    datamodule = build_datamodule(cfg)
-    datamodule.setup("validate")
-    datamodule.setup("test")
-    examples = choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
-    class_names = list(datamodule.dataset("test").records.classes)
-    evaluation = Evaluation(protocols, len(class_names))
     maps = ScoreMaps(cfg.score_maps)
-
-    def read(batch: EvaluationBatch, dataset: WSOLDataset) -> list[Tensor]:
-        import torch
-
-        names = map(dataset.records.name, batch["index"].tolist())
-        sizes = evaluation.map_sizes(batch)
-        return [torch.from_numpy(maps.read(name, size)) for name, size in zip(names, sizes, strict=True)]
-
-    def evaluate_split(split: str) -> None:
-        dataset = datamodule.dataset(split)  # type: ignore[arg-type]
-        loader = datamodule.val_dataloader() if split == "val" else datamodule.test_dataloader()
-        for batch in track(loader, f"Evaluating {split}", disable=not cfg.trainer.enable_progress_bar):
-            evaluation.update_maps(batch, read(batch, dataset))
-
+    maps.check(protocols)
+    datamodule = build_datamodule(cfg)
+    datamodule.read("val", "test")
+    test = datamodule.dataset("test")
+    examples = choose_examples(test, cfg.num_examples, cfg.examples)  # named now, or an error
+    class_names = list(test.records.classes)
+    evaluation = Evaluation(protocols, len(class_names))
     if datamodule.held_out:
-        evaluate_split("val")
+        _count(evaluation, maps, datamodule, "val", cfg.trainer.enable_progress_bar)
         evaluation.select(outcome(evaluation.compute()).results)
         evaluation.reset()
-    test, first = datamodule.dataset("test"), next(iter(evaluation.protocols.values()))
     tables = ImageTables(evaluation, test, cfg.num_table_images)
-    evaluate_split("test")
+    _count(evaluation, maps, datamodule, "test", cfg.trainer.enable_progress_bar)
     result = outcome(evaluation.compute())
+
     save_config(cfg, folder)
     write_results(folder, result, class_names, tables.rows(result.results, class_names))
-    heading = f"score maps of {cfg.score_maps}, {cfg.dataset.name}"
-    write_report(
-        folder,
-        heading,
-        "score maps",
-        class_names,
-        plain(cfg),
-        datamodule,
-        evaluation,
-        result,
-        lambda batch: (first.at_size(read(batch, test), batch), [None] * len(batch["label"])),
-        examples,
-    )
-    report(folder, heading, "score maps", evaluation.chosen_on(datamodule.held_out), result.results)
+    heading, row = f"score maps of {cfg.score_maps}, {cfg.dataset.name}", "score maps"
+    localize = _localize(evaluation, maps, test)
+    write_report(folder, heading, row, class_names, plain(cfg), datamodule, evaluation, result, localize, examples)
+    print_summary(folder, heading, row, evaluation.chosen_on(datamodule.held_out), result.results)
     return result.results
+
+
+def _read(evaluation: Evaluation, maps: ScoreMaps, batch: EvaluationBatch, dataset: WSOLDataset) -> list[Tensor]:
+    """The maps of a batch."""
+    import torch
+
+    names, sizes = map(dataset.records.name, batch["index"].tolist()), evaluation.map_sizes(batch)
+    return [torch.from_numpy(maps.read(name, size)) for name, size in zip(names, sizes, strict=True)]
+
+
+def _count(evaluation: Evaluation, maps: ScoreMaps, datamodule: WSOLDataModule, split: Split, shown: bool) -> None:
+    """Count the maps of a split."""
+    from rich.progress import track
+
+    loader = datamodule.val_dataloader() if split == "val" else datamodule.test_dataloader()
+    for batch in track(loader, f"Evaluating {split}", disable=not shown):
+        evaluation.update_maps(batch, _read(evaluation, maps, batch, datamodule.dataset(split)))
+
+
+def _localize(evaluation: Evaluation, maps: ScoreMaps, dataset: WSOLDataset) -> Localize:
+    """What gives the report its maps: files, without a predicted class."""
+    first = next(iter(evaluation.protocols.values()))
+
+    def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
+        return first.at_size(_read(evaluation, maps, batch, dataset), batch), [None] * len(batch["label"])
+
+    return localize
 
 
 def main() -> None:

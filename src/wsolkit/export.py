@@ -26,9 +26,9 @@ def export(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.checkpoint` to the file `cfg.output`, and compare the two."""
     from omegaconf import OmegaConf
 
-    from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.interop import programs
+    from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer
 
     lacking = [name for name in ("checkpoint", "output") if OmegaConf.is_missing(cfg, name)]

@@ -28,11 +28,11 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.source` as a checkpoint to `cfg.output`."""
     from omegaconf import OmegaConf
 
-    from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import AtomicCheckpointIO
     from wsolkit.data.classes import are_numbers, repeated
     from wsolkit.interop.foreign import read_foreign
     from wsolkit.interop.official import build_official, fitted
+    from wsolkit.libraries import quieten_libraries
 
     if OmegaConf.is_missing(cfg, "source"):
         raise ConfigError("required and not given: source. Add source=…")
@@ -52,9 +52,9 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # the papers'
     names = class_names(given, cfg.dataset.num_classes, numbered)
     module = build_official(cfg, found.state_dict, names)
-    module.evaluation.thresholds = thresholds(found, cfg.method.name)
     content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
     module.on_save_checkpoint(content)
+    content["wsolkit"] |= {"thresholds": thresholds(found, cfg.method.name), "metrics": {}, "losses": {}}
     AtomicCheckpointIO().save_checkpoint(content, output)
     known = "numbered" if are_numbers(names) else f"{names[0]}, …"
     print(f"{cfg.method.name} on {cfg.backbone.name}, {len(names)} classes ({known}), {cfg.dataset.image_size} pixels")

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
-from wsolkit.build import build_module, build_protocols, quieten_libraries
+from wsolkit.build import build_model, build_protocols
 from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
 from wsolkit.config import CONF, load_config
 from wsolkit.data.classes import class_label
@@ -33,6 +33,7 @@ from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
 from wsolkit.data.records import Records, read_image
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.libraries import quieten_libraries
 from wsolkit.localization.boxes import Levels, Select, regions
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
@@ -159,8 +160,8 @@ class Localizer:
         self.image_size: int = cfg.dataset.image_size
         self.device = _device(device)
         self.exif = _exif(exif, checkpoint)
-        self._module = _loaded(build_module(cfg, self.class_names), checkpoint).to(self.device)
-        settings = self._module.training_settings
+        self._module = _loaded(build_model(cfg, self.class_names), checkpoint).to(self.device)
+        settings = self._module.description
         self.mean, self.std = tuple(settings.mean), tuple(settings.std)
         self._thresholds = {
             condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}")
@@ -514,10 +515,7 @@ def _array(image: Tensor) -> npt.NDArray[Any]:
 
 def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
     """A module with a checkpoint's weights, for inference."""
-    try:
-        module.load_state_dict(checkpoint.state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f"'{checkpoint.path}' does not fit the model it names: {error}") from error
+    checkpoint.load_into(module)
     return module.eval().requires_grad_(False)
 
 

@@ -45,10 +45,10 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from wsolkit.build import quieten_libraries
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.data.records import file_records
     from wsolkit.interop.coco import FAILED, Source, prediction_files
+    from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer
 
     lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name) or cfg[name] is None]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from wsolkit.drafts import write_text
 from wsolkit.methods.base import WSOLModule
+from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.reporting.terminal import PlainConsole
 
 Stage = Literal["training", "evaluation"]
@@ -44,8 +45,7 @@ _PART_OF_ACTION = (  # the first whose text is in the name of Lightning's action
     ("optimizer_zero_grad", "optimizer"),
     ("gradient_clipping", "optimizer"),
     ("training_step", "logging"),
-    ("validation_step", "metrics"),
-    ("test_step", "metrics"),
+    ("[Callback]Evaluator", "metrics"),
     ("Checkpoint", "checkpoint"),
     ("save_checkpoint", "checkpoint"),
     ("[Callback]Report", "report"),
@@ -75,14 +75,14 @@ class StepProfiler(Profiler):
         self._parts: list[str] = []
         self._since = 0.0
 
-    def watch(self, module: WSOLModule) -> None:
-        """Tell a method's parts apart, too."""
+    def watch(self, module: WSOLModule, evaluation: Evaluation) -> None:
+        """Tell the parts of a method and of its evaluation apart, too."""
         for name in module.network.passes:
             self._time(module.network, name, "forward")
         self._time(module, "losses", "loss")
         self._time(module, "localize", "maps")
-        self._time(module.evaluation, "update", "metrics")
-        self._time(module.evaluation, "compute", "summary")
+        self._time(evaluation, "update", "metrics")
+        self._time(evaluation, "compute", "summary")
 
     def _time(self, owner: Any, name: str, part: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
@@ -112,7 +112,7 @@ class StepProfiler(Profiler):
         self._leave()
         if action_name == "run_training_batch":
             self._count("training")
-        elif action_name.startswith("[Strategy]") and action_name.endswith((".validation_step", ".test_step")):
+        elif action_name.startswith("[Callback]Evaluator") and action_name.endswith("_batch_end"):
             self._count("evaluation")
         elif action_name.startswith("[Strategy]") and action_name.endswith((".on_validation_end", ".on_test_end")):
             self._change(None)

@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 from wsolkit.methods.base import WSOLModule
+from wsolkit.training.loss_log import LossLog
 
 
 class Progress(RichProgressBar):
@@ -25,4 +26,5 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Lightning's hook."""
         assert isinstance(pl_module, WSOLModule)
-        return {"loss": pl_module.shown["loss"]} if "loss" in pl_module.shown else {}
+        shown = pl_module.attached(LossLog).shown if trainer.training else {}
+        return {"loss": shown["loss"]} if "loss" in shown else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,16 +15,53 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from wsolkit.checkpoint import Checkpoint, changed_settings
+from wsolkit.checkpoint import Checkpoint, changed_settings, check_resumable, latest_checkpoint
 from wsolkit.data.classes import check_same_classes
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import Place
 from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
-from wsolkit.optim import build_optimizer
+from wsolkit.training.optimization import Optimization
 
 _FEW = 3  # weights in a message
 _COUNTED = (("dataset", "batch_size"), ("trainer", "accumulate_grad_batches"), ("trainer", "limit_train_batches"))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    path: the checkpoint that it goes on from, as an absolute path, since names such as "last" mean something else to
+    Lightning; None: it begins anew; checkpoint: its content; step: the step at which the log in the run directory goes
+    on, None where it begins anew.
+    """
+
+    path: Path | None = None
+    checkpoint: Checkpoint | None = None
+    step: int | None = None
+
+    @classmethod
+    def of(cls, cfg: DictConfig, folder: Path) -> Start:
+        """Where a run of these settings in a run directory begins.
+
+        Raises:
+            CheckpointError: the checkpoint of `cfg.resume` cannot be read, or is of another run.
+        """
+        path = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
+        if path is None:
+            return cls()
+        checkpoint = check_resumable(path, cfg)
+        here = Path(path).resolve().parent == (folder / "checkpoints").resolve()
+        return cls(Path(path).absolute(), checkpoint, checkpoint.step if here else None)
+
+    def check(self, cfg: DictConfig, module: WSOLModule, datamodule: WSOLDataModule) -> None:
+        """See `check_continuation`."""
+        if self.checkpoint is not None:
+            check_continuation(self.checkpoint, cfg, module, datamodule)
+
+    def callbacks(self) -> list[Callback]:
+        """What puts the run where its checkpoint was."""
+        return [] if self.checkpoint is None else [Continuation()]
 
 
 def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModule, datamodule: WSOLDataModule) -> None:
@@ -69,7 +108,7 @@ def _check_optimizer(resume: str, checkpoint: Checkpoint, module: WSOLModule, ch
     target = "optimizer._target_"
     if target in changed:
         raise CheckpointError(f"{resume} has the state of another optimizer: {target}={changed[target]}")
-    optimizer = build_optimizer(module.training_settings.optimizer, module.parameter_groups())
+    optimizer = _optimization(module).optimizer(module)
     saved = [(group.get("name"), len(group["params"])) for group in checkpoint.optimizer]
     own = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     if saved and saved != own:
@@ -88,9 +127,14 @@ def _state_of_one(module: WSOLModule) -> set[str]:
     """What an optimizer remembers of each parameter, by trying it on one."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    optimizer = module.training_settings.optimizer([{"params": [parameter]}])
+    optimizer = _optimization(module).create([{"params": [parameter]}])
     optimizer.step()
     return set(optimizer.state[parameter])
+
+
+def _optimization(module: WSOLModule) -> Optimization:
+    assert isinstance(module.optimization, Optimization)
+    return module.optimization
 
 
 def _groups(groups: Sequence[tuple[str | None, int]]) -> str:

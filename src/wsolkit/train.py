@@ -7,197 +7,64 @@ was used.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from wsolkit.config import as_named, check_config, command_to_resume, plain, run_command
-from wsolkit.drafts import write_text
-from wsolkit.errors import CheckpointError, ConfigError
-from wsolkit.overrides import escaped
+from wsolkit.config import as_named, check_config, command_to_resume, run_command, save_config
 from wsolkit.run_directory import one_run
-from wsolkit.signals import Stopped
 
 if TYPE_CHECKING:
-    from lightning import Callback
-    from lightning.pytorch.loggers import Logger
     from omegaconf import DictConfig
-
-    from wsolkit.data.records import Records
 
 
 @one_run
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
     import lightning
-    from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from wsolkit.build import (
-        build_datamodule,
-        build_loggers,
-        build_module,
-        build_trainer,
-        log_settings,
-        quieten_libraries,
-    )
-    from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint, check_resumable, latest_checkpoint
-    from wsolkit.companions import stoppable
-    from wsolkit.data.subset import Subset
-    from wsolkit.profiling import StepProfiler
-    from wsolkit.progress import Progress
-    from wsolkit.reporting.pictures import Report, choose_examples
-    from wsolkit.resume import Continuation, check_continuation
-    from wsolkit.speed import Speed
-    from wsolkit.trouble import (
-        FiniteLoss,
-        FitMemory,
-        check_finite,
-        named_compilation,
-        named_trouble,
-        parts_that_fit,
-    )
+    from wsolkit.build import build_datamodule, build_module
+    from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint
+    from wsolkit.libraries import quieten_libraries
+    from wsolkit.reporting.pictures import Report
+    from wsolkit.reporting.summary import method_name, print_summary, title, what_next
+    from wsolkit.resume import Start
+    from wsolkit.training.evaluator import Evaluator, check_monitor
+    from wsolkit.training.trainer import running
+    from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble
 
     check_config(cfg)
-    resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
-    continued = None if resume is None else check_resumable(resume, cfg)
+    start = Start.of(cfg, folder)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
-    datamodule.setup("fit")  # a broken data set is named before anything is built or downloaded
-    datamodule.setup("test")
-    choose_examples(datamodule.dataset("test"), cfg.num_examples, cfg.examples)  # named now, or an error
+    datamodule.read("train", "val", "test")  # a broken data set is named before anything is built or downloaded
+    report = Report.of(cfg, folder, datamodule.dataset("test"), title(cfg, cfg), method_name(cfg))
     module = build_module(cfg, datamodule.class_names)
-    if continued is not None:
-        check_continuation(continued, cfg, module, datamodule)
-    monitor = cfg.monitor or _monitor(datamodule.dataset("val").records, next(iter(module.evaluation.protocols)))
-    if monitor not in module.evaluation.names:
-        raise ConfigError(f"monitor={monitor}: expected one of {', '.join(module.evaluation.names)}")
+    evaluator = module.attached(Evaluator)
+    start.check(cfg, module, datamodule)
+    monitor = check_monitor(cfg.monitor, evaluator.evaluation, datamodule.dataset("val").records)
 
-    best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", resume)
+    best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", start.path)
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
-    pictures = Report(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title(cfg, cfg), method_name(cfg))
-    callbacks: list[Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, pictures]
-    if continued is not None:
-        callbacks.append(Continuation())
-    here = resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
-    loggers = build_loggers(cfg, folder, continued.step if continued and here else None)
-    if loggers:
-        callbacks += [LearningRateMonitor("step"), Speed()]
-    if cfg.trainer.enable_progress_bar:
-        callbacks.append(Progress())
-    trainer = build_trainer(cfg, folder, callbacks, loggers)
-    datamodule.check(trainer)
-    profiler = trainer.profiler  # type: ignore[attr-defined]
-    if isinstance(profiler, StepProfiler):
-        profiler.watch(module)
-    if cfg.fit_memory:
-        trainer.callbacks.append(FitMemory(parts_that_fit(module, datamodule, trainer)))  # type: ignore[attr-defined]
+    callbacks = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, report, *start.callbacks()]
+    advice = lambda: f"{last.left()}; go on with {command_to_resume(folder)}"  # noqa: E731
+    with running(cfg, folder, module, callbacks, start.step, advice) as trainer:
+        datamodule.check(trainer)
+        if cfg.fit_memory:
+            trainer.callbacks.append(FitMemory.tried(module, datamodule, trainer))  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            save_config(cfg, folder)
+            datamodule.save_subset(folder / "train_images.txt")
+        with named_trouble(cfg.dataset.batch_size):
+            trainer.fit(module, datamodule, ckpt_path=start.path, weights_only=True)
+        trainer.test(module, datamodule, ckpt_path=best.found(cfg.trainer.max_epochs), weights_only=True, verbose=False)
     if trainer.is_global_zero:
-        save_config(cfg, folder)
-        training = datamodule.dataset("train").records
-        if isinstance(training, Subset):
-            names = [training.name(index) for index in range(len(training.labels))]
-            write_text(folder / "train_images.txt", "".join(f"{name}\n" for name in names))
-    try:
-        with stoppable(trainer):
-            log_settings(loggers, module.training_settings.config, folder)
-            # Absolute, since names such as "last" mean something else to Lightning.
-            start = None if resume is None else Path(resume).absolute()
-            with named_trouble(cfg.dataset.batch_size), named_compilation():
-                trainer.fit(module, datamodule, ckpt_path=start, weights_only=True)
-            if not best.best_model_path:
-                raise CheckpointError(
-                    "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at "
-                    f"most trainer.max_epochs={cfg.trainer.max_epochs}"
-                )
-            trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
-    except Stopped as stop:
-        stop.advice = f"{last.left()}; go on with {command_to_resume(folder)}"
-        raise
-    finally:
-        finish(loggers)
-    if trainer.is_global_zero:
-        chosen_on = module.evaluation.chosen_on(datamodule.held_out)
-        report(folder, title(cfg, cfg), method_name(cfg), chosen_on, module.results)
+        chosen_on = evaluator.evaluation.chosen_on(datamodule.held_out)
+        print_summary(folder, report.title, report.method, chosen_on, evaluator.results)
         print(what_next(folder, cfg))
-        if isinstance(profiler, StepProfiler):
-            profiler.report(folder)
-        network = f"the network of '{as_named(folder)}'"
-        check_finite(module, datamodule.dataset("test").records, network, cfg.allow_not_finite)
-    return module.results
-
-
-def _monitor(records: Records, protocol: str) -> str:
-    """The metric by which checkpoints are chosen, of those that there is ground truth for."""
-    if len(records.boxes(0)):
-        return f"{protocol}/max_box_acc"
-    return "top1_cls" if records.mask(0) is None else f"{protocol}/pxap"
-
-
-def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
-    """What was run on what, and where the checkpoint was chosen, in one line.
-
-    Args:
-        cfg: settings of this run.
-        trained: settings of the run that the checkpoint is from.
-    """
-    held_out = trained["dataset"]["held_out"] and trained["selection"] == "val"
-    selected = "the held-out val split" if held_out else "the reported split itself"
-    return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
-
-
-def method_name(cfg: DictConfig) -> str:
-    """The method, and what refines its maps: "cam + scg"."""
-    postprocess = cfg.get("postprocess")
-    return f"{cfg.method.name} + {postprocess.name}" if postprocess else str(cfg.method.name)
-
-
-def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, resolved, to config.yaml, for OmegaConf to read: ${ in a text is escaped."""
-    from omegaconf import OmegaConf
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(escaped(plain(cfg))))
-
-
-def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]) -> None:
-    """Print the table, and where everything is."""
-    from wsolkit.reporting.table import results_table
-    from wsolkit.reporting.terminal import PlainConsole
-
-    table = results_table(results, chosen_on, row, title)
-    console = PlainConsole()
-    # Numbers that are cut off would be worse than long lines.
-    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
-    console.print(table)
-    console.print(f"Written to {as_named(folder)}", soft_wrap=True)
-
-
-def what_next(folder: Path, cfg: DictConfig) -> str:
-    """What to open, and which commands to try on the model in a run directory."""
-    checkpoint = shlex.quote(f"checkpoint={as_named(folder) / 'checkpoints' / 'best.ckpt'}")
-    settings = [f"method={'ts_cam' if cfg.method.name == 'sat' else 'sat'}", f"dataset={cfg.dataset.name}"]
-    if "root" in cfg.dataset:
-        settings.append(f"dataset.root={cfg.dataset.root}")
-    commands = {
-        f"python -m wsolkit.demo {checkpoint}": "try the model on an image, in the browser",
-        f"python -m wsolkit.predict {checkpoint} source=FOLDER output=boxes": "write boxes and masks of images",
-        f"python -m wsolkit.train {shlex.join(settings)}": "train another method",
-    }
-    width = max(map(len, commands))
-    opened = [f"Open {as_named(folder) / 'report.html'} in a browser."] if (folder / "report.html").is_file() else []
-    return "\n".join([*opened, "Next:", *(f"    {what:<{width}}  # {why}" for what, why in commands.items())])
-
-
-def finish(loggers: Sequence[Logger]) -> None:
-    """Close W&B's run, so that the next job of a multirun does not write into it."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb
-
-        wandb.finish()
+        if not cfg.allow_not_finite:
+            evaluator.check_finite(datamodule.dataset("test").records, f"the network of '{as_named(folder)}'")
+    return evaluator.results
 
 
 def main() -> None:

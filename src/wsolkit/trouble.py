@@ -13,7 +13,6 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
 from wsolkit.data.datamodule import WSOLDataModule
-from wsolkit.data.records import Records
 from wsolkit.errors import TrainingError
 from wsolkit.methods.base import WSOLModule
 
@@ -95,6 +94,11 @@ class FitMemory(Callback):
     def __init__(self, parts: int) -> None:
         self.parts = parts
 
+    @classmethod
+    def tried(cls, module: WSOLModule, datamodule: WSOLDataModule, trainer: Trainer) -> FitMemory:
+        """Find the parts by trying."""
+        return cls(parts_that_fit(module, datamodule, trainer))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         parts = torch.tensor(self.parts, device=pl_module.device)
@@ -148,28 +152,6 @@ _ADVICE = (
     "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; the last checkpoint in "
     "checkpoints/ is from before"
 )
-
-
-def check_finite(module: WSOLModule, records: Records, network: str, allowed: bool) -> None:
-    """Check that an evaluation met no logits or score maps that are not finite.
-
-    Args:
-        module: that was evaluated; these images count as wrong in its results.
-        records: of the split.
-        network: whose they are.
-        allowed: whether they are allowed all the same.
-
-    Raises:
-        TrainingError: it met some; the message names their images.
-    """
-    count = int(module.results.get("not_finite", 0))
-    if count and not allowed:
-        named = [records.name(int(index)) for index in module.curves["not_finite_images"] if index >= 0]
-        raise TrainingError(
-            f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
-            f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "
-            "trainer.precision=32-true, or another checkpoint; allow_not_finite=true accepts such results"
-        )
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.cam import CAM, CAMNetwork
-from wsolkit.optim import build_optimizer
+from wsolkit.training.evaluator import Evaluator
+from wsolkit.training.optimization import Optimization, Schedule
 
 CNN_METHODS = ["cam", "spa", "bridging_gap"]
 
@@ -145,8 +146,9 @@ def test_head_is_drawn_as_spa_says() -> None:
 
 def learning_rates(module: WSOLModule, lr: float = 0.001) -> dict[str, tuple[float, float]]:
     """Learning rate and weight decay of each parameter."""
-    groups = module.parameter_groups()
-    optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=lr, weight_decay=0.5), groups)
+    schedule = Schedule("constant", 0, (), 1.0, 1.0)
+    create = Optimization(lambda groups: torch.optim.SGD(groups, lr=lr, weight_decay=0.5), schedule)
+    optimizer = create.optimizer(module)
     names = {id(parameter): name for name, parameter in module.network.named_parameters()}
     rates = {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -231,12 +233,12 @@ def test_untrained_network_is_an_image_net_cam(shared: Any) -> None:
     datamodule.setup("test")
     from wsolkit.data.dataset import evaluation_batch
 
-    dataset = datamodule.dataset("test")
+    dataset, evaluation = datamodule.dataset("test"), module.attached(Evaluator).evaluation
     for start in range(0, 60, 30):
         chosen = evaluation_batch([dataset[0, index * 5] for index in range(start, start + 30)])
         with torch.inference_mode():
-            module.evaluation.update(chosen, module.localize, module)
-    values = module.evaluation.compute()
+            evaluation.update(chosen, module.localize, module)
+    values = evaluation.compute()
     assert values["top1_cls"] > 85
     assert values["maxboxacc/max_box_acc"] > values["maxboxacc/full_image/max_box_acc"] + 10
 

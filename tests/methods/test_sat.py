@@ -145,7 +145,7 @@ def test_bfloat16_stays_close(method: str) -> None:
     ("method", "exempt"), [("ts_cam", {"pos_embed", "cls_token"}), ("scm", {"pos_embed", "cls_token"}), ("sat", set())]
 )
 def test_weight_decay_groups_are_those_of_the_released_code(method: str, exempt: set[str]) -> None:
-    from wsolkit.optim import weight_decay_groups
+    from wsolkit.methods.parameters import weight_decay_groups
 
     module = build_module(load_config(f"method={method}"))
     decay, no_decay = weight_decay_groups(module, module.no_weight_decay)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -52,6 +53,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f" (did you mean '{folded[close[0]]}'?)" if close else ""
+
+
+def warn_of_numbers(names: Sequence[str], path: Path) -> None:
+    """Say that the classes of a checkpoint have numbers for names, if they have."""
+    if are_numbers(names):
+        rank_zero_warn(
+            f"the {len(names)} classes of '{path}' have numbers for names: labels are not matched with the data set's "
+            "by name, but taken as they are"
+        )
 
 
 def are_numbers(names: Sequence[str]) -> bool:

@@ -23,8 +23,9 @@ from wsolkit.data.dataset import (
     one_thread,
 )
 from wsolkit.data.records import Records, Split
-from wsolkit.data.subset import choose
+from wsolkit.data.subset import Subset, choose
 from wsolkit.data.transforms import Transform
+from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 
 _MAX_AUTO_WORKERS = 8
@@ -132,12 +133,24 @@ class WSOLDataModule(LightningDataModule):
             self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache)
         return self._datasets[split]
 
-    def setup(self, stage: str) -> None:
-        """Lightning's hook: read what the stage needs, so that errors come before the first step."""
-        if stage == "fit" and self.model_classes is None:
+    def read(self, *splits: Split) -> None:
+        """Read splits now, so that errors come before the first step."""
+        if "train" in splits and self.model_classes is None:
             self.model_classes = self.class_names
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
-            self.dataset(split)  # type: ignore[arg-type]
+        for split in splits:
+            self.dataset(split)
+
+    def setup(self, stage: str) -> None:
+        """Read what a stage of Lightning needs."""
+        stages: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        self.read(*stages.get(stage, ()))
+
+    def save_subset(self, path: Path) -> None:
+        """Write the names of the training images, one in a line, where they are a part of the data set's."""
+        training = self.dataset("train").records
+        if isinstance(training, Subset):
+            names = [training.name(index) for index in range(len(training.labels))]
+            write_text(path, "".join(f"{name}\n" for name in names))
 
     def check(self, trainer: Trainer) -> None:
         """Check, before a run begins, that it will validate, choose a checkpoint and test.

@@ -5,14 +5,15 @@ A map is [H, W], floating point, in [0, 1]. It is taken as a localization map: n
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from wsolkit.drafts import draft
-from wsolkit.errors import DataError
+from wsolkit.errors import ConfigError, DataError
+from wsolkit.localization.protocol import Protocol
 from wsolkit.names import file_name
 
 
@@ -25,6 +26,24 @@ class ScoreMaps:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+
+    def check(self, protocols: Mapping[str, Protocol]) -> None:
+        """Check that the folder is there, and that maps of one size can be judged under all of some protocols.
+
+        Raises:
+            ConfigError: it is not, or they cannot.
+        """
+        if not self.folder.is_dir():
+            raise ConfigError(
+                f"score_maps: there is no folder '{self.folder}'; it should hold a .npy file for each image"
+            )
+        for setting in ("input", "resolution"):
+            values = {name: getattr(rules, setting) for name, rules in protocols.items()}
+            if len(set(values.values())) > 1:
+                raise ConfigError(
+                    f"the maps in '{self.folder}' have one {setting}, but these protocols differ in it: "
+                    f"{', '.join(f'{name} ({value})' for name, value in values.items())}. Evaluate them one by one"
+                )
 
     def path(self, name: str) -> Path:
         """The file of an image.

@@ -26,18 +26,16 @@ The paper averages w · F over channels in its CAM, a scale without effect.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Training
-from wsolkit.methods.cam import CAMModule, CAMNetwork, FineTuning, PostProcess, feature_norm
-from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.methods.cam import CAMModule, HeadSettings, feature_norm
 from wsolkit.types import TrainingBatch
 
 Similarity = Literal["target", "max"]
@@ -96,13 +94,12 @@ class BridgingGap(CAMModule):
     """Bridging the gap, in training and evaluation.
 
     Args:
-        head_channels, head_init, keep_classifier, postprocess: see `CAMNetwork`.
         warmup_epochs: epochs before the alignment losses.
         similarity_weight, norm_weight, drop_weight: λ_sim, λ_norm and λ_drop.
         foreground_threshold, background_threshold, similarity: see `alignment_losses`.
         drop_after: stage of the backbone after which attentive dropout acts.
         drop_threshold, drop_probability: γ and p_drop, see `attentive_dropout`.
-        fine_tuning: see `FineTuning`.
+        head: see `HeadSettings`.
 
     Raises:
         ConfigError: the backbone has no such stage, or a probability is none.
@@ -112,11 +109,6 @@ class BridgingGap(CAMModule):
         self,
         backbone: CNN,
         num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
-        head_channels: Sequence[int],
-        head_init: Literal["default", "xavier"],
-        keep_classifier: Sequence[int] | None,
         warmup_epochs: int,
         similarity_weight: float,
         norm_weight: float,
@@ -127,16 +119,12 @@ class BridgingGap(CAMModule):
         drop_after: str,
         drop_threshold: float,
         drop_probability: float,
-        fine_tuning: FineTuning,
-        postprocess: PostProcess | None,
+        **head: Unpack[HeadSettings],
     ) -> None:
         if not 0 <= drop_probability <= 1:
             raise ConfigError(f"method.drop_probability={drop_probability}: expected 0 to 1")
         backbone.places(drop_after)
-        network = CAMNetwork(
-            backbone, num_classes, head_channels, "average_first", head_init, keep_classifier, postprocess
-        )
-        super().__init__(network, training, evaluation, fine_tuning)
+        super().__init__(backbone, num_classes, "average_first", head)
         self.warmup_epochs = warmup_epochs
         self.similarity_weight = similarity_weight
         self.norm_weight = norm_weight

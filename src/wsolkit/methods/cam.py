@@ -18,20 +18,21 @@ from typing import Any, Literal, Protocol, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes
-from wsolkit.metrics.evaluation import Evaluation
-from wsolkit.optim import fine_tuning_groups
+from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.maps import choose_classes
+from wsolkit.methods.parameters import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 Form = Literal["average_first", "maps_first"]
 
 
 class FineTuning(TypedDict):
-    """How the layers learn: see `wsolkit.optim.fine_tuning_groups`.
+    """How the layers learn: see `wsolkit.methods.parameters.fine_tuning_groups`.
 
     new_from: "head": new layers are those after the backbone; a stage of the backbone: it and all that follows.
     """
@@ -51,6 +52,16 @@ class PostProcess(Protocol):
 
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → score maps [B, K, h, w]."""
+
+
+class HeadSettings(TypedDict):
+    """What all methods on a CAM network have in common: see `CAMNetwork`, and `FineTuning`."""
+
+    head_channels: Sequence[int]
+    head_init: Literal["default", "xavier"]
+    keep_classifier: Sequence[int] | None
+    postprocess: PostProcess | None
+    fine_tuning: FineTuning
 
 
 def feature_norm(feature: Tensor) -> Tensor:
@@ -216,18 +227,25 @@ class CAMModule(WSOLModule):
     """What methods on a CAM network share: they differ in their losses.
 
     Args:
-        network: see `CAMNetwork`.
-        training, evaluation: see `WSOLModule`.
-        fine_tuning: see `FineTuning`.
+        backbone, num_classes, form: see `CAMNetwork`.
+        head: see `HeadSettings`.
     """
 
     network: CAMNetwork
 
-    def __init__(
-        self, network: CAMNetwork, training: Training, evaluation: Evaluation, fine_tuning: FineTuning
-    ) -> None:
-        super().__init__(network, training, evaluation)
-        self.fine_tuning = fine_tuning
+    def __init__(self, backbone: CNN, num_classes: int, form: Form, head: HeadSettings) -> None:
+        super().__init__(
+            CAMNetwork(
+                backbone,
+                num_classes,
+                head["head_channels"],
+                form,
+                head["head_init"],
+                head["keep_classifier"],
+                head["postprocess"],
+            )
+        )
+        self.fine_tuning = head["fine_tuning"]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """See `CAMNetwork.parameter_groups`."""
@@ -251,28 +269,15 @@ class CAMModule(WSOLModule):
 
 
 class CAM(CAMModule):
-    """CAM in training and evaluation.
+    """CAM in training and localization.
 
     Args:
-        head_channels, form, head_init, keep_classifier, postprocess: see `CAMNetwork`.
-        fine_tuning: see `FineTuning`.
+        form: see `CAMNetwork`.
+        head: see `HeadSettings`.
     """
 
-    def __init__(
-        self,
-        backbone: CNN,
-        num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
-        head_channels: Sequence[int],
-        form: Form,
-        head_init: Literal["default", "xavier"],
-        keep_classifier: Sequence[int] | None,
-        fine_tuning: FineTuning,
-        postprocess: PostProcess | None,
-    ) -> None:
-        network = CAMNetwork(backbone, num_classes, head_channels, form, head_init, keep_classifier, postprocess)
-        super().__init__(network, training, evaluation, fine_tuning)
+    def __init__(self, backbone: CNN, num_classes: int, form: Form, **head: Unpack[HeadSettings]) -> None:
+        super().__init__(backbone, num_classes, form, head)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Cross-entropy."""

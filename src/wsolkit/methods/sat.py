@@ -29,8 +29,8 @@ from torch import Tensor, distributed, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes, semantic_head
-from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.maps import choose_classes, semantic_head
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 # Published ablations with fewer than three spatial blocks keep them where three would start (Table 9).
@@ -185,8 +185,6 @@ class SAT(WSOLModule):
         self,
         backbone: ViT,
         num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
         num_blocks: int,
         mask_position: Literal["after", "before"],
         token_init: Literal["random", "class", "shared"],
@@ -202,7 +200,7 @@ class SAT(WSOLModule):
         if not 0 < area_prior < 1:
             raise ConfigError(f"method.area_prior={area_prior}: expected a share of the image between 0 and 1")
         network = SATNetwork(backbone, num_classes, num_blocks, mask_position, token_init, head_init)
-        super().__init__(network, training, evaluation, no_weight_decay)
+        super().__init__(network, no_weight_decay)
         self.num_blocks = num_blocks
         self.area_prior = area_prior
         self.area_level = area_level

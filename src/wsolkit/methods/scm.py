@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from wsolkit.backbones.vit import ViT
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Training, WSOLModule, choose_classes, select_maps
+from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.maps import choose_classes, select_maps
 from wsolkit.methods.ts_cam import TSCAMNetwork, couple
-from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 Solver = Literal["auto", "stencil", "dense"]
@@ -451,8 +451,6 @@ class SCM(WSOLModule):
         self,
         backbone: ViT,
         num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
         num_blocks: int,
         iterations: int | Sequence[int],
         alpha: float,
@@ -469,7 +467,7 @@ class SCM(WSOLModule):
         iterations = [iterations] * num_blocks if isinstance(iterations, int) else list(iterations)
         check_settings(num_blocks, iterations, alpha, solver, semantic_level, attention_level)
         network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
-        super().__init__(network, training, evaluation, no_weight_decay)
+        super().__init__(network, no_weight_decay)
         self.calibration = SpatialCalibration(
             [
                 ActivationDiffusionBlock(each, alpha, semantic_weight, threshold, solver, detach_initial)

@@ -28,13 +28,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
-from wsolkit.methods.base import Training
-from wsolkit.methods.cam import CAMModule, CAMNetwork, FineTuning, PostProcess
-from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.methods.cam import CAMModule, HeadSettings
 from wsolkit.types import TrainingBatch
 
 Spread = Literal["variance", "std"]
@@ -202,35 +201,24 @@ class SPA(CAMModule):
     """SPA in training and evaluation.
 
     Args:
-        head_channels, head_init, keep_classifier, postprocess: see `CAMNetwork`; class maps are made first and then
-            averaged.
         start_epoch: first epoch, counted from 0, with the restricted activation loss.
         activation_weight: α.
         background_threshold, gap, spread: see `restricted_activation_loss`.
-        fine_tuning: see `FineTuning`.
+        head: see `HeadSettings`; class maps are made first and then averaged.
     """
 
     def __init__(
         self,
         backbone: CNN,
         num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
-        head_channels: Sequence[int],
-        head_init: Literal["default", "xavier"],
-        keep_classifier: Sequence[int] | None,
         start_epoch: int,
         activation_weight: float,
         background_threshold: float,
         gap: float,
         spread: Spread,
-        fine_tuning: FineTuning,
-        postprocess: PostProcess | None,
+        **head: Unpack[HeadSettings],
     ) -> None:
-        network = CAMNetwork(
-            backbone, num_classes, head_channels, "maps_first", head_init, keep_classifier, postprocess
-        )
-        super().__init__(network, training, evaluation, fine_tuning)
+        super().__init__(backbone, num_classes, "maps_first", head)
         self.start_epoch = start_epoch
         self.activation_weight = activation_weight
         self.background_threshold = background_threshold

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
-from wsolkit.methods.base import Network, Training, WSOLModule, choose_classes, select_maps, semantic_head
-from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.maps import choose_classes, select_maps, semantic_head
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 
@@ -86,14 +86,12 @@ class TSCAM(WSOLModule):
         self,
         backbone: ViT,
         num_classes: int,
-        training: Training,
-        evaluation: Evaluation,
         head_init: Literal["default", "he"],
         keep_head_bias: bool,
         no_weight_decay: Sequence[str],
     ) -> None:
         network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
-        super().__init__(network, training, evaluation, no_weight_decay)
+        super().__init__(network, no_weight_decay)
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised image [B, 3, H, W] → logits [B, C]."""

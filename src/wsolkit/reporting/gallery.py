@@ -22,9 +22,9 @@ Localize = Callable[[EvaluationBatch], tuple[list[Tensor], list[int | None]]]
 """A batch → localization maps by label, each at the size at which it is judged, and predicted classes if known."""
 
 
-def localize_with(module: WSOLModule) -> Localize:
-    """Localization maps of a module, under its first protocol."""
-    metric = next(iter(module.evaluation.protocols.values()))
+def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
+    """Localization maps of a module, under the first protocol of an evaluation."""
+    metric = next(iter(evaluation.protocols.values()))
 
     def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
         image = network_input(batch, metric.protocol.input)[0]

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from omegaconf import DictConfig
 
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
@@ -43,6 +44,7 @@ from wsolkit.reporting.images import ImageRow, ImageTables, evenly
 from wsolkit.reporting.page import write_page
 from wsolkit.reporting.table import write_results
 from wsolkit.reporting.terminal import picture
+from wsolkit.training.evaluator import Evaluator
 from wsolkit.types import Image, PlainConfig
 
 
@@ -241,6 +243,16 @@ class Report(Callback):
         self.epochs: dict[str, list[float]] = {}
         """Numbers of the validation after each epoch, by name; "epoch" counts from 1."""
 
+    @classmethod
+    def of(cls, cfg: DictConfig, folder: Path, dataset: WSOLDataset, title: str, method: str) -> Report:
+        """The report that settings describe.
+
+        Raises:
+            ConfigError: there is no image of a name in `cfg.examples`.
+        """
+        choose_examples(dataset, cfg.num_examples, cfg.examples)
+        return cls(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title, method)
+
     def state_dict(self) -> dict[str, Any]:
         """Lightning's hook: a resumed run continues the lists."""
         return {"epochs": self.epochs}
@@ -254,13 +266,13 @@ class Report(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: in W&B, what validation gives is drawn against epochs."""
         for logger in _loggers(trainer, WandbLogger):
-            for name in ("examples/val", *(f"val/{name}" for name in _parts(trainer, pl_module)[0].evaluation.names)):
+            for name in ("examples/val", *(f"val/{name}" for name in _evaluator(pl_module).evaluation.names)):
                 logger.experiment.define_metric(name, step_metric="epoch")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            results = _parts(trainer, pl_module)[0].results
+            results = _evaluator(pl_module).results
             kept: dict[str, float] = {"epoch": trainer.current_epoch + 1}
             for name, value in results.items():
                 if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:  # of the method, not of baselines
@@ -274,14 +286,15 @@ class Report(Callback):
         module, datamodule = _parts(trainer, pl_module)
         dataset = datamodule.dataset("val")
         normalization = datamodule.mean, datamodule.std
+        evaluator = _evaluator(module)
         with picture("examples/val"):
             examples = show(
-                localize_with(module),
-                module.evaluation,
-                module.results,
+                localize_with(module, evaluator.evaluation),
+                evaluator.evaluation,
+                evaluator.results,
                 dataset,
                 choose_examples(dataset, self.count),
-                module.training_settings.class_names,
+                module.description.class_names,
                 normalization,
             )
             _log_examples(trainer, examples)
@@ -289,18 +302,19 @@ class Report(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         module, datamodule = _parts(trainer, pl_module)
-        self._tables = ImageTables(module.evaluation, datamodule.dataset("test"), self.listed)
+        self._tables = ImageTables(_evaluator(module).evaluation, datamodule.dataset("test"), self.listed)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook: first the results, then the pictures."""
         module, datamodule = _parts(trainer, pl_module)
-        class_names = module.training_settings.class_names
+        class_names = module.description.class_names
         assert self._tables is not None
-        tables = self._tables.rows(module.results, class_names)
+        evaluator = _evaluator(module)
+        tables = self._tables.rows(evaluator.results, class_names)
         if not trainer.is_global_zero:
             return
-        module.curves |= {f"epochs/{name}": values for name, values in self.epochs.items()}
-        outcome = Outcome(module.results, module.curves)
+        epochs = {f"epochs/{name}": values for name, values in self.epochs.items()}
+        outcome = Outcome(evaluator.results, evaluator.curves | epochs)
         write_results(self.folder, outcome, class_names, tables)
         examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
         inside: Figure | None = None
@@ -311,11 +325,11 @@ class Report(Callback):
             self.title,
             self.method,
             class_names,
-            module.training_settings.config,
+            module.description.config,
             datamodule,
-            module.evaluation,
+            evaluator.evaluation,
             outcome,
-            localize_with(module),
+            localize_with(module, evaluator.evaluation),
             examples,
         )
         if _loggers(trainer, WandbLogger, TensorBoardLogger):
@@ -374,6 +388,11 @@ def _parts(trainer: Trainer, module: LightningModule) -> tuple[WSOLModule, WSOLD
     assert isinstance(datamodule, WSOLDataModule)
     assert isinstance(module, WSOLModule)
     return module, datamodule
+
+
+def _evaluator(module: LightningModule) -> Evaluator:
+    assert isinstance(module, WSOLModule)
+    return module.attached(Evaluator)
 
 
 def pixels(figure: Figure) -> Image:

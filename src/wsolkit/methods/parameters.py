@@ -1,15 +1,11 @@
-"""Parameter groups and learning-rate schedules."""
+"""How a method divides its parameters into groups for the optimizer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 from torch import nn
-
-from wsolkit.errors import ConfigError
 
 
 def weight_decay_groups(module: nn.Module, exempt: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -57,59 +53,3 @@ def fine_tuning_groups(
         if not decays:
             group["weight_decay"] = 0.0
     return list(groups.values())
-
-
-def build_optimizer(
-    create: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: list[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """An optimizer over groups, each with the optimizer's learning rate times its `lr_factor`, if it has one.
-
-    Raises:
-        ConfigError: the optimizer does not take its settings.
-    """
-    try:
-        optimizer = create(groups)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
-    for group in optimizer.param_groups:
-        group["lr"] *= group.get("lr_factor", 1.0)
-    return optimizer
-
-
-class Schedule:
-    """Learning-rate factor as a function of the epoch.
-
-    Args:
-        name: "constant"; "step": ×gamma at each milestone; "cosine": half a cosine from 1 to `final`.
-        warmup_epochs: epochs of linear warm-up from 0 before it.
-        milestones: epochs at which "step" decays, counted from 0.
-        gamma: factor of each step.
-        final: factor at which "cosine" ends.
-    """
-
-    def __init__(
-        self,
-        name: Literal["constant", "step", "cosine"],
-        warmup_epochs: float,
-        milestones: Sequence[int],
-        gamma: float,
-        final: float,
-    ) -> None:
-        if warmup_epochs < 0:
-            raise ConfigError(f"schedule.warmup_epochs is {warmup_epochs}, expected 0 or more")
-        self.name = name
-        self.warmup_epochs = warmup_epochs
-        self.milestones = tuple(milestones)
-        self.gamma = gamma
-        self.final = final
-
-    def __call__(self, epoch: float, epochs: float) -> float:
-        """Factor at a (fractional) epoch of a run of `epochs` epochs."""
-        if epoch < self.warmup_epochs:
-            return epoch / self.warmup_epochs
-        if self.name == "step":
-            return math.prod(self.gamma for milestone in self.milestones if epoch >= milestone)
-        if self.name == "cosine":
-            progress = min(1.0, (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9))
-            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-        return 1.0

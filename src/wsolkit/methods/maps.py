@@ -1,0 +1,39 @@
+"""Score maps of chosen classes, and the head that makes them from tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from wsolkit.types import Classes
+
+
+def choose_classes(classes: Classes, logits: Tensor) -> Tensor | None:
+    """Resolve the `classes` argument of `localize` to indices [B, K]; None: of all classes."""
+    if classes == "all":
+        return None
+    if classes is None:
+        return logits.argmax(dim=1, keepdim=True)
+    return classes(logits) if callable(classes) else classes
+
+
+def select_maps(maps: Tensor, classes: Tensor | None) -> Tensor:
+    """Pick the maps of chosen classes: [B, C, h, w] and [B, K] → [B, K, h, w]; None: all of them."""
+    if classes is None:
+        return maps
+    return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def semantic_head(embed_dim: int, num_classes: int, init: Literal["default", "he"]) -> nn.Conv2d:
+    """The transformer methods' classifier: patch tokens [B, D, H, W] → semantic maps [B, C, H, W].
+
+    Args:
+        init: "default": PyTorch's own for convolutions (released code); "he": He et al., as SCM's paper says.
+    """
+    head = nn.Conv2d(embed_dim, num_classes, kernel_size=3, padding=1)
+    if init == "he":
+        nn.init.kaiming_normal_(head.weight, mode="fan_out", nonlinearity="relu")
+        assert head.bias is not None
+        nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,1 @@
+"""How a module is trained and evaluated: what `wsolkit.build` and the commands attach to it."""

@@ -1,0 +1,107 @@
+"""The losses of a run, logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
+
+
+class LossLog(Callback):
+    """Logs the losses of every `log_every_n_steps`-th step, and the mean of each over an epoch.
+
+    Not by Lightning's `log`: for the progress bar, it would wait for the device in every step. Checkpoints carry the
+    sums of an epoch that is under way.
+
+    Attributes:
+        shown: losses as they were last logged, for the progress bar.
+    """
+
+    def __init__(self) -> None:
+        self.shown: dict[str, float] = {}
+        self._sums = LossSums()
+        self._logged_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin after the step that a resumed run goes on from: its losses are logged already."""
+        self._logged_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the losses of a batch."""
+        self._sums.add(outputs["terms"])
+        self.log_step(trainer)
+
+    def log_step(self, trainer: Trainer) -> None:
+        """Log the losses of the last step, those of the last part of its batch, if it is their turn; once."""
+        step = trainer.global_step
+        if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        self._logged_step = step
+        self.shown = self._sums.latest()
+        row = {f"{logged_name(name)}_step": value for name, value in self.shown.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": float(trainer.current_epoch)} | row, step=step - 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the mean of each loss over the epoch."""
+        sums = self._sums.over_processes(pl_module.device)
+        means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in sums.items()}
+        self._sums = LossSums()
+        pl_module.log_dict(means, logger=False)
+        for logger in trainer.loggers:  # now: Lightning would do it after the checkpoint is written
+            row = {"epoch": float(trainer.current_epoch)} | {name: mean.item() for name, mean in means.items()}
+            logger.log_metrics(row, step=trainer.global_step - 1)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the sums of this epoch, over all processes."""
+        checkpoint.setdefault("wsolkit", {})["losses"] = self._sums.over_processes(pl_module.device)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the sums of an epoch's first steps."""
+        sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]  # over all processes; here it is one's own
+        self._sums = LossSums(sums if trainer.is_global_zero else {name: torch.zeros(2) for name in sums})
+
+
+class LossSums:
+    """Sums of the losses of an epoch, which stay on the device: Lightning's own are no part of its checkpoints.
+
+    Args:
+        sums: of the epoch's first steps, as from `over_processes`.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        sums = sums or {}
+        self._names = tuple(sums)
+        self._sum = torch.tensor([float(total) for total, _ in sums.values()])
+        self._count = max((int(count) for _, count in sums.values()), default=0)
+        self._latest = self._sum
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add a batch's, scalars."""
+        self._latest = torch.stack([value.detach().float() for value in losses.values()])
+        if tuple(losses) == self._names:
+            self._sum = self._latest + self._sum.to(self._latest.device)
+            self._count += 1
+        else:  # the first of an epoch, or of a run that goes on with other terms
+            self._names, self._sum, self._count = tuple(losses), self._latest, 1
+
+    def latest(self) -> dict[str, float]:
+        """The last batch's; waits for the device."""
+        return dict(zip(self._names, self._latest.tolist(), strict=True))
+
+    def over_processes(self, device: torch.device) -> dict[str, Tensor]:
+        """Sum and number of each loss's values in this epoch, over all processes, who talk through a device: [2]."""
+        sums = torch.stack([self._sum, torch.full_like(self._sum, self._count)], dim=1).to(device)  # [losses, 2]
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        return dict(zip(self._names, sums.unbind(), strict=True))
+
+
+def logged_name(term: str) -> str:
+    """Where a value of `losses` is logged: terms of the loss as `train/…`, what else a method shows as `method/…`."""
+    return f"{'train' if term.startswith('loss') else 'method'}/{term}"
