@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import resource
 import subprocess
 import sys
@@ -257,6 +258,14 @@ def test_imports_point_along_the_path_of_an_image() -> None:
                 if line.startswith(("from wsolkit.", "import wsolkit.")):
                     imported = line.split()[1].split(".")[1]
                     assert imported in may_import, f"{path.relative_to(source)}: {line}"
+    for page in ("README.md", "docs/architecture.md"):
+        (told,) = re.findall(
+            r"Imports go in one order:([^.]+) → commands\.", (REPOSITORY / page).read_text(encoding="utf-8")
+        )
+        order = re.findall(r"`(\w+)`", told)
+        assert set(order) == allowed.keys()
+        for package, may_import in allowed.items():
+            assert may_import.isdisjoint(order[order.index(package) + 1 :]), f"{page}: {package}"
 
 
 @pytest.mark.parametrize("trainer", ["ddp_multinode", "slurm"])
