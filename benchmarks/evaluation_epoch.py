@@ -29,7 +29,7 @@ from wsolkit.data.pixels import normalised_batch
 from wsolkit.data.records import read_image
 from wsolkit.data.transforms import Transform
 from wsolkit.metrics.boxes import Verdicts
-from wsolkit.metrics.evaluation import ProtocolEvaluation
+from wsolkit.metrics.under_protocol import ProtocolEvaluation
 
 BATCH, CLASSES, LOADERS = 64, 1000, 8
 TRUTH = np.array([[30, 40, 160, 190]])

@@ -24,7 +24,7 @@ from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
-from wsolkit.metrics import evaluation
+from wsolkit.metrics.workers import BoxWorkers
 from wsolkit.train import train
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.types import Boxes
@@ -74,14 +74,14 @@ def evaluated(run: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> tupl
     module = build_module(cfg, saved.class_names).eval()
     module.load_state_dict(saved.state_dict)
     boxes: list[Boxes] = []
-    submit = evaluation._submit_levels
+    draw = BoxWorkers.draw
 
-    def remember(metric: Any, batch: Any, rows: Any, levels: Any, *rest: Any) -> Any:
+    def remember(self: BoxWorkers, metric: Any, batch: Any, rows: Any, levels: Any, *rest: Any) -> Any:
         truths = metric.truths(batch, rows)
         boxes.extend(matched_boxes(a, metric.protocol.box_rule, b)[0] for a, b in zip(levels, truths, strict=True))
-        return submit(metric, batch, rows, levels, *rest)
+        return draw(self, metric, batch, rows, levels, *rest)
 
-    monkeypatch.setattr(evaluation, "_submit_levels", remember)
+    monkeypatch.setattr(BoxWorkers, "draw", remember)
     (batch,) = list(datamodule.test_dataloader())
     judged = module.attached(Evaluator).evaluation
     with torch.inference_mode():

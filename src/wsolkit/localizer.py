@@ -35,9 +35,9 @@ from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.libraries import quieten_libraries
 from wsolkit.localization.boxes import Levels, Select, regions
+from wsolkit.localization.inputs import network_input, ten_crop_probabilities
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
-from wsolkit.metrics.evaluation import network_input, ten_crop_probabilities
 from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.types import Boxes, EvaluationBatch, Image
 

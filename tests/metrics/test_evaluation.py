@@ -16,9 +16,10 @@ from tests.conftest import protocol
 from wsolkit.localization import boxes_at_thresholds
 from wsolkit.localization.maps import central_crop, min_max, ten_crops
 from wsolkit.localization.protocol import Protocol
-from wsolkit.metrics.boxes import BASELINES, CONDITIONS, NUM_EXTREMES
+from wsolkit.metrics.baselines import BASELINES, baseline_map
+from wsolkit.metrics.boxes import CONDITIONS, NUM_EXTREMES
 from wsolkit.metrics.errors import ERRORS, localization_errors
-from wsolkit.metrics.evaluation import Evaluation, baseline_map, outcome
+from wsolkit.metrics.evaluation import Evaluation, outcome
 from wsolkit.metrics.functional import box_iou
 from wsolkit.types import Classes, EvaluationBatch, Localization
 

@@ -13,11 +13,10 @@ from torchmetrics import Metric
 
 from wsolkit.localization.boxes import MAXBOXACC, MAXBOXACC_V2, grey_levels, matched_boxes, threshold_grid
 from wsolkit.localization.protocol import Comparison, Protocol
+from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.errors import CLS, ERRORS
 from wsolkit.metrics.functional import histogram_median, max_box_accuracy
 from wsolkit.types import Boxes
-
-BASELINES = ("center_box", "gaussian", "full_image")
 
 # Under which condition a box counts: always; with the map of the predicted class instead of the label's; if the label
 # is the first, or among the first five predictions. Those after the first need a classification.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wsolkit.metrics.boxes import BASELINES
+from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.functional import (
     peak_iou,
     pixel_average_precision,

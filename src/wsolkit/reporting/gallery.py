@@ -11,9 +11,10 @@ from torch import Tensor
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.transforms import denormalise
 from wsolkit.localization.boxes import matched_boxes
+from wsolkit.localization.inputs import network_input
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
-from wsolkit.metrics.evaluation import Evaluation, network_input
+from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.metrics.functional import box_iou
 from wsolkit.reporting.charts import Shown
 from wsolkit.types import EvaluationBatch

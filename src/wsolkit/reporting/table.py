@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wsolkit.drafts import write_text
-from wsolkit.metrics.boxes import BASELINES
+from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.reporting.images import FILE, ImageRow, write_images
 

@@ -1,0 +1,135 @@
+"""Threads that draw boxes beside the forward pass of the next batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, distributed
+
+from wsolkit.cores import available_cores
+from wsolkit.localization.boxes import Levels
+from wsolkit.metrics.boxes import BoxEvaluation, Verdicts
+from wsolkit.metrics.errors import OTHER
+from wsolkit.metrics.functional import in_top_k
+from wsolkit.metrics.under_protocol import Judged, ProtocolEvaluation
+from wsolkit.types import EvaluationBatch
+
+
+class Pending(NamedTuple):
+    """A batch whose boxes are being drawn; `finite` says of which images the score maps are."""
+
+    metric: BoxEvaluation
+    finite: npt.NDArray[np.bool_]
+    by_label: list[Future[Judged]]
+    by_predicted: dict[int, Future[Judged]]
+    image: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    top1: npt.NDArray[np.bool_] | None
+    top5: npt.NDArray[np.bool_] | None
+    predicted: npt.NDArray[np.int64] | None
+
+    def finish(self) -> None:
+        """Wait for the boxes and count them."""
+        judged = [future.result() for future in self.by_label]
+        iou, error, baseline_iou = (np.stack(part) for part in zip(*judged, strict=True))
+        predicted_iou = None
+        if self.top1 is not None:
+            predicted_iou = iou.copy()
+            for row, future in self.by_predicted.items():
+                predicted_iou[row] = future.result()[0]
+            predicted_iou[~self.finite] = 0
+        iou[~self.finite], error[~self.finite] = 0, OTHER
+        verdicts = Verdicts(
+            self.image,
+            self.label,
+            iou,
+            error,
+            baseline_iou.swapaxes(0, 1),
+            predicted_iou,
+            self.top1,
+            self.top5,
+            self.predicted,
+        )
+        with torch.inference_mode():  # each thread has its own mode, and the state may have been made in this one
+            self.metric.update(verdicts)
+
+
+class BoxWorkers:
+    """Draws the boxes of batches, and counts them, one batch after the other.
+
+    Its threads live from the first batch of a pass to `close`.
+    """
+
+    def __init__(self) -> None:
+        self._threads: ThreadPoolExecutor | None = None
+        self._counter: ThreadPoolExecutor | None = None
+        self._unfinished: list[Future[None]] = []
+
+    def draw(
+        self,
+        metric: ProtocolEvaluation,
+        batch: EvaluationBatch,
+        rows: list[int],
+        levels: Sequence[Levels],
+        predicted: Mapping[int, Levels],
+        logits: Tensor | None,
+        finite: Tensor,
+    ) -> Pending:
+        """Have the boxes of some images of a batch drawn.
+
+        Args:
+            metric: counts them.
+            batch: of the images.
+            rows: of which images.
+            levels: of the maps of these images' labels.
+            predicted: of the maps of predicted classes, where they differ, by place in `rows`.
+            logits: [B, C]; None: there is no classification.
+            finite: whether the score maps are, bool [B].
+        """
+        if self._threads is None:
+            together = distributed.is_available() and distributed.is_initialized()
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size() if together else 1))
+            self._threads = ThreadPoolExecutor(max(1, available_cores() // here), thread_name_prefix="boxes")
+        threads = self._threads
+        label, truths = batch["label"][rows], metric.truths(batch, rows)
+        top1, top5 = (None if logits is None else in_top_k(logits[rows], label, k).cpu().numpy() for k in (1, 5))
+        return Pending(
+            metric.boxes,
+            finite[rows].cpu().numpy(),
+            [threads.submit(metric.judge, part, truth) for part, truth in zip(levels, truths, strict=True)],
+            {place: threads.submit(metric.judge, part, truths[place]) for place, part in predicted.items()},
+            batch["index"][rows].cpu().numpy(),
+            label.cpu().numpy(),
+            top1,
+            top5,
+            None if logits is None else logits[rows].argmax(dim=1).cpu().numpy(),
+        )
+
+    def count(self, pending: Sequence[Pending]) -> None:
+        """Have the boxes of a batch counted once they are drawn.
+
+        It waits for the batch before, whose boxes were drawn meanwhile, so that no more than two are in memory.
+        """
+        if self._counter is None:
+            self._counter = ThreadPoolExecutor(1, thread_name_prefix="counts")
+        previous, self._unfinished = self._unfinished, [self._counter.submit(one.finish) for one in pending]
+        for counted in previous:
+            counted.result()
+
+    def finish(self) -> None:
+        """Wait until all boxes are counted."""
+        self.count(())
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        self.finish()
+        for pool in (self._counter, self._threads):
+            if pool is not None:
+                pool.shutdown()
+        self._counter = self._threads = None
