@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
@@ -20,6 +22,7 @@ import wsolkit
 from tests.conftest import write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.data.decoding import Exif
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
@@ -327,6 +330,59 @@ def test_arrays_and_tensors_of_any_kind_hold_the_same_pixels(name: str) -> None:
     assert found.flags.c_contiguous
 
 
+def encoded(kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    """What an image file of some format holds."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture()).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned_left() -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+FILES = {
+    "jpeg": encoded("jpeg"),
+    "turned jpeg": encoded("jpeg", exif=turned_left()),
+    "turned png": encoded("png", exif=turned_left()),
+    "16 bits": cv2.imencode(".png", picture().astype(np.uint16) * 257)[1].tobytes(),
+    "cmyk": encoded("jpeg", "CMYK"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bytes_and_open_files_give_the_pixels_of_the_file(name: str, tmp_path: Path) -> None:
+    content, path = FILES[name], tmp_path / "x"
+    path.write_bytes(content)
+    for exif in get_args(Exif):
+        expected = as_rgb(path, exif)
+        for form in (content, bytearray(content), memoryview(content), io.BytesIO(content)):
+            np.testing.assert_array_equal(as_rgb(form, exif), expected)
+        with path.open("rb") as file:
+            np.testing.assert_array_equal(as_rgb(file, exif), expected)
+
+
+def test_bytes_and_open_files_stand_alone_or_in_a_list(localizer: Localizer) -> None:
+    content = encoded("png")
+    expected = localizer(picture())
+    for form in (content, bytearray(content), memoryview(content)):
+        same(localizer(form), expected)
+    same(localizer(io.BytesIO(content)), expected)
+    several = localizer([content, io.BytesIO(content), picture()])
+    for found, pixels in zip(several, localizer([picture()] * 3), strict=True):
+        same(found, pixels)
+    (raw,) = localizer.raw_maps(content)
+    same(localizer.at_threshold(raw), expected)
+
+
+def test_bytes_that_would_fill_the_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"an image cannot be decoded \(Image size \(4500 pixels\) exceeds limit"):
+        as_rgb(encoded("jpeg"), "apply")
+
+
 @pytest.mark.parametrize("form", [np.array([[True, False]]), torch.tensor([[True, False]]), torch.eye(2)[None] > 2])
 def test_of_bool_true_is_white(form: Any) -> None:
     found = as_rgb(form, "apply")
@@ -336,8 +392,25 @@ def test_of_bool_true_is_white(form: Any) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("gone.png", "image 'gone.png' does not exist"),
+        (
+            "gone.png",
+            "image 'gone.png' does not exist: expected the path of an image file; a relative one begins in '/",
+        ),
+        ("iVBORw0KGgo" * 1000, "iVBORw0KGgo' does not exist"),
+        (Path(__file__).parent, "/tests' is a folder: expected an image file; give its images as a list of paths"),
         (__file__, "cannot be decoded"),
+        (b"<html>", "an image came as 6 bytes in no format that Pillow knows: expected what an image file holds"),
+        (encoded("png")[:200], "an image cannot be decoded ("),
+        (io.BytesIO(), "an image came as a file with nothing left to read: go back to its beginning with seek(0)"),
+        (
+            io.StringIO("P3"),
+            "an image came as a file whose read() gives str: expected bytes. Open a file with mode 'rb'",
+        ),
+        (None, "an image came as NoneType: expected a path, bytes, a file that is open in binary mode, a PIL image"),
+        ({"image": "a.png"}, "an image came as dict: expected a path"),
+        ([[[0.5, 0.5]]], "image 0 of those given came as list: expected a path"),
+        ([picture(), 7], "image 1 of those given came as int: expected a path"),
+        ([picture(), b"x"], "image 1 of those given came as 1 bytes in no format"),
         (np.zeros((2, 3, 8, 8), np.uint8), "array of shape (2, 3, 8, 8): expected [H, W] or [H, W, C] with C = 1, 3"),
         (np.zeros((3, 8, 8), np.uint8), "array of shape (3, 8, 8)"),
         (torch.zeros(8, 8, 3), "tensor of shape (8, 8, 3): expected [H, W] or [C, H, W]"),

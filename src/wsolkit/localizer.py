@@ -10,11 +10,11 @@ Boxes are those that an evaluation under the same protocol draws, carried over t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, Protocol, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -30,25 +30,43 @@ from wsolkit.config import CONF, load_config
 from wsolkit.data.classes import class_label
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
-from wsolkit.data.records import Records, read_image
+from wsolkit.data.records import Records, decode_image
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.localization.boxes import Levels, Select, regions
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import network_input, ten_crop_probabilities
+from wsolkit.names import shortened
 from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.types import Boxes, EvaluationBatch, Image
 
-ImageLike = str | Path | PIL.Image.Image | npt.NDArray[Any] | Tensor
-"""A file; or a PIL image in any mode; or pixels: an array [H, W] or [H, W, C], a tensor [C, H, W] or [H, W], C = 1, 3
-or 4, the last of 4 being opacity, which is left out; uint8, uint16, bool, or floating point of any precision from 0 to
-1, see wsolkit/data/decoding.py."""
+
+class BinaryFile(Protocol):
+    """A file that is open for reading in binary mode, or what stands for one, such as an upload."""
+
+    def read(self) -> bytes:
+        """What is left to read."""
+
+
+ImageLike = str | Path | bytes | bytearray | memoryview | BinaryFile | PIL.Image.Image | npt.NDArray[Any] | Tensor
+"""An image comes as
+
+- the path of a file;
+- what a file holds: bytes, or a file that is open in binary mode, which is read from where it stands;
+- a PIL image in any mode;
+- pixels: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. C is 1, 3 or 4, and the last of 4 channels is
+  opacity, which is left out. They are uint8, uint16, bool, or floating point from 0 to 1: see
+  wsolkit/data/decoding.py.
+"""
+
+_FORMS = "a path, bytes, a file that is open in binary mode, a PIL image, an array or a tensor"
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 _BATCH_SIZE = 32
 _MAX_SIDE = 32767
+_LONGEST = 200  # characters of a path in an error
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -249,17 +267,21 @@ class Localizer:
             DataError: an image cannot be read. ConfigError: another argument is wrong. CheckpointError: the network
                 gives logits or score maps that are not finite.
         """
-        single = isinstance(images, str | Path | PIL.Image.Image | np.ndarray | Tensor)
+        single = _is_one(images)
         given = cast("list[ImageLike]", [images] if single else list(cast("Sequence[ImageLike]", images)))
         labels = None if classes is None else self._labels(classes, len(given))
         if labels is not None and top_k is not None:
             raise ConfigError("top_k chooses classes by their probability: it does not go with given classes")
         found: list[list[Prediction]] = []
         for start in range(0, len(given), _BATCH_SIZE):
-            pictures = [as_rgb(image, self.exif) for image in given[start : start + _BATCH_SIZE]]
+            chosen = slice(start, start + _BATCH_SIZE)
+            pictures = [
+                as_rgb(image, self.exif, "an image" if single else f"image {place} of those given")
+                for place, image in enumerate(given[chosen], start)
+            ]
             dataset = self.dataset(_Pictures(self.class_names, pictures))
             batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
-            part = None if labels is None else labels[start : start + _BATCH_SIZE]
+            part = None if labels is None else labels[chosen]
             found += self.localize(batch, part, top_k or 1, threshold, select, pictures)
         self._check_finite(bool(predictions) for predictions in found)
         results = found if top_k is not None else [each[0] for each in found]
@@ -480,30 +502,75 @@ class _Pictures:
         return None
 
 
-def as_rgb(image: ImageLike, exif: Exif) -> Image:
+def _is_one(images: object) -> bool:
+    """Whether something is meant as one image: it is in a form of `ImageLike`, or it is no series of images."""
+    form = (str, Path, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray, Tensor, Mapping)
+    return isinstance(images, form) or hasattr(images, "read") or not isinstance(images, Iterable)
+
+
+def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
     """Pixels [H, W, 3] uint8 of an image in any of the forms of `ImageLike`.
+
+    Args:
+        what: names an image in errors that has no path.
 
     Raises:
         DataError: it cannot be read, or is in none of them.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image), exif)
-    with decoding("an image"):
+        path = Path(image)
+        _check_file(path)
+        return decode_image(path, exif, f"image '{path}'")
+    if hasattr(image, "read"):
+        image = _content(image, what)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), exif, what)
+    with decoding(what):
         if isinstance(image, PIL.Image.Image):
-            return rgb(image, exif, "an image")
+            return rgb(image, exif, what)
+        if not hasattr(image, "__array__"):
+            raise DataError(f"{what} came as {type(image).__name__}: expected {_FORMS}; several images go in a list")
         pixels = _array(image) if isinstance(image, Tensor) else np.asarray(image)
     if isinstance(image, Tensor) and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] → [H, W, C]
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
-        kind, form = ("tensor", "[C, H, W]") if isinstance(image, Tensor) else ("array", "[H, W, C]")
+        kind, form = ("a tensor", "[C, H, W]") if isinstance(image, Tensor) else ("an array", "[H, W, C]")
         raise DataError(
-            f"an image came as a {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
+            f"{what} came as {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
             "4; several images go in a list"
         )
-    levels = to_8_bits(pixels[..., :3], "an image came as")
+    levels = to_8_bits(pixels[..., :3], f"{what} came as")
     return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
+
+
+def _check_file(path: Path) -> None:
+    try:
+        there, is_folder = path.exists(), path.is_dir()
+    except OSError:  # the name is too long for a file: encoded pixels, perhaps
+        there = is_folder = False
+    if is_folder:
+        raise DataError(f"image '{path}' is a folder: expected an image file; give its images as a list of paths")
+    if not there:
+        raise DataError(
+            f"image '{shortened(str(path), _LONGEST)}' does not exist: expected the path of an image file; a relative "
+            f"one begins in '{Path.cwd()}'"
+        )
+
+
+def _content(file: BinaryFile, what: str) -> bytes:
+    """What a file holds, from where it stands."""
+    with decoding(what):
+        content: object = file.read()
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise DataError(
+            f"{what} came as a file whose read() gives {type(content).__name__}: expected bytes. Open a file with "
+            "mode 'rb'; of a file that is to be awaited, give the bytes"
+        )
+    if not content:
+        raise DataError(f"{what} came as a file with nothing left to read: go back to its beginning with seek(0)")
+    return bytes(content)
 
 
 def _array(image: Tensor) -> npt.NDArray[Any]:
