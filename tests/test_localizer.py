@@ -24,6 +24,7 @@ from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_
 from wsolkit.checkpoint import read_checkpoint, restore
 from wsolkit.data.decoding import Exif
 from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.export import describe
 from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
@@ -521,11 +522,36 @@ def test_data_set_of_one_s_own_is_not_needed(checkpoint: Path, localizer: Locali
     same(Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu")(picture()), localizer(picture()))
 
 
-def test_without_a_selected_threshold_one_is_taken(checkpoint: Path, tmp_path: Path) -> None:
-    path = edited(checkpoint, tmp_path / "x.ckpt", thresholds={})
+@pytest.mark.parametrize(
+    ("fixed", "selected", "expected", "origin"),
+    [
+        (None, {}, 0.3, "default"),
+        (None, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.61, "validation"),
+        (0.12, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.12, "protocol"),
+    ],
+)
+def test_threshold_is_that_of_the_boxes_and_of_exported_files(
+    fixed: float | None, selected: dict[str, float], expected: float, origin: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = edited(checkpoint, tmp_path / "x.ckpt", thresholds=selected)
+    content = torch.load(path, weights_only=True)
+    content["wsolkit"]["config"]["protocol"]["maxboxacc"]["threshold"] = fixed
+    torch.save(content, path)
     localizer = Localizer.from_checkpoint(path, device="cpu")
-    assert localizer.threshold is None
-    assert localizer(picture()).threshold == 0.3
+    assert (localizer.threshold, localizer.threshold_origin) == (expected, origin)
+    assert localizer(picture()).threshold == localizer.threshold
+    assert describe(load_config("method=ts_cam"), localizer)["threshold"] == localizer.threshold
+
+
+def test_only_what_people_call_is_public() -> None:
+    assert {name for name in dir(Localizer) if not name.startswith("_")} == {
+        "from_checkpoint",
+        "raw_maps",
+        "at_threshold",
+        "module",
+        "threshold",
+        "threshold_origin",
+    }
 
 
 class Evil:

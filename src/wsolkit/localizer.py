@@ -125,8 +125,10 @@ class Localizer:
         class_names: by label.
         method, backbone: their names.
         protocol, rules: name and rules of the evaluation by which maps become boxes.
-        threshold: τ of the boxes; None: none was selected, for want of boxes in validation, and
-            `wsolkit.localization.protocol.UNKNOWN_THRESHOLD` is taken.
+        threshold: τ of the boxes, unless a call gives another. Validation may have selected another for given classes
+            than for predicted ones: this is that of predicted ones, and each prediction says its own.
+        threshold_origin: where it comes from: "protocol": the paper says it; "validation": it was best there;
+            "default": validation had no boxes to select one by, and 0.3 is taken.
         image_size: side of the network's input; mean, std: by which it is normalised.
         metrics: numbers of the last validation before the checkpoint was written, in percent.
         version: of wsolkit, which wrote the checkpoint.
@@ -180,12 +182,9 @@ class Localizer:
         self._module = _loaded(build_module(cfg, self.class_names), checkpoint).to(self.device)
         settings = self._module.training_settings
         self.mean, self.std = tuple(settings.mean), tuple(settings.std)
-        self._thresholds = {
-            condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}")
-            if self.rules.threshold is None
-            else self.rules.threshold
-            for condition in ("gt_known_loc", "gt_known_loc_predicted_class")
-        }
+        fixed, conditions = self.rules.threshold, ("gt_known_loc", "gt_known_loc_predicted_class")
+        selected = {condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}") for condition in conditions}
+        self._thresholds = selected if fixed is None else dict.fromkeys(conditions, fixed)
         self._autocast = _autocast(precision, self.device)
         self._transform = Transform(self.image_size, self.image_size, False, self.mean, self.std)
         self._uncropped = None
@@ -199,9 +198,16 @@ class Localizer:
         return self._module
 
     @property
-    def threshold(self) -> float | None:
-        """See the class; of the predicted class's maps, where the protocol has another for given classes."""
-        return self._thresholds["gt_known_loc_predicted_class"]
+    def threshold(self) -> float:
+        """See the class."""
+        return used_threshold(self, None, given=False)
+
+    @property
+    def threshold_origin(self) -> Literal["protocol", "validation", "default"]:
+        """See the class."""
+        if self.rules.threshold is not None:
+            return "protocol"
+        return "default" if self._thresholds["gt_known_loc_predicted_class"] is None else "validation"
 
     def __repr__(self) -> str:
         return (
@@ -279,11 +285,11 @@ class Localizer:
                 as_rgb(image, self.exif, "an image" if single else f"image {place} of those given")
                 for place, image in enumerate(given[chosen], start)
             ]
-            dataset = self.dataset(_Pictures(self.class_names, pictures))
+            dataset = samples(self, _Pictures(self.class_names, pictures))
             batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
             part = None if labels is None else labels[chosen]
-            found += self.localize(batch, part, top_k or 1, threshold, select, pictures)
-        self._check_finite(bool(predictions) for predictions in found)
+            found += predictions(self, batch, part, top_k or 1, threshold, select, pictures)
+        self._check_finite(bool(of_image) for of_image in found)
         results = found if top_k is not None else [each[0] for each in found]
         return results[0] if single else results
 
@@ -296,99 +302,16 @@ class Localizer:
         Raises:
             DataError: the image cannot be read. ConfigError: another argument is wrong.
         """
-        labels = None if classes is None else [self.label(name) for name in classes]
-        return self.raw_maps_of(image, labels, top_k)
-
-    def raw_maps_of(self, image: ImageLike, labels: Sequence[int] | None, top_k: int) -> list[RawMap]:
-        """`raw_maps` of classes that are given as labels, whatever they are called."""
-        self.check(top_k, "largest")
-        picture = as_rgb(image, self.exif)
-        batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
-        given = None if labels is None else [labels]
-        found = self._forward(batch, given, top_k)
-        self._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
-        chosen = zip(*(of_image[0] for of_image in found), strict=True)
-        return [RawMap(self.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen]
+        labels = None if classes is None else [class_label(self.class_names, name) for name in classes]
+        return raw_maps_of_labels(self, image, labels, top_k)
 
     def at_threshold(self, found: RawMap, threshold: float | None = None, select: Select = "largest") -> Prediction:
         """What a map of `raw_maps` holds above a threshold; see `__call__`."""
-        self.check(1, select)
-        tau = self.tau(threshold, given=False)
+        check_request(self, 1, select)
+        tau = used_threshold(self, threshold, given=False)
         height, width = found.image.shape[:2]
         (drawn,) = self._maps_and_levels(found.raw[None, None], [(width, height)], tau)
         return self._prediction(*drawn, found.label_index, found.score, width, height, tau, select, found.image)
-
-    def dataset(self, records: Records) -> WSOLDataset:
-        """Samples of images, transformed as this model's evaluation does."""
-        return WSOLDataset(records, self._transform, 0, self._uncropped)
-
-    def label(self, name: str | int) -> int:
-        """Number of a class, by its name or its number; a name goes before a number.
-
-        Raises:
-            ConfigError: there is no such class, or several have this name.
-        """
-        return class_label(self.class_names, name)
-
-    def localize(
-        self,
-        batch: EvaluationBatch,
-        labels: Sequence[int] | None,
-        top_k: int,
-        threshold: float | None,
-        select: Select,
-        images: Sequence[Image] | None = None,
-    ) -> Iterator[list[Prediction]]:
-        """Predictions of a batch of `dataset`, image by image, so that few large maps are in memory at a time.
-
-        There are none for an image whose logits or score maps are not finite.
-
-        Args:
-            labels: whose maps, one for each image; None: of the `top_k` most probable classes.
-            threshold, select: see `__call__`.
-            images: kept in the predictions.
-        """
-        self.check(top_k, select)
-        tau = self.tau(threshold, given=labels is not None)
-        given = None if labels is None else [[label] for label in labels]
-        classes, scores, raw = self._forward(batch, given, top_k)
-        sizes = batch["size"].tolist()
-        found = self._maps_and_levels(raw, sizes, tau)
-        finite = (raw.isfinite().flatten(1).all(dim=1).cpu() & scores.isfinite().all(dim=1)).tolist()
-        for row, (width, height) in enumerate(sizes):
-            picture = None if images is None else images[row]
-            each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
-            drawn = [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
-            yield drawn if finite[row] else []
-
-    def check(self, top_k: int, select: Select) -> None:
-        """Check what `localize` is asked for.
-
-        Raises:
-            ConfigError: it is not to be had.
-        """
-        if not 1 <= top_k <= len(self.class_names):
-            raise ConfigError(f"top_k={top_k}: expected 1 to {len(self.class_names)}, the number of classes")
-        if select not in get_args(Select):
-            raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
-
-    def tau(self, threshold: float | None, given: bool) -> float:
-        """The threshold τ of the boxes.
-
-        Args:
-            threshold: the user's.
-            given: whether classes are given, not predicted.
-
-        Raises:
-            ConfigError: it is not in [0, 1).
-        """
-        if threshold is None:
-            known = self._thresholds["gt_known_loc" if given else "gt_known_loc_predicted_class"]
-            threshold = UNKNOWN_THRESHOLD if known is None else known
-        if not 0 <= threshold < 1:
-            raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
-        place = self.rules.index_of(threshold)
-        return threshold if place is None else float(self.rules.thresholds[place])
 
     def _forward(
         self, batch: EvaluationBatch, labels: Sequence[Sequence[int]] | None, top_k: int
@@ -466,10 +389,96 @@ class Localizer:
 
     def _labels(self, classes: str | int | Sequence[str | int], count: int) -> list[int]:
         if isinstance(classes, str | int):
-            return [self.label(classes)] * count
+            return [class_label(self.class_names, classes)] * count
         if len(classes) != count:
             raise ConfigError(f"{len(classes)} classes for {count} images: give one for all, or one for each")
-        return [self.label(name) for name in classes]
+        return [class_label(self.class_names, name) for name in classes]
+
+
+def samples(localizer: Localizer, records: Records) -> WSOLDataset:
+    """Samples of images, transformed as the evaluation of a localizer's model does."""
+    return WSOLDataset(records, localizer._transform, 0, localizer._uncropped)
+
+
+def predictions(
+    localizer: Localizer,
+    batch: EvaluationBatch,
+    labels: Sequence[int] | None,
+    top_k: int,
+    threshold: float | None,
+    select: Select,
+    images: Sequence[Image] | None = None,
+) -> Iterator[list[Prediction]]:
+    """Predictions of a batch of `samples`, image by image, so that few large maps are in memory at a time.
+
+    There are none for an image whose logits or score maps are not finite.
+
+    Args:
+        labels: whose maps, one for each image; None: of the `top_k` most probable classes.
+        threshold, select: see `Localizer.__call__`.
+        images: kept in the predictions.
+    """
+    check_request(localizer, top_k, select)
+    tau = used_threshold(localizer, threshold, given=labels is not None)
+    given = None if labels is None else [[label] for label in labels]
+    classes, scores, raw = localizer._forward(batch, given, top_k)
+    sizes = batch["size"].tolist()
+    found = localizer._maps_and_levels(raw, sizes, tau)
+    finite = (raw.isfinite().flatten(1).all(dim=1).cpu() & scores.isfinite().all(dim=1)).tolist()
+    for row, (width, height) in enumerate(sizes):
+        picture = None if images is None else images[row]
+        each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
+        drawn = [localizer._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
+        yield drawn if finite[row] else []
+
+
+def raw_maps_of_labels(
+    localizer: Localizer, image: ImageLike, labels: Sequence[int] | None, top_k: int = 1
+) -> list[RawMap]:
+    """`Localizer.raw_maps` of classes that are given as labels, whatever they are called."""
+    check_request(localizer, top_k, "largest")
+    picture = as_rgb(image, localizer.exif)
+    batch = evaluation_batch([samples(localizer, _Pictures(localizer.class_names, [picture]))[0, 0]])
+    given = None if labels is None else [labels]
+    found = localizer._forward(batch, given, top_k)
+    localizer._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
+    chosen = zip(*(of_image[0] for of_image in found), strict=True)
+    return [
+        RawMap(localizer.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen
+    ]
+
+
+def check_request(localizer: Localizer, top_k: int, select: Select) -> None:
+    """Check what a localizer is asked for.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    count = len(localizer.class_names)
+    if not 1 <= top_k <= count:
+        raise ConfigError(f"top_k={top_k}: expected 1 to {count}, the number of classes")
+    if select not in get_args(Select):
+        raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
+
+
+def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -> float:
+    """The threshold τ that a localizer draws boxes at, on the protocol's grid where the grid has it.
+
+    Args:
+        threshold: the user's; None: the localizer's own.
+        given: whether classes are given, not predicted: validation may have selected another τ for these.
+
+    Raises:
+        ConfigError: it is not in [0, 1).
+    """
+    if threshold is None:
+        threshold = localizer._thresholds.get("gt_known_loc" if given else "gt_known_loc_predicted_class")
+    if threshold is None:
+        threshold = UNKNOWN_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
+    place = localizer.rules.index_of(threshold)
+    return threshold if place is None else float(localizer.rules.thresholds[place])
 
 
 @dataclass(frozen=True)

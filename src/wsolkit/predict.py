@@ -49,7 +49,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.data.records import file_records
     from wsolkit.interop.coco import FAILED, Source, prediction_files
-    from wsolkit.localizer import Localizer
+    from wsolkit.localizer import Localizer, check_request, predictions, samples, used_threshold
 
     lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name) or cfg[name] is None]
     if lacking:
@@ -65,8 +65,8 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     labels = given_labels(cfg.classes, base, names, localizer)
     if labels is not None and cfg.top_k > 1:
         raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
-    threshold = localizer.tau(cfg.threshold, given=labels is not None)
-    localizer.check(cfg.top_k, cfg.select)
+    threshold = used_threshold(localizer, cfg.threshold, given=labels is not None)
+    check_request(localizer, cfg.top_k, cfg.select)
     sources = [
         Source(name, _stamp(base / name), None if labels is None else labels[place]) for place, name in enumerate(names)
     ]
@@ -75,16 +75,16 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         missing = files.missing(sources, lambda name: not cfg.overlays or _overlay_path(folder, name).is_file())
         chosen = [names[place] for place in missing]
         classes, upright = localizer.class_names, localizer.exif == "apply"
-        dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), classes, {}, None, upright=upright))
+        records = file_records(base, chosen, [0] * len(chosen), classes, {}, None, upright=upright)
         batches = -(-len(missing) // cfg.batch_size)
-        loaded = _load(dataset, cfg, localizer)
+        loaded = _load(samples(localizer, records), cfg, localizer)
         for batch, places, reasons in track(loaded, "Predicting", batches, disable=not cfg.progress):
             failed |= {chosen[place]: reason for place, reason in reasons.items()}
             if batch is not None:
                 given = None if labels is None else [labels[missing[place]] for place in places]
-                predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
+                found = predictions(localizer, batch, given, cfg.top_k, threshold, cfg.select)
                 of_batch = [sources[missing[place]] for place in places]
-                files.add(_each(of_batch, predictions, failed, base, folder if cfg.overlays else None, localizer.exif))
+                files.add(_each(of_batch, found, failed, base, folder if cfg.overlays else None, localizer.exif))
         count = files.write(sources, failed)
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
@@ -176,6 +176,8 @@ def given_labels(classes: str | int | None, base: Path, names: Sequence[str], lo
     Raises:
         ConfigError: there is no such class. DataError: an image has none.
     """
+    from wsolkit.data.classes import class_label
+
     if classes is None:
         return None
     if classes == "folder":
@@ -184,7 +186,7 @@ def given_labels(classes: str | int | None, base: Path, names: Sequence[str], lo
         return [known[folder] for folder in folders]
     if str(classes).endswith(".csv"):
         return _listed_labels(Path(str(classes)), names, localizer)
-    return [localizer.label(classes)] * len(names)
+    return [class_label(localizer.class_names, classes)] * len(names)
 
 
 def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> list[int]:
@@ -217,8 +219,10 @@ def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> li
 
 
 def _label(localizer: Localizer, name: str, where: str) -> int:
+    from wsolkit.data.classes import class_label
+
     try:
-        return localizer.label(name)
+        return class_label(localizer.class_names, name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -251,9 +255,9 @@ def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _origin(cfg: DictConfig, localizer: Localizer) -> str:
     if cfg.threshold is not None:
         return "given"
-    if localizer.rules.threshold is not None:
+    if localizer.threshold_origin == "protocol":
         return f"of protocol {localizer.protocol}"
-    if localizer.threshold is None:
+    if localizer.threshold_origin == "default":
         return "validation had no boxes to select one by: look at overlays=true and set threshold=…"
     return f"selected in validation, by {localizer.protocol}"
 
