@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 import wsolkit
-from tests.conftest import write_listed
+from tests.conftest import METHODS, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint, restore
 from wsolkit.data.decoding import Exif
@@ -589,8 +589,8 @@ def test_package_is_imported_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("method", ["sat", "scm", "cam", "spa"])
-def test_every_kind_of_method(method: str, in_tmp: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, in_tmp: Path) -> None:
     cfg = load_config(
         *(f"method={method}", "dataset.records.sizes={train: 16, val: 8, test: 8}", "dataset.batch_size=8"),
         *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),

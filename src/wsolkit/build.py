@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import shlex
-import typing
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -28,7 +27,7 @@ from torch import nn
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.checkpoint import AtomicCheckpointIO
-from wsolkit.config import CONF, arguments, built, check_config, locate, plain
+from wsolkit.config import CONF, arguments, built, check_config, locate, plain, signature
 from wsolkit.csv_log import RunLog
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.index import Indexed
@@ -178,7 +177,7 @@ def _compilation(setting: object) -> dict[str, Any]:
 def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> None:
     if not (inspect.isclass(method) and issubclass(method, WSOLModule)):
         raise ConfigError(f"method._target_={cfg.method._target_}: expected a class that extends WSOLModule")
-    needed = typing.get_type_hints(method.__init__).get("backbone", nn.Module)
+    needed = signature(method)[1].get("backbone", nn.Module)
     if not issubclass(backbone, needed):
         choices = [
             path.stem
@@ -194,7 +193,7 @@ def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -
 def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
     """The post-process of `cfg.postprocess`, or None, as an argument of a method that takes one."""
     node = cfg.get("postprocess")
-    if "postprocess" in inspect.signature(method).parameters:
+    if "postprocess" in signature(method)[0]:
         return {"postprocess": locate(node._target_, "postprocess.")(**arguments(node)) if node else None}
     if node:
         raise ConfigError(

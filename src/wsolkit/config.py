@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,30 @@ _paths = types.SimpleNamespace(**vars(os.path) | {"abspath": lambda path: escape
 hydra.core.utils.os = types.SimpleNamespace(**vars(os) | {"path": _paths})
 
 
-def load_config(*overrides: str) -> DictConfig:
+_named: set[Path] = set()
+"""Folders of YAML files that callers of `load_config` have named in this process."""
+
+
+def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
     """Compose the settings of `python -m wsolkit.train` with overrides such as "method=sat" or "optimizer.lr=1e-4".
+
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of your own YAML files, as `--config-dir`. What they name as a `_target_` may run.
 
     Raises:
         ConfigError: a group, key or value is wrong; the message names the choices.
     """
+    more: list[str] = []
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"config_dir: there is no folder '{config_dir}'; expected one of YAML files, as in conf")
+        _named.add(folder)
+        more = [f"hydra.searchpath=[{quoted(escaped(f'file://{folder}'))}]"]
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg: DictConfig = hydra.compose("train", overrides=as_overrides(overrides, _referable()))
+            cfg: DictConfig = hydra.compose("train", overrides=[*more, *as_overrides(overrides, _referable())])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
@@ -387,18 +403,38 @@ def _check_node(node: Any, path: str) -> None:
 
 
 def _check_signature(node: Mapping[str, Any], path: str) -> None:
-    target = locate(str(node["_target_"]), path)
-    parameters = inspect.signature(target).parameters
+    parameters, hints = signature(locate(str(node["_target_"]), path))
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [key for key in node if key not in _HYDRA_KEYS | _LABELS | parameters.keys()]
     # A data set's node also holds what its records are read with, such as dataset.root.
     if unknown and not open_ended and path != "dataset.":
         raise ConfigError(f"there is no setting '{path}{unknown[0]}'{_choices(unknown[0], parameters)}")
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):
-        return  # a library's annotations may not be resolvable; the library then checks for itself
     _check_types({key: node[key] for key in node.keys() & parameters.keys()}, hints, path)
+
+
+def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Parameters of a function or a class, and their types as far as these can be resolved.
+
+    A constructor that takes `**others` passes them on: the parameters of the base class's constructor belong to it too.
+    """
+    takers = [target]
+    if inspect.isclass(target):
+        takers = [vars(kind)["__init__"] for kind in target.__mro__[:-1] if "__init__" in vars(kind)]
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for taker in takers:
+        parameters |= {name: one for name, one in inspect.signature(taker).parameters.items() if name not in parameters}
+        # A library's annotations may not be resolvable: the library then checks for itself.
+        with suppress(NameError, TypeError):
+            hints = typing.get_type_hints(taker) | hints
+        others = [name for name, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
+        if not others:
+            break
+        if taker is not takers[-1]:
+            del parameters[others[0]]
+    if inspect.isclass(target):
+        parameters.pop("self", None)
+    return parameters, hints
 
 
 def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str) -> None:
@@ -443,11 +479,12 @@ def locate(target: str, path: str) -> Any:
 
 
 def _own_folders() -> list[Path]:
-    """Folders of YAML files that the command line adds to the package's."""
+    """Folders of YAML files that the command line, or a caller of `load_config`, adds to the package's."""
     if not HydraConfig.initialized():
-        return []
+        return sorted(_named)
     sources = _hydra_settings()["runtime"]["config_sources"]
-    return [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
+    own = [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
+    return [*own, *sorted(_named)]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from wsolkit.build import build_module, build_protocols, quieten_libraries
-from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
+from wsolkit.checkpoint import Checkpoint, check_known, read_checkpoint, restore
 from wsolkit.config import CONF, load_config
 from wsolkit.data.classes import class_label
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
@@ -145,6 +145,7 @@ class Localizer:
         protocol: str | None = None,
         precision: Precision = "32-true",
         exif: Exif | None = None,
+        config_dir: str | Path | None = None,
     ) -> Localizer:
         """Build the model of a checkpoint of `python -m wsolkit.train`; nothing that is in it is executed.
 
@@ -154,16 +155,20 @@ class Localizer:
             protocol: by whose rules maps become boxes, see conf/protocol; None: the first one of its training.
             precision: as Lightning has it.
             exif: see the attribute; None: "apply", unless the model was trained with dataset.exif=ignore.
+            config_dir: the folder of your own YAML files that the model was trained with, as `--config-dir` named it.
+                What they name as a `_target_` runs, so name a folder that you trust.
 
         Raises:
             CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
         """
         checkpoint = read_checkpoint(path)
         names = checkpoint.names()
+        of_model = {group: name for group, name in names.items() if group != "dataset"}
+        check_known(checkpoint.path, of_model, config_dir, 'config_dir="FOLDER"')
         groups = [f"{group}={name}" for group, name in names.items()]
         if not (CONF / "dataset" / f"{names['dataset']}.yaml").is_file():  # one's own, of which nothing is read
             groups += ["dataset=folder", "dataset.root=."]
-        cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]")
+        cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]", config_dir=config_dir)
         quieten_libraries()
         return cls(restore(cfg, checkpoint, (), protocols=True), checkpoint, device, precision, exif)
 

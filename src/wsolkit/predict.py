@@ -62,7 +62,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     quieten_libraries()
     base, names = find_images(cfg.source, folder)
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
-    labels = given_labels(cfg.classes, base, names, localizer)
+    labels = given_labels(cfg.classes, base, names, localizer.class_names)
     if labels is not None and cfg.top_k > 1:
         raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
     threshold = used_threshold(localizer, cfg.threshold, given=labels is not None)
@@ -170,8 +170,13 @@ def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False)
     return fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:], partly)
 
 
-def given_labels(classes: str | int | None, base: Path, names: Sequence[str], localizer: Localizer) -> list[int] | None:
+def given_labels(classes: str | int | None, base: Path, names: Sequence[str], known: Sequence[str]) -> list[int] | None:
     """The label of each image, as the setting `classes` says; None: classes are predicted.
+
+    Args:
+        classes: the setting.
+        base, names: where the images are.
+        known: names of the model's classes, by label.
 
     Raises:
         ConfigError: there is no such class. DataError: an image has none.
@@ -182,14 +187,14 @@ def given_labels(classes: str | int | None, base: Path, names: Sequence[str], lo
         return None
     if classes == "folder":
         folders = [name.split("/")[0] if "/" in name else base.resolve().name for name in names]
-        known = {folder: _label(localizer, folder, "classes=folder") for folder in set(folders)}
-        return [known[folder] for folder in folders]
+        labels = {folder: _label(known, folder, "classes=folder") for folder in set(folders)}
+        return [labels[folder] for folder in folders]
     if str(classes).endswith(".csv"):
-        return _listed_labels(Path(str(classes)), names, localizer)
-    return [class_label(localizer.class_names, classes)] * len(names)
+        return _listed_labels(Path(str(classes)), names, known)
+    return [class_label(known, classes)] * len(names)
 
 
-def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> list[int]:
+def _listed_labels(path: Path, names: Sequence[str], known: Sequence[str]) -> list[int]:
     from wsolkit.data.files import read_text
 
     try:
@@ -205,7 +210,7 @@ def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> li
         given = line[0].strip()
         name = next((form for form in (line[0], given, given.replace("\\", "/")) if form in wanted), None)
         if name is not None:
-            label = _label(localizer, line[1].strip(), f"{path}:{number}")
+            label = _label(known, line[1].strip(), f"{path}:{number}")
             first, before = found.setdefault(name, (number, label))
             if before != label:
                 raise DataError(f"{path}:{number}: '{name}' has another class than in line {first}: keep one")
@@ -218,11 +223,11 @@ def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> li
     return [found[name][1] for name in names]
 
 
-def _label(localizer: Localizer, name: str, where: str) -> int:
+def _label(known: Sequence[str], name: str, where: str) -> int:
     from wsolkit.data.classes import class_label
 
     try:
-        return class_label(localizer.class_names, name)
+        return class_label(known, name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from tests.conftest import CNN_METHODS
 from wsolkit import build_module, load_config
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.cam import CAM, CAMNetwork
 from wsolkit.optim import build_optimizer
-
-CNN_METHODS = ["cam", "spa", "bridging_gap"]
 
 
 def build(method: str, *overrides: str) -> WSOLModule:
