@@ -21,6 +21,12 @@ from wsolkit.train import train
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+METHODS = tuple(sorted(path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml")))
+CNN_METHODS = tuple(
+    name
+    for name in METHODS
+    if "architecture: cnn" in (REPOSITORY / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import CNN_METHODS, METHODS
 from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
@@ -36,9 +37,6 @@ from wsolkit.training.loss_log import LossLog
 from wsolkit.training.trainer import SyncBatchNormPlugin, build_trainer
 from wsolkit.trouble import FiniteLoss
 
-TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
-METHODS = (*TRANSFORMERS, *CNNS)
-
 
 def settings(method: str, *overrides: str) -> Any:
     """A small network with every term of its loss; nothing in it is drawn at random, and no BatchNorm of its batch."""
@@ -48,7 +46,7 @@ def settings(method: str, *overrides: str) -> Any:
         "spa": ("method.start_epoch=0", "method.background_threshold=0.2"),
         "bridging_gap": ("method.warmup_epochs=0", "method.drop_probability=1"),
     }.get(method, ())
-    backbone = "backbone.batch_norm=frozen" if method in CNNS else "backbone.options.depth=3"
+    backbone = "backbone.batch_norm=frozen" if method in CNN_METHODS else "backbone.options.depth=3"
     return load_config(
         f"method={method}",
         backbone,
@@ -181,7 +179,7 @@ def assert_learned(change: dict[str, Tensor], expected: dict[str, Tensor], toler
     ],
 )
 def test_cheaper_settings_learn_the_same(method: str, setting: str, tolerance: float, tmp_path: Path) -> None:
-    if "channels_last" in setting and method in TRANSFORMERS:
+    if "channels_last" in setting and method not in CNN_METHODS:
         with pytest.raises(ConfigError, match="there is no setting 'backbone.channels_last'"):
             settings(method, setting)
         return

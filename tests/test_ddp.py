@@ -13,6 +13,7 @@ from torch import Tensor, distributed, multiprocessing
 from torch.utils.data import DataLoader
 
 from tests import fresh
+from tests.conftest import CNN_METHODS, METHODS
 from tests.fresh import FRESH
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.backbones.sync_batch_norm import synchronise
@@ -89,15 +90,13 @@ def test_area_and_batch_norm_are_of_the_global_batch(settings: list[str], world_
         assert torch.allclose(buffers[name], value, rtol=1e-4, atol=1e-6), name
 
 
-# Each with what is drawn at random taken out: processes draw differently.
-METHODS = {
-    "sat": ["backbone.drop_path_rate=0"],
-    "ts_cam": ["backbone.drop_path_rate=0"],
-    "scm": ["backbone.drop_path_rate=0"],
-    "cam": [],
-    "spa": ["method.start_epoch=0"],
-    "bridging_gap": ["method.warmup_epochs=0", "method.drop_probability=1"],
-}
+def own_settings(method: str) -> list[str]:
+    """Of every term of the loss, with what is drawn at random taken out: processes draw differently."""
+    own = {
+        "spa": ["method.start_epoch=0"],
+        "bridging_gap": ["method.warmup_epochs=0", "method.drop_probability=1"],
+    }.get(method, [])
+    return own if method in CNN_METHODS else [*own, "backbone.drop_path_rate=0"]
 
 
 def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) -> None:
@@ -106,7 +105,7 @@ def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) 
     if world_size > 1:
         distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    cfg = load_config(f"method={method}", *METHODS[method], "dataset.records.sizes={train: 16, val: 16, test: 21}")
+    cfg = load_config(f"method={method}", *own_settings(method), "dataset.records.sizes={train: 16, val: 16, test: 21}")
     module, datamodule = build_module(cfg), build_datamodule(cfg)
     dataset, evaluation = datamodule.dataset("test"), module.attached(Evaluator).evaluation
     order = EachOnce(len(dataset), rank, world_size)  # of 21 images: 6, 5, 5 and 5, so one process has one more step

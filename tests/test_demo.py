@@ -53,7 +53,7 @@ def demo(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         with listen("127.0.0.1", 0) as listening:
             served = Demo(f"http://127.0.0.1:{listening.getsockname()[1]}", localizer, examples)
             patch.setattr(localizer, "_forward", counted(localizer._forward, served.runs))
-            app = build_app(localizer, localizer.tau(None, given=False), "largest", [Path(__file__), *examples])
+            app = build_app(localizer, localizer.threshold, "largest", [Path(__file__), *examples])
             server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
             thread = threading.Thread(target=server.run, args=([listening],))
             thread.start()

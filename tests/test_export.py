@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import wsolkit
-from tests.conftest import REPOSITORY
+from tests.conftest import METHODS, REPOSITORY
 from wsolkit import Localizer, build_module, load_config
 from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.export import file_format, main
@@ -28,14 +28,11 @@ TOLERANCE = 1e-4
 EXAMPLE = REPOSITORY / "examples" / "onnx_boxes.py"
 
 # A small model of every method, and of what changes a program.
-MODELS = {
+MODELS = {name: [f"method={name}"] for name in METHODS} | {
     "sat": ["method=sat", "backbone.options.depth=4", "method.num_blocks=2"],
     "ts_cam": ["method=ts_cam", "backbone.options.depth=4"],
     "scm": ["method=scm", "backbone.options.depth=4", "method.iterations=[16,4,4,4]"],
-    "cam": ["method=cam"],
     "cam_aligned_scg": ["method=cam", "backbone.align=true", "+postprocess=scg"],
-    "spa": ["method=spa"],
-    "bridging_gap": ["method=bridging_gap"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
@@ -17,10 +19,12 @@ import torch
 from matplotlib.figure import Figure
 
 import wsolkit
-from tests.conftest import write_listed
+from tests.conftest import METHODS, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.data.decoding import Exif
 from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.export import describe
 from wsolkit.localization.boxes import Select, matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
@@ -329,6 +333,59 @@ def test_arrays_and_tensors_of_any_kind_hold_the_same_pixels(name: str) -> None:
     assert found.flags.c_contiguous
 
 
+def encoded(kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    """What an image file of some format holds."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture()).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned_left() -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+FILES = {
+    "jpeg": encoded("jpeg"),
+    "turned jpeg": encoded("jpeg", exif=turned_left()),
+    "turned png": encoded("png", exif=turned_left()),
+    "16 bits": cv2.imencode(".png", picture().astype(np.uint16) * 257)[1].tobytes(),
+    "cmyk": encoded("jpeg", "CMYK"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bytes_and_open_files_give_the_pixels_of_the_file(name: str, tmp_path: Path) -> None:
+    content, path = FILES[name], tmp_path / "x"
+    path.write_bytes(content)
+    for exif in get_args(Exif):
+        expected = as_rgb(path, exif)
+        for form in (content, bytearray(content), memoryview(content), io.BytesIO(content)):
+            np.testing.assert_array_equal(as_rgb(form, exif), expected)
+        with path.open("rb") as file:
+            np.testing.assert_array_equal(as_rgb(file, exif), expected)
+
+
+def test_bytes_and_open_files_stand_alone_or_in_a_list(localizer: Localizer) -> None:
+    content = encoded("png")
+    expected = localizer(picture())
+    for form in (content, bytearray(content), memoryview(content)):
+        same(localizer(form), expected)
+    same(localizer(io.BytesIO(content)), expected)
+    several = localizer([content, io.BytesIO(content), picture()])
+    for found, pixels in zip(several, localizer([picture()] * 3), strict=True):
+        same(found, pixels)
+    (raw,) = localizer.raw_maps(content)
+    same(localizer.at_threshold(raw), expected)
+
+
+def test_bytes_that_would_fill_the_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"an image cannot be decoded \(Image size \(4500 pixels\) exceeds limit"):
+        as_rgb(encoded("jpeg"), "apply")
+
+
 @pytest.mark.parametrize("form", [np.array([[True, False]]), torch.tensor([[True, False]]), torch.eye(2)[None] > 2])
 def test_of_bool_true_is_white(form: Any) -> None:
     found = as_rgb(form, "apply")
@@ -338,8 +395,25 @@ def test_of_bool_true_is_white(form: Any) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("gone.png", "image 'gone.png' does not exist"),
+        (
+            "gone.png",
+            "image 'gone.png' does not exist: expected the path of an image file; a relative one begins in '/",
+        ),
+        ("iVBORw0KGgo" * 1000, "iVBORw0KGgo' does not exist"),
+        (Path(__file__).parent, "/tests' is a folder: expected an image file; give its images as a list of paths"),
         (__file__, "cannot be decoded"),
+        (b"<html>", "an image came as 6 bytes in no format that Pillow knows: expected what an image file holds"),
+        (encoded("png")[:200], "an image cannot be decoded ("),
+        (io.BytesIO(), "an image came as a file with nothing left to read: go back to its beginning with seek(0)"),
+        (
+            io.StringIO("P3"),
+            "an image came as a file whose read() gives str: expected bytes. Open a file with mode 'rb'",
+        ),
+        (None, "an image came as NoneType: expected a path, bytes, a file that is open in binary mode, a PIL image"),
+        ({"image": "a.png"}, "an image came as dict: expected a path"),
+        ([[[0.5, 0.5]]], "image 0 of those given came as list: expected a path"),
+        ([picture(), 7], "image 1 of those given came as int: expected a path"),
+        ([picture(), b"x"], "image 1 of those given came as 1 bytes in no format"),
         (np.zeros((2, 3, 8, 8), np.uint8), "array of shape (2, 3, 8, 8): expected [H, W] or [H, W, C] with C = 1, 3"),
         (np.zeros((3, 8, 8), np.uint8), "array of shape (3, 8, 8)"),
         (torch.zeros(8, 8, 3), "tensor of shape (8, 8, 3): expected [H, W] or [C, H, W]"),
@@ -450,11 +524,36 @@ def test_data_set_of_one_s_own_is_not_needed(checkpoint: Path, localizer: Locali
     same(Localizer.from_checkpoint(tmp_path / "x.ckpt", device="cpu")(picture()), localizer(picture()))
 
 
-def test_without_a_selected_threshold_one_is_taken(checkpoint: Path, tmp_path: Path) -> None:
-    path = edited(checkpoint, tmp_path / "x.ckpt", thresholds={})
+@pytest.mark.parametrize(
+    ("fixed", "selected", "expected", "origin"),
+    [
+        (None, {}, 0.3, "default"),
+        (None, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.61, "validation"),
+        (0.12, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.12, "protocol"),
+    ],
+)
+def test_threshold_is_that_of_the_boxes_and_of_exported_files(
+    fixed: float | None, selected: dict[str, float], expected: float, origin: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = edited(checkpoint, tmp_path / "x.ckpt", thresholds=selected)
+    content = torch.load(path, weights_only=True)
+    content["wsolkit"]["config"]["protocol"]["maxboxacc"]["threshold"] = fixed
+    torch.save(content, path)
     localizer = Localizer.from_checkpoint(path, device="cpu")
-    assert localizer.threshold is None
-    assert localizer(picture()).threshold == 0.3
+    assert (localizer.threshold, localizer.threshold_origin) == (expected, origin)
+    assert localizer(picture()).threshold == localizer.threshold
+    assert describe(load_config("method=ts_cam"), localizer)["threshold"] == localizer.threshold
+
+
+def test_only_what_people_call_is_public() -> None:
+    assert {name for name in dir(Localizer) if not name.startswith("_")} == {
+        "from_checkpoint",
+        "raw_maps",
+        "at_threshold",
+        "module",
+        "threshold",
+        "threshold_origin",
+    }
 
 
 class Evil:
@@ -492,8 +591,8 @@ def test_package_is_imported_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("method", ["sat", "scm", "cam", "spa"])
-def test_every_kind_of_method(method: str, in_tmp: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, in_tmp: Path) -> None:
     cfg = load_config(
         *(f"method={method}", "dataset.records.sizes={train: 16, val: 8, test: 8}", "dataset.batch_size=8"),
         *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),

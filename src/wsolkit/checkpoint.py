@@ -10,6 +10,7 @@ that those files have.
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -20,7 +21,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
 from wsolkit.backbones.weights import StateDict
-from wsolkit.config import as_named, load_config, plain
+from wsolkit.config import CONF, as_named, load_config, plain
 from wsolkit.csv_log import RunLog
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.overrides import escaped
@@ -500,6 +500,29 @@ def _described(content: object) -> str:
     return f"a file of another program, with the entries {keys}" if content else "nothing"
 
 
+def check_known(path: Path, names: Mapping[str, str], config_dir: str | Path | None, remedy: str) -> None:
+    """Check that there are YAML files of what a checkpoint names: the package's, or those of the user.
+
+    Args:
+        path: of the checkpoint.
+        names: by group, as from `Checkpoint.names`.
+        config_dir: the user's folder; None: none.
+        remedy: how the user names that folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folders = [CONF] if config_dir is None else [CONF, Path(config_dir)]
+    for group, name in names.items():
+        if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+            continue
+        where = "wsolkit has" if config_dir is None else f"neither wsolkit nor '{config_dir}' has"
+        raise CheckpointError(
+            f"'{path}' was trained with {group}={name}, and {where} {'no' if config_dir is None else 'a'} file "
+            f"{group}/{name}.yaml: name the folder of YAML files that has it, as in training, with {remedy}"
+        )
+
+
 def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str]:
     """A command line with the groups of its checkpoint before `checkpoint=…`, so that the user's settings prevail.
 
@@ -521,11 +544,6 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
         warnings.simplefilter("ignore")  # who builds the model says it
         checkpoint = read_checkpoint(str(OmegaConf.create({"path": path}).path))
     names = checkpoint.names()
-    with suppress(ConfigError):  # a method of the user's own, in another folder
-        if choices(load_config(f"method={names['method']}"))["postprocess"] == names["postprocess"]:
-            del names["postprocess"]  # comes with the method, unless a ready grid has another
-    if with_protocol:
-        names["protocol"] = f"[{checkpoint.protocol}]"
     parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
     chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
     for group in ("method", "backbone"):
@@ -533,9 +551,23 @@ def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str
             raise CheckpointError(
                 f"{group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
             )
+    folder = _config_dir(given)
+    own = {group: name for group, name in names.items() if group not in chosen}
+    check_known(checkpoint.path, own, folder, "--config-dir FOLDER")
+    if choices(load_config(f"method={names['method']}", config_dir=folder))["postprocess"] == names["postprocess"]:
+        del names["postprocess"]  # comes with the method, unless a ready grid has another
+    if with_protocol:
+        names["protocol"] = f"[{checkpoint.protocol}]"
     first = next(index for index, argument in enumerate(given) if argument.startswith("checkpoint="))
     added = [f"{group}={name}" for group, name in names.items() if group not in chosen]
     return [*given[:first], *added, *given[first:]]
+
+
+def _config_dir(given: Sequence[str]) -> str | None:
+    """The folder that a command line names with `--config-dir`."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config-dir", "-cd")
+    return flags.parse_known_args(given)[0].config_dir  # type: ignore[no-any-return]
 
 
 def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:

@@ -65,15 +65,30 @@ _paths = types.SimpleNamespace(**vars(os.path) | {"abspath": lambda path: escape
 hydra.core.utils.os = types.SimpleNamespace(**vars(os) | {"path": _paths})
 
 
-def load_config(*overrides: str) -> DictConfig:
+_named: set[Path] = set()
+"""Folders of YAML files that callers of `load_config` have named in this process."""
+
+
+def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
     """Compose the settings of `python -m wsolkit.train` with overrides such as "method=sat" or "optimizer.lr=1e-4".
+
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of your own YAML files, as `--config-dir`. What they name as a `_target_` may run.
 
     Raises:
         ConfigError: a group, key or value is wrong; the message names the choices.
     """
+    more: list[str] = []
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"config_dir: there is no folder '{config_dir}'; expected one of YAML files, as in conf")
+        _named.add(folder)
+        more = [f"hydra.searchpath=[{quoted(escaped(f'file://{folder}'))}]"]
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg: DictConfig = hydra.compose("train", overrides=as_overrides(overrides, _referable()))
+            cfg: DictConfig = hydra.compose("train", overrides=[*more, *as_overrides(overrides, _referable())])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
@@ -406,22 +421,33 @@ def _check_signature(node: Mapping[str, Any], path: str) -> None:
 def accepted(target: Any) -> tuple[dict[str, Any], bool]:
     """Arguments of a class or function with their types, and whether it takes any others.
 
-    Arguments that are declared together, as `**settings: Unpack[SomeTypedDict]`, count one by one. The type is `Any`
+    Arguments that are declared together, as `**settings: Unpack[SomeTypedDict]`, count one by one. A constructor that
+    takes `**others` passes them on: the arguments of the base class's constructor belong to it, too. The type is `Any`
     where a library's annotation cannot be resolved: the library then checks for itself.
     """
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):
-        hints = {}
+    takers = [target]
+    if inspect.isclass(target):
+        takers = [vars(kind)["__init__"] for kind in target.__mro__[:-1] if "__init__" in vars(kind)]
     found: dict[str, Any] = {}
     open_ended = False
-    for name, parameter in inspect.signature(target).parameters.items():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            found[name] = hints.get(name, Any)
-        elif typing.get_args(hints.get(name)):
-            found |= typing.get_type_hints(typing.get_args(hints[name])[0])
-        else:
-            open_ended = True
+    for taker in takers:
+        try:
+            hints = typing.get_type_hints(taker)
+        except (NameError, TypeError):
+            hints = {}
+        open_ended = False
+        for name, parameter in inspect.signature(taker).parameters.items():
+            together = typing.get_args(hints.get(name)) if parameter.kind is inspect.Parameter.VAR_KEYWORD else ()
+            if together:
+                found = typing.get_type_hints(together[0]) | found
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                open_ended = True
+            else:
+                found.setdefault(name, hints.get(name, Any))
+        if not open_ended:
+            break
+    if inspect.isclass(target):
+        found.pop("self", None)
     return found, open_ended
 
 
@@ -467,11 +493,12 @@ def locate(target: str, path: str) -> Any:
 
 
 def _own_folders() -> list[Path]:
-    """Folders of YAML files that the command line adds to the package's."""
+    """Folders of YAML files that the command line, or a caller of `load_config`, adds to the package's."""
     if not HydraConfig.initialized():
-        return []
+        return sorted(_named)
     sources = _hydra_settings()["runtime"]["config_sources"]
-    return [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
+    own = [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
+    return [*own, *sorted(_named)]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def demo(cfg: DictConfig, _: Path) -> None:
 
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.libraries import quieten_libraries
-    from wsolkit.localizer import Localizer
+    from wsolkit.localizer import Localizer, used_threshold
     from wsolkit.predict import find_images
 
     checkpoint = read_checkpoint(cfg.checkpoint)
@@ -44,7 +44,7 @@ def demo(cfg: DictConfig, _: Path) -> None:
     quieten_libraries()
     base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
-    threshold = localizer.tau(cfg.threshold, given=False)
+    threshold = used_threshold(localizer, cfg.threshold, given=False)
     localizer(np.zeros((8, 8, 3), np.uint8))  # the first image takes longest, and nobody should wait for it
     with listen(cfg.host, cfg.port) as listening, TemporaryDirectory(prefix="wsolkit_demo_") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read by Gradio's imports

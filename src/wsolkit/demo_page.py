@@ -23,7 +23,7 @@ from wsolkit.data.decoding import Exif
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError, WsolkitError
 from wsolkit.localization.boxes import Select
-from wsolkit.localizer import Localizer, Prediction, RawMap
+from wsolkit.localizer import Localizer, Prediction, RawMap, raw_maps_of_labels
 from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
@@ -89,7 +89,7 @@ class Opened:
         """Where the image shows a class; only a class that was not looked for before needs the network."""
         if label not in self._maps:
             with _network:
-                (raw,) = self._localizer.raw_maps_of(self._read(), [label], 1)
+                (raw,) = raw_maps_of_labels(self._localizer, self._read(), [label])
             self._maps[label] = _without_pixels(raw)
         return self._localizer.at_threshold(self._maps[label], threshold, select)
 
@@ -198,8 +198,8 @@ def build_page(
                 file = gr.File(label="Image", height=140)
                 classes = gr.Dropdown(choices({}), value=None, label="Class", info="The most probable ones come first.")
                 step = 1 / localizer.rules.num_thresholds
-                known = localizer.threshold
-                own = "None was selected in validation." if known is None else f"The model's own is {known:g}."
+                selected = localizer.threshold_origin != "default"
+                own = f"The model's own is {localizer.threshold:g}." if selected else "None was selected in validation."
                 tau = gr.Slider(0, 1 - step, threshold, step=step, label="Threshold τ", info=own)
                 tau.preprocess = lambda typed: typed  # what is out of range is answered by `show`, not by a traceback
                 parts = gr.Radio(

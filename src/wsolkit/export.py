@@ -114,7 +114,7 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
         "exif": localizer.exif,
         "mean": localizer.mean,
         "std": localizer.std,
-        "threshold": localizer.tau(None, given=False),
+        "threshold": localizer.threshold,
         "protocol": {"name": localizer.protocol, **asdict(rules)},
         "metrics": localizer.metrics,
     }

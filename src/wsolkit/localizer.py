@@ -10,11 +10,11 @@ Boxes are those that an evaluation under the same protocol draws, carried over t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, Protocol, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from wsolkit.build import build_model, build_protocols
-from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
+from wsolkit.checkpoint import Checkpoint, check_known, read_checkpoint, restore
 from wsolkit.config import CONF, load_config
 from wsolkit.data.classes import class_label
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
-from wsolkit.data.records import Records, read_image
+from wsolkit.data.records import Records, decode_image
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.libraries import quieten_libraries
@@ -38,18 +38,36 @@ from wsolkit.localization.boxes import Levels, Select, regions
 from wsolkit.localization.inputs import network_input, ten_crop_probabilities
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
+from wsolkit.names import shortened
 from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.types import Boxes, EvaluationBatch, Image
 
-ImageLike = str | Path | PIL.Image.Image | npt.NDArray[Any] | Tensor
-"""A file; or a PIL image in any mode; or pixels: an array [H, W] or [H, W, C], a tensor [C, H, W] or [H, W], C = 1, 3
-or 4, the last of 4 being opacity, which is left out; uint8, uint16, bool, or floating point of any precision from 0 to
-1, see wsolkit/data/decoding.py."""
+
+class BinaryFile(Protocol):
+    """A file that is open for reading in binary mode, or what stands for one, such as an upload."""
+
+    def read(self) -> bytes:
+        """What is left to read."""
+
+
+ImageLike = str | Path | bytes | bytearray | memoryview | BinaryFile | PIL.Image.Image | npt.NDArray[Any] | Tensor
+"""An image comes as
+
+- the path of a file;
+- what a file holds: bytes, or a file that is open in binary mode, which is read from where it stands;
+- a PIL image in any mode;
+- pixels: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. C is 1, 3 or 4, and the last of 4 channels is
+  opacity, which is left out. They are uint8, uint16, bool, or floating point from 0 to 1: see
+  wsolkit/data/decoding.py.
+"""
+
+_FORMS = "a path, bytes, a file that is open in binary mode, a PIL image, an array or a tensor"
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 _BATCH_SIZE = 32
 _MAX_SIDE = 32767
+_LONGEST = 200  # characters of a path in an error
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,8 +126,10 @@ class Localizer:
         class_names: by label.
         method, backbone: their names.
         protocol, rules: name and rules of the evaluation by which maps become boxes.
-        threshold: τ of the boxes; None: none was selected, for want of boxes in validation, and
-            `wsolkit.localization.protocol.UNKNOWN_THRESHOLD` is taken.
+        threshold: τ of the boxes, unless a call gives another. Validation may have selected another for given classes
+            than for predicted ones: this is that of predicted ones, and each prediction says its own.
+        threshold_origin: where it comes from: "protocol": the paper says it; "validation": it was best there;
+            "default": validation had no boxes to select one by, and 0.3 is taken.
         image_size: side of the network's input; mean, std: by which it is normalised.
         metrics: numbers of the last validation before the checkpoint was written, in percent.
         version: of wsolkit, which wrote the checkpoint.
@@ -126,6 +146,7 @@ class Localizer:
         protocol: str | None = None,
         precision: Precision = "32-true",
         exif: Exif | None = None,
+        config_dir: str | Path | None = None,
     ) -> Localizer:
         """Build the model of a checkpoint of `python -m wsolkit.train`; nothing that is in it is executed.
 
@@ -135,16 +156,20 @@ class Localizer:
             protocol: by whose rules maps become boxes, see conf/protocol; None: the first one of its training.
             precision: as Lightning has it.
             exif: see the attribute; None: "apply", unless the model was trained with dataset.exif=ignore.
+            config_dir: the folder of your own YAML files that the model was trained with, as `--config-dir` named it.
+                What they name as a `_target_` runs, so name a folder that you trust.
 
         Raises:
             CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
         """
         checkpoint = read_checkpoint(path)
         names = checkpoint.names()
+        of_model = {group: name for group, name in names.items() if group != "dataset"}
+        check_known(checkpoint.path, of_model, config_dir, 'config_dir="FOLDER"')
         groups = [f"{group}={name}" for group, name in names.items()]
         if not (CONF / "dataset" / f"{names['dataset']}.yaml").is_file():  # one's own, of which nothing is read
             groups += ["dataset=folder", "dataset.root=."]
-        cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]")
+        cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]", config_dir=config_dir)
         quieten_libraries()
         return cls(restore(cfg, checkpoint, (), protocols=True), checkpoint, device, precision, exif)
 
@@ -163,12 +188,9 @@ class Localizer:
         self._module = _loaded(build_model(cfg, self.class_names), checkpoint).to(self.device)
         settings = self._module.description
         self.mean, self.std = tuple(settings.mean), tuple(settings.std)
-        self._thresholds = {
-            condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}")
-            if self.rules.threshold is None
-            else self.rules.threshold
-            for condition in ("gt_known_loc", "gt_known_loc_predicted_class")
-        }
+        fixed, conditions = self.rules.threshold, ("gt_known_loc", "gt_known_loc_predicted_class")
+        selected = {condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}") for condition in conditions}
+        self._thresholds = selected if fixed is None else dict.fromkeys(conditions, fixed)
         self._autocast = _autocast(precision, self.device)
         self._transform = Transform(self.image_size, self.image_size, False, self.mean, self.std)
         self._uncropped = None
@@ -182,9 +204,16 @@ class Localizer:
         return self._module
 
     @property
-    def threshold(self) -> float | None:
-        """See the class; of the predicted class's maps, where the protocol has another for given classes."""
-        return self._thresholds["gt_known_loc_predicted_class"]
+    def threshold(self) -> float:
+        """See the class."""
+        return used_threshold(self, None, given=False)
+
+    @property
+    def threshold_origin(self) -> Literal["protocol", "validation", "default"]:
+        """See the class."""
+        if self.rules.threshold is not None:
+            return "protocol"
+        return "default" if self._thresholds["gt_known_loc_predicted_class"] is None else "validation"
 
     def __repr__(self) -> str:
         return (
@@ -250,19 +279,23 @@ class Localizer:
             DataError: an image cannot be read. ConfigError: another argument is wrong. CheckpointError: the network
                 gives logits or score maps that are not finite.
         """
-        single = isinstance(images, str | Path | PIL.Image.Image | np.ndarray | Tensor)
+        single = _is_one(images)
         given = cast("list[ImageLike]", [images] if single else list(cast("Sequence[ImageLike]", images)))
         labels = None if classes is None else self._labels(classes, len(given))
         if labels is not None and top_k is not None:
             raise ConfigError("top_k chooses classes by their probability: it does not go with given classes")
         found: list[list[Prediction]] = []
         for start in range(0, len(given), _BATCH_SIZE):
-            pictures = [as_rgb(image, self.exif) for image in given[start : start + _BATCH_SIZE]]
-            dataset = self.dataset(_Pictures(self.class_names, pictures))
+            chosen = slice(start, start + _BATCH_SIZE)
+            pictures = [
+                as_rgb(image, self.exif, "an image" if single else f"image {place} of those given")
+                for place, image in enumerate(given[chosen], start)
+            ]
+            dataset = samples(self, _Pictures(self.class_names, pictures))
             batch = evaluation_batch([dataset[0, index] for index in range(len(pictures))])
-            part = None if labels is None else labels[start : start + _BATCH_SIZE]
-            found += self.localize(batch, part, top_k or 1, threshold, select, pictures)
-        self._check_finite(bool(predictions) for predictions in found)
+            part = None if labels is None else labels[chosen]
+            found += predictions(self, batch, part, top_k or 1, threshold, select, pictures)
+        self._check_finite(bool(of_image) for of_image in found)
         results = found if top_k is not None else [each[0] for each in found]
         return results[0] if single else results
 
@@ -275,99 +308,16 @@ class Localizer:
         Raises:
             DataError: the image cannot be read. ConfigError: another argument is wrong.
         """
-        labels = None if classes is None else [self.label(name) for name in classes]
-        return self.raw_maps_of(image, labels, top_k)
-
-    def raw_maps_of(self, image: ImageLike, labels: Sequence[int] | None, top_k: int) -> list[RawMap]:
-        """`raw_maps` of classes that are given as labels, whatever they are called."""
-        self.check(top_k, "largest")
-        picture = as_rgb(image, self.exif)
-        batch = evaluation_batch([self.dataset(_Pictures(self.class_names, [picture]))[0, 0]])
-        given = None if labels is None else [labels]
-        found = self._forward(batch, given, top_k)
-        self._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
-        chosen = zip(*(of_image[0] for of_image in found), strict=True)
-        return [RawMap(self.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen]
+        labels = None if classes is None else [class_label(self.class_names, name) for name in classes]
+        return raw_maps_of_labels(self, image, labels, top_k)
 
     def at_threshold(self, found: RawMap, threshold: float | None = None, select: Select = "largest") -> Prediction:
         """What a map of `raw_maps` holds above a threshold; see `__call__`."""
-        self.check(1, select)
-        tau = self.tau(threshold, given=False)
+        check_request(self, 1, select)
+        tau = used_threshold(self, threshold, given=False)
         height, width = found.image.shape[:2]
         (drawn,) = self._maps_and_levels(found.raw[None, None], [(width, height)], tau)
         return self._prediction(*drawn, found.label_index, found.score, width, height, tau, select, found.image)
-
-    def dataset(self, records: Records) -> WSOLDataset:
-        """Samples of images, transformed as this model's evaluation does."""
-        return WSOLDataset(records, self._transform, 0, self._uncropped)
-
-    def label(self, name: str | int) -> int:
-        """Number of a class, by its name or its number; a name goes before a number.
-
-        Raises:
-            ConfigError: there is no such class, or several have this name.
-        """
-        return class_label(self.class_names, name)
-
-    def localize(
-        self,
-        batch: EvaluationBatch,
-        labels: Sequence[int] | None,
-        top_k: int,
-        threshold: float | None,
-        select: Select,
-        images: Sequence[Image] | None = None,
-    ) -> Iterator[list[Prediction]]:
-        """Predictions of a batch of `dataset`, image by image, so that few large maps are in memory at a time.
-
-        There are none for an image whose logits or score maps are not finite.
-
-        Args:
-            labels: whose maps, one for each image; None: of the `top_k` most probable classes.
-            threshold, select: see `__call__`.
-            images: kept in the predictions.
-        """
-        self.check(top_k, select)
-        tau = self.tau(threshold, given=labels is not None)
-        given = None if labels is None else [[label] for label in labels]
-        classes, scores, raw = self._forward(batch, given, top_k)
-        sizes = batch["size"].tolist()
-        found = self._maps_and_levels(raw, sizes, tau)
-        finite = (raw.isfinite().flatten(1).all(dim=1).cpu() & scores.isfinite().all(dim=1)).tolist()
-        for row, (width, height) in enumerate(sizes):
-            picture = None if images is None else images[row]
-            each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
-            drawn = [self._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
-            yield drawn if finite[row] else []
-
-    def check(self, top_k: int, select: Select) -> None:
-        """Check what `localize` is asked for.
-
-        Raises:
-            ConfigError: it is not to be had.
-        """
-        if not 1 <= top_k <= len(self.class_names):
-            raise ConfigError(f"top_k={top_k}: expected 1 to {len(self.class_names)}, the number of classes")
-        if select not in get_args(Select):
-            raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
-
-    def tau(self, threshold: float | None, given: bool) -> float:
-        """The threshold τ of the boxes.
-
-        Args:
-            threshold: the user's.
-            given: whether classes are given, not predicted.
-
-        Raises:
-            ConfigError: it is not in [0, 1).
-        """
-        if threshold is None:
-            known = self._thresholds["gt_known_loc" if given else "gt_known_loc_predicted_class"]
-            threshold = UNKNOWN_THRESHOLD if known is None else known
-        if not 0 <= threshold < 1:
-            raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
-        place = self.rules.index_of(threshold)
-        return threshold if place is None else float(self.rules.thresholds[place])
 
     def _forward(
         self, batch: EvaluationBatch, labels: Sequence[Sequence[int]] | None, top_k: int
@@ -445,10 +395,96 @@ class Localizer:
 
     def _labels(self, classes: str | int | Sequence[str | int], count: int) -> list[int]:
         if isinstance(classes, str | int):
-            return [self.label(classes)] * count
+            return [class_label(self.class_names, classes)] * count
         if len(classes) != count:
             raise ConfigError(f"{len(classes)} classes for {count} images: give one for all, or one for each")
-        return [self.label(name) for name in classes]
+        return [class_label(self.class_names, name) for name in classes]
+
+
+def samples(localizer: Localizer, records: Records) -> WSOLDataset:
+    """Samples of images, transformed as the evaluation of a localizer's model does."""
+    return WSOLDataset(records, localizer._transform, 0, localizer._uncropped)
+
+
+def predictions(
+    localizer: Localizer,
+    batch: EvaluationBatch,
+    labels: Sequence[int] | None,
+    top_k: int,
+    threshold: float | None,
+    select: Select,
+    images: Sequence[Image] | None = None,
+) -> Iterator[list[Prediction]]:
+    """Predictions of a batch of `samples`, image by image, so that few large maps are in memory at a time.
+
+    There are none for an image whose logits or score maps are not finite.
+
+    Args:
+        labels: whose maps, one for each image; None: of the `top_k` most probable classes.
+        threshold, select: see `Localizer.__call__`.
+        images: kept in the predictions.
+    """
+    check_request(localizer, top_k, select)
+    tau = used_threshold(localizer, threshold, given=labels is not None)
+    given = None if labels is None else [[label] for label in labels]
+    classes, scores, raw = localizer._forward(batch, given, top_k)
+    sizes = batch["size"].tolist()
+    found = localizer._maps_and_levels(raw, sizes, tau)
+    finite = (raw.isfinite().flatten(1).all(dim=1).cpu() & scores.isfinite().all(dim=1)).tolist()
+    for row, (width, height) in enumerate(sizes):
+        picture = None if images is None else images[row]
+        each = zip(classes[row].tolist(), scores[row].tolist(), strict=True)
+        drawn = [localizer._prediction(*next(found), *one, width, height, tau, select, picture) for one in each]
+        yield drawn if finite[row] else []
+
+
+def raw_maps_of_labels(
+    localizer: Localizer, image: ImageLike, labels: Sequence[int] | None, top_k: int = 1
+) -> list[RawMap]:
+    """`Localizer.raw_maps` of classes that are given as labels, whatever they are called."""
+    check_request(localizer, top_k, "largest")
+    picture = as_rgb(image, localizer.exif)
+    batch = evaluation_batch([samples(localizer, _Pictures(localizer.class_names, [picture]))[0, 0]])
+    given = None if labels is None else [labels]
+    found = localizer._forward(batch, given, top_k)
+    localizer._check_finite([bool(found[1].isfinite().all() and found[2].isfinite().all())])
+    chosen = zip(*(of_image[0] for of_image in found), strict=True)
+    return [
+        RawMap(localizer.class_names[label], int(label), float(score), raw, picture) for label, score, raw in chosen
+    ]
+
+
+def check_request(localizer: Localizer, top_k: int, select: Select) -> None:
+    """Check what a localizer is asked for.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    count = len(localizer.class_names)
+    if not 1 <= top_k <= count:
+        raise ConfigError(f"top_k={top_k}: expected 1 to {count}, the number of classes")
+    if select not in get_args(Select):
+        raise ConfigError(f"select={select!r}: expected 'largest' or 'all'")
+
+
+def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -> float:
+    """The threshold τ that a localizer draws boxes at, on the protocol's grid where the grid has it.
+
+    Args:
+        threshold: the user's; None: the localizer's own.
+        given: whether classes are given, not predicted: validation may have selected another τ for these.
+
+    Raises:
+        ConfigError: it is not in [0, 1).
+    """
+    if threshold is None:
+        threshold = localizer._thresholds.get("gt_known_loc" if given else "gt_known_loc_predicted_class")
+    if threshold is None:
+        threshold = UNKNOWN_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
+    place = localizer.rules.index_of(threshold)
+    return threshold if place is None else float(localizer.rules.thresholds[place])
 
 
 @dataclass(frozen=True)
@@ -481,30 +517,75 @@ class _Pictures:
         return None
 
 
-def as_rgb(image: ImageLike, exif: Exif) -> Image:
+def _is_one(images: object) -> bool:
+    """Whether something is meant as one image: it is in a form of `ImageLike`, or it is no series of images."""
+    form = (str, Path, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray, Tensor, Mapping)
+    return isinstance(images, form) or hasattr(images, "read") or not isinstance(images, Iterable)
+
+
+def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
     """Pixels [H, W, 3] uint8 of an image in any of the forms of `ImageLike`.
+
+    Args:
+        what: names an image in errors that has no path.
 
     Raises:
         DataError: it cannot be read, or is in none of them.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image), exif)
-    with decoding("an image"):
+        path = Path(image)
+        _check_file(path)
+        return decode_image(path, exif, f"image '{path}'")
+    if hasattr(image, "read"):
+        image = _content(image, what)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), exif, what)
+    with decoding(what):
         if isinstance(image, PIL.Image.Image):
-            return rgb(image, exif, "an image")
+            return rgb(image, exif, what)
+        if not hasattr(image, "__array__"):
+            raise DataError(f"{what} came as {type(image).__name__}: expected {_FORMS}; several images go in a list")
         pixels = _array(image) if isinstance(image, Tensor) else np.asarray(image)
     if isinstance(image, Tensor) and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] → [H, W, C]
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
-        kind, form = ("tensor", "[C, H, W]") if isinstance(image, Tensor) else ("array", "[H, W, C]")
+        kind, form = ("a tensor", "[C, H, W]") if isinstance(image, Tensor) else ("an array", "[H, W, C]")
         raise DataError(
-            f"an image came as a {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
+            f"{what} came as {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
             "4; several images go in a list"
         )
-    levels = to_8_bits(pixels[..., :3], "an image came as")
+    levels = to_8_bits(pixels[..., :3], f"{what} came as")
     return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
+
+
+def _check_file(path: Path) -> None:
+    try:
+        there, is_folder = path.exists(), path.is_dir()
+    except OSError:  # the name is too long for a file: encoded pixels, perhaps
+        there = is_folder = False
+    if is_folder:
+        raise DataError(f"image '{path}' is a folder: expected an image file; give its images as a list of paths")
+    if not there:
+        raise DataError(
+            f"image '{shortened(str(path), _LONGEST)}' does not exist: expected the path of an image file; a relative "
+            f"one begins in '{Path.cwd()}'"
+        )
+
+
+def _content(file: BinaryFile, what: str) -> bytes:
+    """What a file holds, from where it stands."""
+    with decoding(what):
+        content: object = file.read()
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise DataError(
+            f"{what} came as a file whose read() gives {type(content).__name__}: expected bytes. Open a file with "
+            "mode 'rb'; of a file that is to be awaited, give the bytes"
+        )
+    if not content:
+        raise DataError(f"{what} came as a file with nothing left to read: go back to its beginning with seek(0)")
+    return bytes(content)
 
 
 def _array(image: Tensor) -> npt.NDArray[Any]:

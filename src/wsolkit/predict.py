@@ -49,7 +49,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.data.records import file_records
     from wsolkit.interop.coco import FAILED, Source, prediction_files
     from wsolkit.libraries import quieten_libraries
-    from wsolkit.localizer import Localizer
+    from wsolkit.localizer import Localizer, check_request, predictions, samples, used_threshold
 
     lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name) or cfg[name] is None]
     if lacking:
@@ -62,11 +62,11 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     quieten_libraries()
     base, names = find_images(cfg.source, folder)
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
-    labels = given_labels(cfg.classes, base, names, localizer)
+    labels = given_labels(cfg.classes, base, names, localizer.class_names)
     if labels is not None and cfg.top_k > 1:
         raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
-    threshold = localizer.tau(cfg.threshold, given=labels is not None)
-    localizer.check(cfg.top_k, cfg.select)
+    threshold = used_threshold(localizer, cfg.threshold, given=labels is not None)
+    check_request(localizer, cfg.top_k, cfg.select)
     sources = [
         Source(name, _stamp(base / name), None if labels is None else labels[place]) for place, name in enumerate(names)
     ]
@@ -75,16 +75,16 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         missing = files.missing(sources, lambda name: not cfg.overlays or _overlay_path(folder, name).is_file())
         chosen = [names[place] for place in missing]
         classes, upright = localizer.class_names, localizer.exif == "apply"
-        dataset = localizer.dataset(file_records(base, chosen, [0] * len(chosen), classes, {}, None, upright=upright))
+        records = file_records(base, chosen, [0] * len(chosen), classes, {}, None, upright=upright)
         batches = -(-len(missing) // cfg.batch_size)
-        loaded = _load(dataset, cfg, localizer)
+        loaded = _load(samples(localizer, records), cfg, localizer)
         for batch, places, reasons in track(loaded, "Predicting", batches, disable=not cfg.progress):
             failed |= {chosen[place]: reason for place, reason in reasons.items()}
             if batch is not None:
                 given = None if labels is None else [labels[missing[place]] for place in places]
-                predictions = localizer.localize(batch, given, cfg.top_k, threshold, cfg.select)
+                found = predictions(localizer, batch, given, cfg.top_k, threshold, cfg.select)
                 of_batch = [sources[missing[place]] for place in places]
-                files.add(_each(of_batch, predictions, failed, base, folder if cfg.overlays else None, localizer.exif))
+                files.add(_each(of_batch, found, failed, base, folder if cfg.overlays else None, localizer.exif))
         count = files.write(sources, failed)
     print(
         f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
@@ -170,24 +170,31 @@ def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False)
     return fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:], partly)
 
 
-def given_labels(classes: str | int | None, base: Path, names: Sequence[str], localizer: Localizer) -> list[int] | None:
+def given_labels(classes: str | int | None, base: Path, names: Sequence[str], known: Sequence[str]) -> list[int] | None:
     """The label of each image, as the setting `classes` says; None: classes are predicted.
+
+    Args:
+        classes: the setting.
+        base, names: where the images are.
+        known: names of the model's classes, by label.
 
     Raises:
         ConfigError: there is no such class. DataError: an image has none.
     """
+    from wsolkit.data.classes import class_label
+
     if classes is None:
         return None
     if classes == "folder":
         folders = [name.split("/")[0] if "/" in name else base.resolve().name for name in names]
-        known = {folder: _label(localizer, folder, "classes=folder") for folder in set(folders)}
-        return [known[folder] for folder in folders]
+        labels = {folder: _label(known, folder, "classes=folder") for folder in set(folders)}
+        return [labels[folder] for folder in folders]
     if str(classes).endswith(".csv"):
-        return _listed_labels(Path(str(classes)), names, localizer)
-    return [localizer.label(classes)] * len(names)
+        return _listed_labels(Path(str(classes)), names, known)
+    return [class_label(known, classes)] * len(names)
 
 
-def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> list[int]:
+def _listed_labels(path: Path, names: Sequence[str], known: Sequence[str]) -> list[int]:
     from wsolkit.data.files import read_text
 
     try:
@@ -203,7 +210,7 @@ def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> li
         given = line[0].strip()
         name = next((form for form in (line[0], given, given.replace("\\", "/")) if form in wanted), None)
         if name is not None:
-            label = _label(localizer, line[1].strip(), f"{path}:{number}")
+            label = _label(known, line[1].strip(), f"{path}:{number}")
             first, before = found.setdefault(name, (number, label))
             if before != label:
                 raise DataError(f"{path}:{number}: '{name}' has another class than in line {first}: keep one")
@@ -216,9 +223,11 @@ def _listed_labels(path: Path, names: Sequence[str], localizer: Localizer) -> li
     return [found[name][1] for name in names]
 
 
-def _label(localizer: Localizer, name: str, where: str) -> int:
+def _label(known: Sequence[str], name: str, where: str) -> int:
+    from wsolkit.data.classes import class_label
+
     try:
-        return localizer.label(name)
+        return class_label(known, name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -251,9 +260,9 @@ def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _origin(cfg: DictConfig, localizer: Localizer) -> str:
     if cfg.threshold is not None:
         return "given"
-    if localizer.rules.threshold is not None:
+    if localizer.threshold_origin == "protocol":
         return f"of protocol {localizer.protocol}"
-    if localizer.threshold is None:
+    if localizer.threshold_origin == "default":
         return "validation had no boxes to select one by: look at overlays=true and set threshold=…"
     return f"selected in validation, by {localizer.protocol}"
 

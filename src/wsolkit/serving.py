@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 
 from wsolkit.data.decoding import Exif, decoding
-from wsolkit.data.records import read_image
+from wsolkit.data.records import decode_image
 from wsolkit.errors import DataError
 from wsolkit.types import Image
 
@@ -138,7 +138,7 @@ def _decoded(path: Path, exif: Exif) -> Image:
         width = height = MAX_PIXELS
     if width * height > MAX_PIXELS:
         raise DataError(f"'{path.name}' has more than {MAX_PIXELS // 10**6} million pixels")
-    return read_image(path, exif)
+    return decode_image(path, exif, f"'{path.name}'")
 
 
 class OnlyUploads:

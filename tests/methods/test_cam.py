@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from tests.conftest import CNN_METHODS
 from wsolkit import build_module, load_config
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
@@ -14,8 +15,6 @@ from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.cam import CAM, CAMNetwork
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.optimization import Optimization, Schedule
-
-CNN_METHODS = ["cam", "spa", "bridging_gap"]
 
 
 def build(method: str, *overrides: str) -> WSOLModule:

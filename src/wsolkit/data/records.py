@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
@@ -219,10 +220,39 @@ def read_image(path: Path, exif: Exif = "ignore") -> Image:
         DataError: the file is missing, cannot be decoded, or does not say how bright its values are.
     """
     with _opened(path, "image") as image:
-        pixels = _decode_jpeg(path) if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") else None
-        if pixels is None:
-            return rgb(image, exif, f"image '{path}'")
-        return pixels if exif == "ignore" else turned(pixels, orientation(image))
+        return _decoded(image, path, exif, f"image '{path}'")
+
+
+def decode_image(content: Path | bytes, exif: Exif, what: str) -> Image:
+    """Decode an image that belongs to no data set, as `read_image` does.
+
+    Args:
+        content: an image file, or the bytes of one.
+        exif: see `Exif`.
+        what: names the image in errors.
+
+    Raises:
+        DataError: the image cannot be decoded, or does not say how bright its values are.
+    """
+    with decoding(what):
+        try:
+            opened = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        except PIL.UnidentifiedImageError as error:
+            if isinstance(content, Path):
+                raise
+            raise DataError(
+                f"{what} came as {len(content)} bytes in no format that Pillow knows: expected what an image file "
+                "holds, such as a JPEG or a PNG; pixels go in an array"
+            ) from error
+        with opened as image:
+            return _decoded(image, content, exif, what)
+
+
+def _decoded(image: PIL.Image.Image, content: Path | bytes, exif: Exif, what: str) -> Image:
+    pixels = _decode_jpeg(content) if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") else None
+    if pixels is None:
+        return rgb(image, exif, what)
+    return pixels if exif == "ignore" else turned(pixels, orientation(image))
 
 
 def read_grey(path: Path) -> npt.NDArray[np.uint8]:
@@ -290,10 +320,12 @@ def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
             yield image
 
 
-def _decode_jpeg(path: Path) -> Image | None:
+def _decode_jpeg(content: Path | bytes) -> Image | None:
     """Decode a JPEG by the decoder that PIL uses too, without PIL's copies of the image; None if it is damaged."""
+    # A copy, since PyTorch warns of memory that nobody may write to.
+    encoded = np.frombuffer(content, np.uint8).copy() if isinstance(content, bytes) else np.fromfile(content, np.uint8)
     try:
-        pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), mode=ImageReadMode.RGB)
+        pixels = decode_jpeg(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
     except RuntimeError:  # PIL decides what to make of it
         return None
     return np.asarray(pixels.permute(1, 2, 0))  # [3, H, W] → [H, W, 3], as it lies in memory
