@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from wsolkit import Localizer
-from wsolkit.data.decoding import Exif
 from wsolkit.demo import listen, main
+from wsolkit.types import Exif
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -22,16 +22,15 @@ import wsolkit
 from tests.conftest import METHODS, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint, restore
-from wsolkit.data.decoding import Exif
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.export import describe
-from wsolkit.localization.boxes import Select, matched_boxes
+from wsolkit.localization.boxes import matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
 from wsolkit.metrics.workers import BoxWorkers
 from wsolkit.train import train
 from wsolkit.training.evaluator import Evaluator
-from wsolkit.types import Boxes
+from wsolkit.types import Boxes, Exif, Select
 
 PROTOCOLS = ("maxboxacc", "maxboxacc_v2", "ts_cam", "scm", "sat", "spa")
 

@@ -24,12 +24,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import wsolkit
-from wsolkit.data.decoding import Exif
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError
 from wsolkit.interop import coco as files
 from wsolkit.predict import find_images, given_labels, main
+from wsolkit.types import Exif
 
 CLASSES = ("black spots", "blue spots", "cyan spots")
 FINAL = ("predictions.json", "pseudo_labels.json", "predictions.csv")

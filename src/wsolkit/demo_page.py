@@ -19,16 +19,14 @@ from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 
 from wsolkit.data.classes import repeated
-from wsolkit.data.decoding import Exif
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError, WsolkitError
-from wsolkit.localization.boxes import Select
 from wsolkit.localizer import Localizer, Prediction, RawMap, raw_maps_of_labels
 from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
 from wsolkit.serving import MAX_BYTES, KnownHosts, OnlyUploads, Uploads
-from wsolkit.types import Image
+from wsolkit.types import Exif, Image, Select
 
 _RANKED = 5
 _EXAMPLES = 24

@@ -14,33 +14,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import torch
-from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 
-from wsolkit.build import build_model, build_protocols
-from wsolkit.checkpoint import Checkpoint, check_known, read_checkpoint, restore
-from wsolkit.config import CONF, load_config
 from wsolkit.data.classes import class_label
-from wsolkit.data.dataset import WSOLDataset, evaluation_batch
-from wsolkit.data.decoding import Exif, decoding, rgb, to_8_bits
-from wsolkit.data.records import Records, decode_image
-from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
-from wsolkit.libraries import quieten_libraries
-from wsolkit.localization.boxes import Levels, Select, regions
-from wsolkit.localization.inputs import network_input, ten_crop_probabilities
-from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
-from wsolkit.methods.base import WSOLModule
 from wsolkit.names import shortened
-from wsolkit.reporting.overlay import prediction_figure
-from wsolkit.types import Boxes, EvaluationBatch, Image
+from wsolkit.types import Boxes, EvaluationBatch, Exif, Image, Select
+
+# What takes long to import comes when it is used, so that `from wsolkit import Localizer` is quick.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from omegaconf import DictConfig
+
+    from wsolkit.checkpoint import Checkpoint
+    from wsolkit.data.dataset import WSOLDataset
+    from wsolkit.data.records import Records
+    from wsolkit.localization.boxes import Levels
+    from wsolkit.methods.base import WSOLModule
 
 
 class BinaryFile(Protocol):
@@ -95,6 +91,8 @@ class Prediction:
 
     def plot(self) -> Figure:
         """The image, and the same under the score map with boxes, side by side."""
+        from wsolkit.reporting.overlay import prediction_figure
+
         title = f"{self.label}, {self.score:.2f}"
         return prediction_figure(self.image, self.score_map, self.boxes, title)
 
@@ -162,6 +160,10 @@ class Localizer:
         Raises:
             CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
         """
+        from wsolkit.checkpoint import check_known, read_checkpoint, restore
+        from wsolkit.config import CONF, load_config
+        from wsolkit.libraries import quieten_libraries
+
         checkpoint = read_checkpoint(path)
         names = checkpoint.names()
         of_model = {group: name for group, name in names.items() if group != "dataset"}
@@ -177,6 +179,9 @@ class Localizer:
         self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision, exif: Exif | None = None
     ) -> None:
         """Build the model of restored settings; `from_checkpoint` is for everybody else."""
+        from wsolkit.build import build_model, build_protocols
+        from wsolkit.data.transforms import Transform
+
         self.class_names = checkpoint.class_names
         self._path = checkpoint.path
         self.method, self.backbone = str(cfg.method.name), str(cfg.backbone.name)
@@ -279,6 +284,8 @@ class Localizer:
             DataError: an image cannot be read. ConfigError: another argument is wrong. CheckpointError: the network
                 gives logits or score maps that are not finite.
         """
+        from wsolkit.data.dataset import evaluation_batch
+
         single = _is_one(images)
         given = cast("list[ImageLike]", [images] if single else list(cast("Sequence[ImageLike]", images)))
         labels = None if classes is None else self._labels(classes, len(given))
@@ -323,6 +330,8 @@ class Localizer:
         self, batch: EvaluationBatch, labels: Sequence[Sequence[int]] | None, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Classes [B, K], given or the most probable, their probabilities [B, K], and raw score maps [B, K, h, w]."""
+        from wsolkit.localization.inputs import network_input, ten_crop_probabilities
+
         weights = next(self._module.parameters())
         uncropped = None if batch["uncropped"] is None else batch["uncropped"].to(weights)
         batch = {**batch, "image": batch["image"].to(weights), "uncropped": uncropped}
@@ -372,6 +381,8 @@ class Localizer:
         image: Image | None,
     ) -> Prediction:
         """What a localization map holds above τ, in pixels of its image."""
+        from wsolkit.localization.boxes import regions
+
         found = regions(levels, self.rules.box_rule, select)
         score_map, carried = self.rules.on_image(score_map, found, width, height)
         return Prediction(
@@ -403,6 +414,8 @@ class Localizer:
 
 def samples(localizer: Localizer, records: Records) -> WSOLDataset:
     """Samples of images, transformed as the evaluation of a localizer's model does."""
+    from wsolkit.data.dataset import WSOLDataset
+
     return WSOLDataset(records, localizer._transform, 0, localizer._uncropped)
 
 
@@ -442,6 +455,8 @@ def raw_maps_of_labels(
     localizer: Localizer, image: ImageLike, labels: Sequence[int] | None, top_k: int = 1
 ) -> list[RawMap]:
     """`Localizer.raw_maps` of classes that are given as labels, whatever they are called."""
+    from wsolkit.data.dataset import evaluation_batch
+
     check_request(localizer, top_k, "largest")
     picture = as_rgb(image, localizer.exif)
     batch = evaluation_batch([samples(localizer, _Pictures(localizer.class_names, [picture]))[0, 0]])
@@ -477,6 +492,8 @@ def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -
     Raises:
         ConfigError: it is not in [0, 1).
     """
+    from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
+
     if threshold is None:
         threshold = localizer._thresholds.get("gt_known_loc" if given else "gt_known_loc_predicted_class")
     if threshold is None:
@@ -532,6 +549,9 @@ def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
     Raises:
         DataError: it cannot be read, or is in none of them.
     """
+    from wsolkit.data.decoding import decoding, rgb, to_8_bits
+    from wsolkit.data.records import decode_image
+
     if isinstance(image, str | Path):
         path = Path(image)
         _check_file(path)
@@ -576,6 +596,8 @@ def _check_file(path: Path) -> None:
 
 def _content(file: BinaryFile, what: str) -> bytes:
     """What a file holds, from where it stands."""
+    from wsolkit.data.decoding import decoding
+
     with decoding(what):
         content: object = file.read()
     if not isinstance(content, bytes | bytearray | memoryview):

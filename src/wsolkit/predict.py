@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.dataset import Sample, WSOLDataset
-    from wsolkit.data.decoding import Exif
     from wsolkit.interop.coco import Source
     from wsolkit.localizer import Localizer, Prediction
-    from wsolkit.types import EvaluationBatch
+    from wsolkit.types import EvaluationBatch, Exif
 
 UNREADABLE = 3
 """Exit code where all is done but for images that could not be read, or of which the network made nothing."""

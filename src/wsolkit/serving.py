@@ -17,10 +17,10 @@ from typing import Any
 
 import PIL.Image
 
-from wsolkit.data.decoding import Exif, decoding
+from wsolkit.data.decoding import decoding
 from wsolkit.data.records import decode_image
 from wsolkit.errors import DataError
-from wsolkit.types import Image
+from wsolkit.types import Exif, Image
 
 MAX_BYTES = 64 * 2**20
 """Size of the largest file that visitors may upload."""

@@ -18,6 +18,12 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
 """A mask [H, W]: 0 background, 1 object, 255 ignored."""
 
+Exif = Literal["apply", "ignore"]
+"""Whether an image is turned as its EXIF orientation says: "apply": upright; "ignore": as it is stored."""
+
+Select = Literal["largest", "all"]
+"""Which of a map's components above the threshold make boxes: the one with the largest outline, or each."""
+
 Classes = Tensor | Callable[[Tensor], Tensor] | Literal["all"] | None
 """Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class;
 "all": of every class, in order, or one where a method has the same for all."""

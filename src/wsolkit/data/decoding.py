@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,10 +25,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from wsolkit.errors import DataError
-from wsolkit.types import Image
-
-Exif = Literal["apply", "ignore"]
-"""Whether an image is turned as its EXIF orientation says: "apply": upright; "ignore": as it is stored."""
+from wsolkit.types import Exif, Image
 
 _ORIENTATION = 0x0112
 _FLIPS = {2: 1, 3: -1, 4: 0, 6: 0, 7: -1, 8: 1}  # OpenCV's codes; those from 5 on are transposed after it

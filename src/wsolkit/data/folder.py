@@ -27,7 +27,6 @@ import numpy.typing as npt
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from wsolkit.data.coco import coco_annotations
-from wsolkit.data.decoding import Exif
 from wsolkit.data.files import IMAGE_SUFFIXES, images_below, list_folders, say_left_out
 from wsolkit.data.records import (
     FileRecords,
@@ -40,6 +39,7 @@ from wsolkit.data.records import (
 )
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.seeding import derive_seed
+from wsolkit.types import Exif
 
 
 def folder_records(

@@ -20,9 +20,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from wsolkit.data.decoding import Exif, decoding, grey, orientation, rgb, stored_size, turned
+from wsolkit.data.decoding import decoding, grey, orientation, rgb, stored_size, turned
 from wsolkit.errors import DataError
-from wsolkit.types import Boxes, Image, Mask
+from wsolkit.types import Boxes, Exif, Image, Mask
 
 Split = Literal["train", "val", "test"]
 

@@ -32,12 +32,11 @@ from wsolkit.localization.components import (
     opencv_order,
     pad,
 )
-from wsolkit.types import Boxes
+from wsolkit.types import Boxes, Select
 
 Component = Literal["largest_outline", "all_outlines", "most_pixels", "all_pixels"]
 FarCorner = Literal["clipped", "half_open", "inclusive"]
 Empty = Literal["zero", "one_pixel", "image"]
-Select = Literal["largest", "all"]
 FloatArray = npt.NDArray[np.floating]
 
 GREY_LEVELS = 256
