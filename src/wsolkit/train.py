@@ -163,14 +163,11 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 
 def report(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]) -> None:
     """Print the table, and where everything is."""
-    from wsolkit.reporting.table import results_table
+    from wsolkit.reporting.table import print_results
     from wsolkit.reporting.terminal import PlainConsole
 
-    table = results_table(results, chosen_on, row, title)
     console = PlainConsole()
-    # Numbers that are cut off would be worse than long lines.
-    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
-    console.print(table)
+    print_results(console, results, chosen_on, row, title)
     console.print(f"Written to {as_named(folder)}", soft_wrap=True)
 
 
