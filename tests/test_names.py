@@ -39,7 +39,7 @@ from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.reporting.page import write_page
 from wsolkit.reporting.sweep import Run, Sweep, as_markdown, group_runs, markdown, means_csv, runs_csv
 from wsolkit.reporting.sweep_charts import charts
-from wsolkit.reporting.table import results_table, write_results
+from wsolkit.reporting.table import print_results, write_results
 from wsolkit.reporting.terminal import PlainConsole, picture
 from wsolkit.sweep_report import write
 from wsolkit.train import train
@@ -147,9 +147,9 @@ def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_in_the_terminal_say_names(name: str) -> None:
     output = io.StringIO()
-    table = results_table({METRIC: 50.0, "maxboxacc/threshold": 0.5}, {"maxboxacc": "val"}, name, f"of {name}")
     console = PlainConsole(file=output, width=2000)
-    console.print(table)
+    numbers = {METRIC: 50.0, "maxboxacc/threshold": 0.5}
+    print_results(console, numbers, {"maxboxacc": "val"}, name, f"of {name}")
     console.print(f"Written to {name}", soft_wrap=True)
     printed = " ".join(output.getvalue().split())
     for line in readable(name).split("\n"):

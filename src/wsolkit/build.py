@@ -37,6 +37,11 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
 
     Raises:
         ConfigError: a setting is wrong. Files are read in `setup`, which raises DataError.
+
+    >>> from wsolkit import build_datamodule, load_config
+    >>> datamodule = build_datamodule(load_config("dataset=shapes"))
+    >>> datamodule.class_names[:2]
+    ['red spots', 'green spots']
     """
     check_config(cfg)
     mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
@@ -138,6 +143,12 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
 
     Raises:
         ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+
+    >>> import torch
+    >>> from wsolkit import build_module, load_config
+    >>> module = build_module(load_config("method=cam"), ["cat", "dog"])
+    >>> module(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 2])
     """
     check_config(cfg)
     if class_names is None:

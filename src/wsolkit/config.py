@@ -78,6 +78,11 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictCo
 
     Raises:
         ConfigError: a group, key or value is wrong; the message names the choices.
+
+    >>> from wsolkit import load_config
+    >>> cfg = load_config("method=cam", "optimizer.lr=0.01")
+    >>> cfg.method.name, cfg.optimizer.lr
+    ('cam', 0.01)
     """
     more: list[str] = []
     if config_dir is not None:

@@ -134,6 +134,15 @@ class Localizer:
         device: on which the network is.
         exif: "apply": files and PIL images are turned upright, as their EXIF orientation says; "ignore": they are read
             as they are stored. It may be changed.
+
+    >>> from wsolkit import Localizer
+    >>> localizer = Localizer.from_checkpoint("best.ckpt", device="cpu")
+    >>> found = localizer("photo.png")
+    >>> found.label in localizer.class_names, found.boxes.shape, found.mask.shape
+    (True, (1, 4), (48, 64))
+    >>> first, second = localizer("photo.png", top_k=2, threshold=0.5)
+    >>> first.score >= second.score
+    True
     """
 
     @classmethod

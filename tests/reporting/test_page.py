@@ -213,7 +213,7 @@ def test_page_needs_nothing_else(page: str) -> None:
 def test_main_table_holds_the_numbers(page: str) -> None:
     table = re.search(r'<table class="results">.*?</table>', page, re.DOTALL)
     assert table
-    method, baseline, *_ = re.findall(r'<tr class="(?:method|baseline)">(.*?)</tr>', table[0])
+    method, _, baseline, *_ = re.findall(r'<tr class="(?:method|baseline)">(.*?)</tr>', table[0])
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", method)
     assert cells == [
         "SCM",
@@ -232,6 +232,30 @@ def test_main_table_holds_the_numbers(page: str) -> None:
     ]
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", baseline)
     assert cells == ["center box", "0.151", *["–"] * 7, "59.1", "55.5", "40.0", "40.0"]
+
+
+def test_baselines_on_which_protocols_agree_are_listed_once(tmp_path: Path) -> None:
+    page = written(tmp_path, report())
+    assert page.count('<tr class="baseline">') == len(BASELINES)
+    assert "baselines under maxboxacc and sat" in page
+    data = report()
+    data["results"] |= {"sat/center_box/max_box_acc": 12.3}
+    page = written(tmp_path, data)
+    assert page.count('<tr class="baseline">') == 2 * len(BASELINES)
+    assert "baselines under" not in page
+
+
+def test_without_ground_truth_classification_is_said_once(tmp_path: Path) -> None:
+    data = NOTHING.copy()
+    classified = {"top1_cls": 43.8, "top5_cls": 100.0}
+    data["results"] = classified | {f"{name}/{key}": value for name in ("a", "b") for key, value in classified.items()}
+    data["protocols"] = {"a": {"select": "largest"}, "b": {"select": "all"}}
+    data["worst"] = [shown("x.jpg", float("nan"))._replace(truth=np.zeros((0, 4), np.int64))]
+    page = written(tmp_path, data)
+    assert re.findall(r"<td>(.*?)</td>", page) == ["43.8", "100.0"]
+    assert Tags(page).headings == ["Results", "Gallery", "Worst"]
+    assert "IoU" not in page
+    assert "ground truth" not in page
 
 
 def test_a_protocol_may_classify_and_choose_thresholds_in_its_own_way(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def from_official(
 
     Raises:
         CheckpointError: the entries are not those of the method's released model.
+
+    >>> import torch
+    >>> from wsolkit.interop import from_official
+    >>> module = from_official(torch.load("ts_cam.pth", weights_only=True), "ts_cam", num_heads=3)
+    >>> module(torch.zeros(1, 3, 224, 224)).shape
+    torch.Size([1, 7])
     """
     cfg = fitted(load_config(f"method={method}", "~recipe", "backbone=deit_small"), state_dict, num_heads)
     cfg.dataset.resize = cfg.dataset.image_size

@@ -147,6 +147,14 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: S
 
     Raises:
         ValueError: see `grey_levels`.
+
+    >>> import numpy as np
+    >>> from wsolkit.localization import boxes_at_thresholds
+    >>> score_map = np.array([[0.0, 0.0, 0.0, 0.0, 0.0], [0.4, 0.0, 0.8, 0.8, 0.0], [0.0, 0.0, 0.8, 0.8, 0.0]])
+    >>> boxes_at_thresholds(score_map, np.array([0.25, 0.75]), "largest").tolist()
+    [[2, 1, 4, 2], [2, 1, 4, 2]]
+    >>> [boxes.tolist() for boxes in boxes_at_thresholds(score_map, np.array([0.25, 0.75]), "all")]
+    [[[2, 1, 4, 2], [0, 1, 1, 2]], [[2, 1, 4, 2]]]
     """
     if select not in ("largest", "all"):
         raise ValueError(f"select={select!r}: expected 'largest' or 'all'")

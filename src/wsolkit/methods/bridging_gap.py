@@ -57,6 +57,13 @@ def alignment_losses(
         label: [B].
         foreground_threshold, background_threshold: τ_fg and τ_bg, of the norm scaled to [0, 1].
         similarity: the similarity in the norm loss is that of the "target" class, or the "max" over all classes.
+
+    >>> import torch
+    >>> from wsolkit.methods.bridging_gap import alignment_losses
+    >>> feature = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)  # long towards class 0, short towards 1
+    >>> similarity, norm = alignment_losses(feature, torch.eye(2), torch.tensor([0]), 0.6, 0.3)
+    >>> similarity.item(), norm.item()
+    (-1.0, -1.0)
     """
     norm = feature_norm(feature)  # [B, H, W]
     unit, directions = F.normalize(feature.float(), dim=1), F.normalize(weight.float(), dim=1)

@@ -295,6 +295,13 @@ def diffuse(
 
     Raises:
         ConfigError: sizes do not fit, or there is no such solver.
+
+    >>> import torch
+    >>> from wsolkit.methods.scm import diffuse
+    >>> semantic = torch.tensor([[[[1.0, 1.0, 1.0]], [[0.0, 0.5, 1.0]]]])  # two classes at three positions in a row
+    >>> attention = torch.tensor([[[1.0, 0.0, 0.0]]])
+    >>> (1000 * diffuse(semantic, attention, semantic_weight=1.0, iterations=4)).round().tolist()
+    [[[0.0, 3.0, 0.0]]]
     """
     similarity = neighbour_similarity(semantic)
     diffused = _diffuse(similarity, attention, semantic_weight, iterations, alpha, solver, detach_initial)
@@ -367,6 +374,14 @@ class ActivationDiffusionBlock(nn.Module):
         semantic_weight: where λ starts; learnable.
         threshold: where β starts; learnable.
         solver, detach_initial: see `diffuse`.
+
+    >>> import torch
+    >>> from wsolkit.methods.scm import ActivationDiffusionBlock
+    >>> block = ActivationDiffusionBlock(iterations=4)
+    >>> semantic = torch.tensor([[[[1.0, 1.0, 1.0]], [[0.0, 0.5, 1.0]]]])
+    >>> semantic, attention = block(semantic, torch.tensor([[[1.0, 0.0, 0.0]]]))
+    >>> semantic.tolist(), attention.tolist()  # what is like its neighbour has become brighter
+    ([[[[1.0, 2.0, 1.0]], [[0.0, 1.0, 1.0]]]], [[[1.0, 1.0, 0.0]]])
     """
 
     def __init__(

@@ -80,6 +80,13 @@ def self_correlation(
     Returns:
         first and high order, [B, HW, HW]; entry (i, j) is position i's share in what is like position j: columns of the
         first sum to 1.
+
+    >>> import torch
+    >>> from wsolkit.methods.spa import self_correlation
+    >>> feature = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).reshape(1, 2, 1, 3)  # the first two are alike
+    >>> first, _ = self_correlation(feature, order=2, first_order_threshold=0.5, high_order_threshold=0.0)
+    >>> first.round(decimals=3).tolist()
+    [[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]]
     """
     unit = F.normalize(feature.float().flatten(2), dim=1)  # [B, D, H, W] → [B, D, HW]
     cosine = unit.transpose(1, 2) @ unit  # [B, HW, HW]

@@ -37,6 +37,16 @@ class MaxBoxAccuracy(Metric):
         select: "largest": the outline of largest area makes the box (V1); "any": any outline may be right (V2).
         iou_thresholds: δ.
         num_thresholds: size of the grid τ = 0, 1/n, …, (n − 1)/n.
+
+    >>> import numpy as np
+    >>> from wsolkit.metrics import MaxBoxAccuracy
+    >>> metric = MaxBoxAccuracy(iou_thresholds=(0.5, 0.7))
+    >>> score_maps = np.zeros((1, 4, 6))
+    >>> score_maps[0, 1:3, 2:5] = 1.0
+    >>> metric.update(score_maps, [np.array([[2, 1, 4, 2]])])
+    >>> found = metric.compute()
+    >>> found["max_box_acc_50"].item(), found["max_box_acc_70"].item()  # the far corner is one past the last pixel
+    (100.0, 0.0)
     """
 
     correct: Tensor

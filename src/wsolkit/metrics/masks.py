@@ -26,6 +26,13 @@ class PixelAveragePrecision(Metric):
 
     Args:
         num_thresholds: n, number of bins in [0, 1).
+
+    >>> import torch
+    >>> from wsolkit.metrics import PixelAveragePrecision
+    >>> metric = PixelAveragePrecision()
+    >>> metric.update(torch.tensor([[[0.9, 0.6, 0.1]]]), torch.tensor([[[1, 0, 0]]], dtype=torch.uint8))
+    >>> metric.compute().item()
+    100.0
     """
 
     histogram: Tensor

@@ -44,11 +44,15 @@ _ERRORS = {
 }
 
 
+CLASSIFICATION = ("top1_cls", "top5_cls")
+
+
 class Shown(NamedTuple):
     """An image of the gallery.
 
     name: the image's id; image [S, S, 3]; score_map [R, R] in [0, 1]; truth [n, 4] and predicted [m, 4] in pixels of
-    the map; label and predicted_label: names of classes, the latter None if unknown; iou in [0, 1].
+    the map; label and predicted_label: names of classes, the latter None if unknown; iou in [0, 1],
+    NaN where there is no ground truth.
     """
 
     name: str
@@ -76,6 +80,16 @@ def protocol_names(results: Results, curves: Curves) -> list[str]:
     """Protocols that have a number or a curve, in order of appearance."""
     names = dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key)
     return [name for name in names if name not in ("epochs", "norms")]
+
+
+def telling_protocols(results: Results, curves: Curves) -> list[str]:
+    """Protocols that say more than the run's own numbers of classification do."""
+
+    def tells(key: str, protocol: str) -> bool:
+        start, _, name = key.partition("/")
+        return start == protocol and (name not in CLASSIFICATION or results[key] != results.get(name))
+
+    return [name for name in protocol_names(results, curves) if any(tells(key, name) for key in (*results, *curves))]
 
 
 def baseline_names(results: Results, protocol: str) -> list[str]:

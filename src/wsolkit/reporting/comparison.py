@@ -50,7 +50,8 @@ def comparison(sweep: Sweep, directory: Path) -> tuple[str | None, list[str]]:
     lines = [*remarks(sweep), *_left_out(sweep, len(columns), len(every))]
     head = "\n".join(f'<p class="dim">{escape(line)}</p>' for line in lines)
     title = f"{directory.resolve().name}: the same images side by side"
-    return document(title, head, f"{colour_key()}\n{_table(sweep, columns, images)}"), problems
+    key = colour_key(any(column.examples[image].iou is not None for column in columns for image in column.examples))
+    return document(title, head, f"{key}\n{_table(sweep, columns, images)}"), problems
 
 
 def _columns(sweep: Sweep, directory: Path) -> tuple[list[Column], list[str]]:
@@ -126,7 +127,8 @@ def _image(columns: Sequence[Column], key: ImageKey) -> str:
     """The row of an image: with ground truth, and as each column has it."""
     first = next(column for column in columns if key in column.examples)
     example = first.examples[key]
-    picture = embedded((first.folder / example.truth_file).read_bytes(), f"{example.image}: ground truth")
+    shown_truth = "" if example.iou is None else ": ground truth"
+    picture = embedded((first.folder / example.truth_file).read_bytes(), f"{example.image}{shown_truth}")
     caption = f"<b>{isolated(example.label)}</b><br><small>{isolated(example.image)}</small>"
     cells = "".join(f"<td>{_cell(column, key)}</td>" for column in columns)
     return f'<tr><th scope="row">{_figure(picture, caption)}</th>{cells}</tr>'
@@ -140,9 +142,9 @@ def _cell(column: Column, key: ImageKey) -> str:
     picture = embedded(
         (column.folder / example.map_file).read_bytes(), f"{example.image}: score map and box of {values}"
     )
-    iou = "–" if example.iou is None else f"{example.iou:.2f}"
-    said = mistake(example.label, example.predicted_label)
-    return _figure(picture, f"IoU <b>{iou}</b>{said}<br><small>{escape(values)}</small>")
+    fit = "" if example.iou is None else f"IoU <b>{example.iou:.2f}</b>"
+    said = (fit + mistake(example.label, example.predicted_label)).removeprefix(", ")
+    return _figure(picture, f"{said}{'<br>' if said else ''}<small>{escape(values)}</small>")
 
 
 def _figure(picture: str, caption: str) -> str:

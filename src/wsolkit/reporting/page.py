@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from wsolkit.drafts import write_text
 from wsolkit.names import readable, runs_from_the_right
 from wsolkit.reporting.charts import (
+    CLASSIFICATION,
     PREDICTED,
     SCORE_COLOURS,
     TRUTH,
@@ -29,9 +30,9 @@ from wsolkit.reporting.charts import (
     charts,
     example_image,
     jpeg,
-    protocol_names,
     series,
     spelled,
+    telling_protocols,
 )
 from wsolkit.reporting.terminal import picture
 
@@ -223,7 +224,7 @@ def write_page(
         chosen_on: where each protocol's τ was chosen: "val", "test" or "fixed".
         settings: the run's settings as YAML.
     """
-    names = protocol_names(results, curves)
+    names = telling_protocols(results, curves)
     figures = charts(results, curves)
     sections = {
         "Results": _results(results, names, method, chosen_on),
@@ -274,7 +275,7 @@ def _summary(method: str, curves: Curves, class_names: Sequence[str], names: Seq
 
 
 def _results(results: Results, names: Sequence[str], method: str, chosen_on: Mapping[str, str]) -> str:
-    """The main table: for each protocol a row for the method and, below it, one for each baseline."""
+    """The main table: a row of the method under each protocol; below those that agree on them, the baselines."""
     names = names or [""]  # without ground truth for localization there is still classification
     rows = {
         (name, baseline): _row(results, f"{name}/{baseline}/" if baseline else f"{name}/")
@@ -284,23 +285,34 @@ def _results(results: Results, names: Sequence[str], method: str, chosen_on: Map
     for name in names:
         whole = _row(results, "")  # classification, where the protocol has none of its own
         where = {"chosen_on": escape(chosen_on[name])} if name in chosen_on and "threshold" in rows[name, ""] else {}
-        classification = {key: whole[key] for key in ("top1_cls", "top5_cls") if key in whole}
+        classification = {key: whole[key] for key in CLASSIFICATION if key in whole}
         rows[name, ""] = classification | rows[name, ""] | where
     used = [key for key in _COLUMNS if any(key in row for row in rows.values())]
     if not used:
         return ""
     own = [name for name in names if f"{name}/threshold_top1_loc" in results]
     head = "".join(f'<th scope="col">{_COLUMNS[key]}</th>' for key in used)
-    bodies = []
+
+    def line(kind: str, label: str, row: Mapping[str, str]) -> str:
+        cells = "".join(f"<td>{row.get(key, '–')}</td>" for key in used)
+        return f'<tr class="{kind}"><th scope="row">{escape(label)}</th>{cells}</tr>'
+
+    def heading(text: str) -> str:
+        return f'<tr class="protocol"><th scope="rowgroup" colspan="{len(used) + 1}">{escape(text)}</th></tr>'
+
+    agreeing: dict[str, list[str]] = {}
     for name in names:
-        heading = f'<tr class="protocol"><th scope="rowgroup" colspan="{len(used) + 1}">{escape(name)}</th></tr>'
-        lines = [heading] if name else []
-        for (protocol, baseline), row in rows.items():
-            if protocol == name:
-                kind, label = ("baseline", spelled(baseline)) if baseline else ("method", method)
-                cells = "".join(f"<td>{row.get(key, '–')}</td>" for key in used)
-                lines.append(f'<tr class="{kind}"><th scope="row">{escape(label)}</th>{cells}</tr>')
-        bodies.append("<tbody>\n" + "\n".join(lines) + "\n</tbody>")
+        below = [
+            line("baseline", spelled(baseline), rows[name, baseline]) for baseline in baseline_names(results, name)
+        ]
+        agreeing.setdefault("\n".join(below), []).append(name)
+    bodies = []
+    for baselines, together in agreeing.items():
+        lines = [part for name in together for part in (heading(name), line("method", method, rows[name, ""]))]
+        if len(together) > 1 and baselines:
+            lines.append(heading(f"baselines under {' and '.join(together)}"))
+        shown = lines if together != [""] else lines[1:]
+        bodies.append("<tbody>\n" + "\n".join([*shown, baselines]).strip() + "\n</tbody>")
     table = f'<table class="results">\n<thead><tr><th scope="col">in %</th>{head}</tr></thead>\n'
     return f'<div class="wide">{table}{"".join(bodies)}</table></div>\n{_note(used, own)}'
 
@@ -380,14 +392,16 @@ def _gallery(heading: str, images: Sequence[Shown]) -> str:
             items += _item(shown)
     if not items:
         return ""
-    return f'<h3>{heading}</h3>\n{colour_key()}\n<div class="gallery">\n{items}</div>\n'
+    key = colour_key(any(len(shown.truth) for shown in images))
+    return f'<h3>{heading}</h3>\n{key}\n<div class="gallery">\n{items}</div>\n'
 
 
-def colour_key() -> str:
-    """What the colours in pictures of examples mean, as HTML."""
+def colour_key(with_truth: bool) -> str:
+    """What the colours in pictures of examples mean, as HTML; `with_truth`: whether any of them has ground truth."""
     colours = ", ".join(to_hex(colour) for colour in matplotlib.colormaps[SCORE_COLOURS](np.linspace(0, 1, 9)))
+    truth = f'<span><i style="border: 3px solid {TRUTH}"></i>ground truth</span>' if with_truth else ""
     return (
-        f'<p class="key dim"><span><i style="border: 3px solid {TRUTH}"></i>ground truth</span>'
+        f'<p class="key dim">{truth}'
         f'<span><i style="border: 3px dashed {PREDICTED}"></i>predicted box</span>'
         f'<span>score 0 <i style="width: 80px; margin: 0 .3rem; background: linear-gradient(90deg, {colours})"></i> 1'
         "</span></p>"
@@ -396,9 +410,10 @@ def colour_key() -> str:
 
 def _item(shown: Shown) -> str:
     drawn = embedded(jpeg(example_image(shown)), f"{shown.name}: boxes, and the same under the score map")
+    fit = "" if math.isnan(shown.iou) else f"IoU {_number(shown.iou, 2)}<br>"
     return (
         f"<figure>{drawn}\n<figcaption><b>{isolated(shown.label)}</b>{mistake(shown.label, shown.predicted_label)}<br>"
-        f"IoU {_number(shown.iou, 2)}<br><small>{isolated(shown.name)}</small></figcaption></figure>\n"
+        f"{fit}<small>{isolated(shown.name)}</small></figcaption></figure>\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,12 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
         known = example.predicted_label in (None, example.label)
         said = "" if known else f", taken for {isolated(shortened(str(example.predicted_label), 30))}"
         label = isolated(shortened(example.label, 64 if known else 30))
-        axes.set_title(f"{label}{said}\nIoU {example.iou:.2f}", fontsize=9)
-    handles = [
-        Patch(edgecolor=TRUTH, fill=False, label="ground truth"),
-        Patch(edgecolor=PREDICTED, fill=False, linestyle="--", label="predicted box"),
-    ]
-    figure.legend(handles=handles, loc="lower center", ncols=2)
+        fit = "" if math.isnan(example.iou) else f"\nIoU {example.iou:.2f}"
+        axes.set_title(f"{label}{said}{fit}", fontsize=9)
+    handles = [Patch(edgecolor=PREDICTED, fill=False, linestyle="--", label="predicted box")]
+    if any(len(example.truth) for example in examples):
+        handles.insert(0, Patch(edgecolor=TRUTH, fill=False, label="ground truth"))
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles))
     figure.suptitle(shortened(title, 100), y=1 - 0.2 / height)
     return figure
 
@@ -347,7 +348,8 @@ def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
     """Log what validation has shown, as `examples/val`."""
     step = max(trainer.global_step - 1, 0)  # that of the validation's numbers
     pictures = [example_image(example) for example in examples]
-    captions = [f"{readable(example.label)}, IoU {example.iou:.2f}" for example in examples]
+    fits = ["" if math.isnan(example.iou) else f", IoU {example.iou:.2f}" for example in examples]
+    captions = [f"{readable(example.label)}{fit}" for example, fit in zip(examples, fits, strict=True)]
     for logger in _loggers(trainer, WandbLogger):
         import wandb
 

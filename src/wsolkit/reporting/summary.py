@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from wsolkit.config import as_named
-from wsolkit.reporting.table import results_table
+from wsolkit.reporting.table import print_results
 from wsolkit.reporting.terminal import PlainConsole
 
 
@@ -44,11 +44,8 @@ def print_summary(
         chosen_on: where each protocol's threshold was chosen.
         results: numbers by name.
     """
-    table = results_table(results, chosen_on, row, title)
     console = PlainConsole()
-    # Numbers that are cut off would be worse than long lines.
-    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
-    console.print(table)
+    print_results(console, results, chosen_on, row, title)
     console.print(f"Written to {as_named(folder)}", soft_wrap=True)
 
 

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from wsolkit.drafts import write_text
 from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.evaluation import Outcome
+from wsolkit.reporting.charts import CLASSIFICATION, telling_protocols
 from wsolkit.reporting.images import FILE, ImageRow, write_images
+from wsolkit.reporting.terminal import PlainConsole
 
 _COLUMNS = {
     "threshold": "τ",
     "chosen_on": "from",
     "top1_cls": "Top-1\nCls",
+    "top5_cls": "Top-5\nCls",
     "gt_known_loc": "GT-\nknown",
     "gt_known_loc_predicted_class": "pred.\nmap",
     "top1_loc": "Top-1\nLoc",
@@ -33,39 +37,75 @@ _COLUMNS = {
 _DIGITS = 4
 
 
-def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], method: str, title: str) -> Table:
-    """A row for each protocol, below it one for each baseline; in percent, τ from 0 to 1.
+_LOCALIZED = (
+    "Boxes for GT-known Loc, by the label's and by the predicted class's map, and for Top-1 and Top-5 Loc are drawn at "
+    "the threshold τ; it comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
+    "MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, takes the best τ of the reported split."
+)
+_CLASSIFIED = "The images have neither boxes nor masks: classification is all that can be evaluated."
+_WIDTH = 90  # of what is said below a table
+
+
+def print_results(
+    console: Console, results: Mapping[str, float], chosen_on: Mapping[str, str], method: str, title: str
+) -> None:
+    """Print the table at the end of a run; it is never cut off, which would be worse than long lines.
 
     Args:
+        results: in percent, τ from 0 to 1.
         chosen_on: where each protocol's threshold was chosen, see `Evaluation.chosen_on`.
+        method: its name in the table.
+        title: what was run.
     """
-    caption = (
-        "In percent. Boxes for GT-known Loc, by the label's and by the predicted class's map, and for Top-1 and Top-5 "
-        "Loc are drawn at the threshold τ; it comes from the held-out split (val), the reported split itself (test), "
-        "or is given (fixed). MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, takes the best τ of the "
-        "reported split."
-    )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    table.box, table.padding, table.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
-    protocols = list(dict.fromkeys(name.split("/")[0] for name in results if "/" in name))
+    table = results_table(results, chosen_on, method)
+    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
+    console.print(title, style="table.title", soft_wrap=True)
+    console.print()
+    console.print(table)
+    said = _LOCALIZED if telling_protocols(results, {}) else _CLASSIFIED
+    console.print(f"In percent. {said}", style="table.caption", width=min(console.width, _WIDTH))
+
+
+def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], method: str) -> Table:
+    """A row for each protocol; below those that agree on the baselines, one for each of these."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(method, no_wrap=True)
+    protocols = telling_protocols(results, {})
+    if not protocols:
+        known = [key for key in CLASSIFICATION if key in results]
+        for key in known:
+            table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
+        table.add_row("classification", *(_cell(key, results[key]) for key in known), style="bold")
+        return table
     used = [
         key
         for key in _COLUMNS
-        if any(f"{protocol}/{'threshold' if key == 'chosen_on' else key}" in results for protocol in protocols)
+        if key != "top5_cls"  # for which there is no room
+        and any(f"{protocol}/{'threshold' if key == 'chosen_on' else key}" in results for protocol in protocols)
     ]
-    table.add_column(method, no_wrap=True)
     for key in used:
         table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
-    for protocol in protocols:
-        where = chosen_on.get(protocol, "") if f"{protocol}/threshold" in results else "–"
-        cells = [where if key == "chosen_on" else _cell(key, results.get(f"{protocol}/{key}")) for key in used]
-        table.add_row(protocol, *cells, style="bold")
-        for name in BASELINES:
-            cells = [_cell(key, results.get(f"{protocol}/{name}/{key}")) for key in used]
-            if any(cell != "–" for cell in cells):
-                table.add_row(f"  {name}", *cells, style="dim")
+    for baselines, agreeing in _by_baselines(results, protocols, used).items():
+        for protocol in agreeing:
+            where = chosen_on.get(protocol, "") if f"{protocol}/threshold" in results else "–"
+            cells = [where if key == "chosen_on" else _cell(key, results.get(f"{protocol}/{key}")) for key in used]
+            table.add_row(protocol, *cells, style="bold")
+        for name, *cells in baselines:
+            table.add_row(f"  {name}", *cells, style="dim")
         table.add_section()
     return table
+
+
+def _by_baselines(
+    results: Mapping[str, float], protocols: Iterable[str], used: Sequence[str]
+) -> dict[tuple[tuple[str, ...], ...], list[str]]:
+    """The rows of the baselines, and the protocols that have these same ones."""
+    grouped: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for protocol in protocols:
+        rows = [(name, *(_cell(key, results.get(f"{protocol}/{name}/{key}")) for key in used)) for name in BASELINES]
+        known = tuple(row for row in rows if any(cell != "–" for cell in row[1:]))
+        grouped.setdefault(known, []).append(protocol)
+    return grouped
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -77,9 +117,10 @@ def _cell(key: str, value: float | None) -> str:
 def write_results(
     folder: Path, outcome: Outcome, class_names: Sequence[str], tables: Mapping[str, Iterable[ImageRow]]
 ) -> None:
-    """Write metrics.json and images.csv into a run directory."""
+    """Write metrics.json, and images.csv if the images have boxes, into a run directory."""
     write_metrics(outcome, class_names, folder / "metrics.json")
-    write_images(tables, folder / FILE)
+    if tables:
+        write_images(tables, folder / FILE)
 
 
 def write_metrics(outcome: Outcome, class_names: Sequence[str], path: Path) -> None:
