@@ -58,12 +58,12 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": _indexed(cfg)}
     protocols = build_protocols(cfg).values()
-    settings["held_out"] = node["held_out"] and cfg.selection == "val"
+    settings["held_out"] = node["held_out"] and cfg.get("selection") == "val"
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
         **settings,
         mean=mean,
         std=std,
-        seed=cfg.seed,
+        seed=cfg.get("seed", 0),  # commands that draw nothing have no seed
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
     )
@@ -131,10 +131,11 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
         known = None if cfg.dataset.classes else cfg.dataset.num_classes
         class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
     mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
+    optimizer, schedule = _optimization(cfg)
     training = Training(
-        optimizer=functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer)),
-        schedule=built(cfg.schedule),
-        seed=cfg.seed,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=cfg.get("seed", 0),
         config=plain(cfg),
         class_names=class_names,
         mean=mean,
@@ -154,6 +155,14 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
     if cfg.get("compile"):
         compile_network(module.network, **_compilation(cfg.compile))
     return module
+
+
+def _optimization(cfg: DictConfig) -> tuple[Any, Any]:
+    """Return what makes the optimizer of `cfg.optimizer`, and the schedule; None for a command that trains nothing."""
+    if "optimizer" not in cfg:
+        return None, None
+    optimizer = locate(cfg.optimizer._target_, "optimizer.")
+    return functools.partial(optimizer, **arguments(cfg.optimizer)), built(cfg.schedule)
 
 
 def compile_network(network: Network, **options: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.run_directory import one_run
-from wsolkit.train import finish, method_name, report, save_config, title
+from wsolkit.train import EvaluationSettings, finish, method_name, report, save_config, title
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from wsolkit.data.dataset import WSOLDataset
     from wsolkit.interop.score_maps import ScoreMaps
     from wsolkit.types import EvaluationBatch
+
+
+class Settings(EvaluationSettings):
+    """See conf/evaluate.yaml."""
+
+    checkpoint: str | None
+    score_maps: str | None
+    save_maps: str | None
 
 
 @one_run
@@ -61,7 +69,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides())
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     if are_numbers(checkpoint.class_names):
@@ -142,7 +150,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
         raise ConfigError(
             f"score_maps: there is no folder '{cfg.score_maps}'; it should hold a .npy file for each image"
         )
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     protocols = build_protocols(cfg)
     for setting in ("input", "resolution"):

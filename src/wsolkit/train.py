@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from wsolkit.config import as_named, check_config, command_to_resume, plain, run_command
 from wsolkit.drafts import write_text
@@ -25,6 +25,35 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wsolkit.data.records import Records
+
+
+class EvaluationSettings(TypedDict):
+    """What train and evaluate share, see conf/evaluation.yaml."""
+
+    seed: int
+    selection: Literal["val", "test"]
+    compile: bool | str
+    allow_not_finite: bool
+    num_examples: int
+    examples: list[str]
+    num_table_images: int | None
+
+
+class Checkpoints(TypedDict):
+    """See `wsolkit.checkpoint.LastCheckpoint`."""
+
+    every_n_steps: int | None
+    every_n_minutes: float | None
+    requeue: bool
+
+
+class Settings(EvaluationSettings):
+    """See conf/train.yaml."""
+
+    monitor: str | None
+    resume: str | None
+    fit_memory: bool
+    checkpoints: Checkpoints
 
 
 @one_run
@@ -58,7 +87,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         parts_that_fit,
     )
 
-    check_config(cfg)
+    check_config(cfg, Settings)
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
     continued = None if resume is None else check_resumable(resume, cfg)
     quieten_libraries()
@@ -142,7 +171,7 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
         cfg: settings of this run.
         trained: settings of the run that the checkpoint is from.
     """
-    held_out = trained["dataset"]["held_out"] and trained["selection"] == "val"
+    held_out = trained["dataset"]["held_out"] and trained.get("selection") == "val"
     selected = "the held-out val split" if held_out else "the reported split itself"
     return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
 
