@@ -216,6 +216,13 @@ def given_overrides() -> list[str]:
     return list(_hydra_settings()["overrides"]["task"])
 
 
+def chosen_file(group: str) -> Path | None:
+    """Return the YAML file that this job takes from a group, or None if it takes none."""
+    choice = _hydra_settings()["runtime"]["choices"].get(group)
+    paths = (folder / group / f"{choice}.yaml" for folder in (*_own_folders(), CONF))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _hydra_settings() -> dict[str, Any]:
     """Hydra's settings, without resolving what is in them: overrides may hold interpolations."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(HydraConfig.get(), resolve=False))

@@ -7,17 +7,30 @@ was used.
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from wsolkit.config import as_named, check_config, command_to_resume, plain, run_command
+from hydra.core.hydra_config import HydraConfig
+
+from wsolkit.config import (
+    CONF,
+    as_named,
+    check_config,
+    chosen_file,
+    command_to_resume,
+    given_overrides,
+    plain,
+    run_command,
+)
 from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.overrides import escaped
 from wsolkit.run_directory import one_run
-from wsolkit.signals import Stopped
+from wsolkit.signals import Stopped, is_first
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -88,6 +101,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     )
 
     check_config(cfg, Settings)
+    if HydraConfig.initialized() and is_first():
+        logging.getLogger(__package__).info(about_recipe(cfg, chosen_file("recipe"), given_overrides()))
     resume = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
     continued = None if resume is None else check_resumable(resume, cfg)
     quieten_libraries()
@@ -155,6 +170,32 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         network = f"the network of '{as_named(folder)}'"
         check_finite(module, datamodule.dataset("test").records, network, cfg.allow_not_finite)
     return module.results
+
+
+_OF_RECIPES = ("optimizer.lr", "schedule.name", "dataset.batch_size", "trainer.max_epochs")
+
+
+def about_recipe(cfg: DictConfig, recipe: Path | None, overrides: Sequence[str]) -> str:
+    """Return a sentence that says which recipe a run takes, or what it trains with where there is none.
+
+    Args:
+        cfg: settings.
+        recipe: its file.
+        overrides: what the user gave on the command line.
+    """
+    from omegaconf import OmegaConf
+
+    if recipe is not None:
+        comment = re.findall(r"^# ([^@].*)", recipe.read_text(encoding="utf-8-sig"), re.MULTILINE)
+        return f"recipe={recipe.stem}: {' '.join(comment).split('. ')[0].removesuffix('.')}."
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    values = [f"{key}={OmegaConf.select(cfg, key)}" for key in _OF_RECIPES if key not in given]
+    known = sorted(path.stem for path in (CONF / "recipe").glob(f"{cfg.method.name}_*.yaml"))
+    return (
+        f"No recipe is taken for method={cfg.method.name} on dataset={cfg.dataset.name}. "
+        + (f"The defaults {', '.join(values)} are not tuned for them. " if values else "")
+        + (f"Give these settings, or take a recipe with recipe=NAME: {', '.join(known)}." if known else "")
+    ).strip()
 
 
 def _monitor(records: Records, protocol: str) -> str:
