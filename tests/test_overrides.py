@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import shutil
 import typing
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -20,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import wsolkit.data
 from wsolkit import load_config
+from wsolkit.__main__ import COMMANDS as ALL_COMMANDS
 from wsolkit.checkpoint import choose_groups, read_checkpoint, restore
-from wsolkit.config import CONF, RunSettings, built, plain, save_config
+from wsolkit.config import CONF, built, plain, save_config
 from wsolkit.errors import ConfigError
 from wsolkit.jobs import job_name
 from wsolkit.overrides import NAMES, PATHS, as_overrides
@@ -54,7 +57,11 @@ MEANT = {
 }
 """What is quoted or escaped for Hydra already, and what else means something."""
 
-SETTINGS = {*RunSettings.__annotations__, "method", "dataset", "hydra"}
+TYPES: dict[str, Any] = {}
+"""Types of the settings of every command that belong to no group."""
+for _command in itertools.chain(*ALL_COMMANDS.values()):
+    TYPES |= typing.get_type_hints(importlib.import_module(f"wsolkit.{_command}").Settings)
+SETTINGS = {*TYPES, "method", "dataset", "hydra"}
 COMMANDS = (
     *(("train", f"dataset={dataset}") for dataset in ("cub", "imagenet", "folder")),
     *(("evaluate",), ("predict",), ("sweep_report",)),
@@ -105,8 +112,8 @@ def test_settings_of_every_command_that_are_paths(composed: list[tuple[DictConfi
 
 def test_every_setting_that_is_a_text_is_known() -> None:
     """Settings of runs and of data sets whose type is text hold paths or names, or one word of a few."""
-    words = {"monitor", "host", "hosts", "device"}
-    hints = {name: str(hint) for name, hint in typing.get_type_hints(RunSettings).items()}
+    words = {"monitor", "host", "hosts", "device", "compile", "metrics", "keys", "x"}
+    hints = {name: str(hint) for name, hint in TYPES.items()}
     texts = {name for name, hint in hints.items() if "str" in hint.replace("typing.Literal", "")}
     assert texts - words <= PATHS | NAMES
     for module in pkgutil.iter_modules(wsolkit.data.__path__):

@@ -49,12 +49,12 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": _indexed(cfg)}
     protocols = build_protocols(cfg).values()
-    settings["held_out"] = node["held_out"] and cfg.selection == "val"
+    settings["held_out"] = node["held_out"] and cfg.get("selection") == "val"
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
         **settings,
         mean=mean,
         std=std,
-        seed=cfg.seed,
+        seed=cfg.get("seed", 0),  # commands that draw nothing have no seed
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
     )
@@ -116,7 +116,11 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
     Raises:
         ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
     """
-    module = build_model(cfg, class_names)
+    return attach_training(cfg, build_model(cfg, class_names))
+
+
+def attach_training(cfg: DictConfig, module: WSOLModule) -> WSOLModule:
+    """Give a module an optimizer, a schedule and an evaluation."""
     module.optimization = build_optimization(cfg)
     module.callbacks = [StepNoise(cfg.seed), LossLog(), build_evaluator(cfg, module)]
     return module
@@ -167,6 +171,14 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
     if cfg.get("compile"):
         compile_network(module.network, **_compilation(cfg.compile))
     return module
+
+
+def _optimization(cfg: DictConfig) -> tuple[Any, Any]:
+    """Return what makes the optimizer of `cfg.optimizer`, and the schedule; None for a command that trains nothing."""
+    if "optimizer" not in cfg:
+        return None, None
+    optimizer = locate(cfg.optimizer._target_, "optimizer.")
+    return functools.partial(optimizer, **arguments(cfg.optimizer)), built(cfg.schedule)
 
 
 def compile_network(network: Network, **options: Any) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
 from wsolkit.overrides import as_overrides, escaped, quoted
 from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_without_reader
+from wsolkit.usage import settings as settings_of
+from wsolkit.usage import usage
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
@@ -93,7 +95,7 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictCo
         more = [f"hydra.searchpath=[{quoted(escaped(f'file://{folder}'))}]"]
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg: DictConfig = hydra.compose("train", overrides=[*more, *as_overrides(overrides, _referable())])
+            cfg: DictConfig = hydra.compose("train", overrides=[*more, *as_overrides(overrides, _referable("train"))])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
@@ -104,6 +106,7 @@ def run_command(
     task: Callable[[DictConfig, Path], object],
     complete: Callable[[list[str]], list[str]] = list,
     stopped: str = "",
+    fixed: Collection[str] = (),
 ) -> None:
     """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
 
@@ -115,6 +118,7 @@ def run_command(
         task: what it does.
         complete: makes of its arguments, in Hydra's grammar, those that it is run with.
         stopped: how to go on where it was stopped, unless the task says so.
+        fixed: groups that the help leaves out, since the command chooses in them.
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -144,7 +148,10 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
     try:
-        sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable()))
+        if {"--help", "-h"}.intersection(sys.argv):
+            print(usage(CONF, config_name, fixed), flush=True)
+            return
+        sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable(config_name)))
         with SIGNALS.listening():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         sys.stdout.flush()
@@ -195,7 +202,8 @@ def run_command_on_checkpoint(
 
         return choose_groups(arguments, with_protocol)
 
-    run_command(config_name, task, complete, stopped)
+    fixed = ("method", "backbone", "dataset") if with_protocol else ("method", "backbone")
+    run_command(config_name, task, complete, stopped, fixed)
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
@@ -233,6 +241,13 @@ def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
 def given_overrides() -> list[str]:
     """Overrides of this job, in Hydra's grammar."""
     return list(_hydra_settings()["overrides"]["task"])
+
+
+def chosen_file(group: str) -> Path | None:
+    """Return the YAML file that this job takes from a group, or None if it takes none."""
+    choice = _hydra_settings()["runtime"]["choices"].get(group)
+    paths = (folder / group / f"{choice}.yaml" for folder in (*_own_folders(), CONF))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _hydra_settings() -> dict[str, Any]:
@@ -326,59 +341,18 @@ def _choices(wrong: str, options: Iterable[str]) -> str:
     return (f" (did you mean '{close[0]}'?)" if close else "") + f"; choose from: {', '.join(options)}"
 
 
-class Checkpoints(typing.TypedDict):
-    """See `wsolkit.checkpoint.LastCheckpoint`."""
-
-    every_n_steps: int | None
-    every_n_minutes: float | None
-    requeue: bool
+def _referable(config_name: str) -> set[str]:
+    """Return the names that interpolations of a command's settings begin with."""
+    own = (item.name.partition(".")[0] for item in settings_of(CONF, config_name))
+    return {*own, *(folder.name for folder in CONF.iterdir() if folder.is_dir())}
 
 
-class RunSettings(typing.TypedDict, total=False):
-    """Types of the settings that belong to no group."""
+def check_config(cfg: DictConfig, own: type | None = None) -> None:
+    """Check settings against their types and, for every node with a `_target_`, against that target's signature.
 
-    seed: int
-    selection: typing.Literal["val", "test"]
-    monitor: str | None
-    resume: str | None
-    checkpoints: Checkpoints
-    fit_memory: bool
-    allow_not_finite: bool
-    checkpoint: str | None
-    score_maps: str | None
-    save_maps: str | None
-    num_examples: int
-    examples: list[str]
-    num_table_images: int | None
-    progress: bool
-    source: str | None
-    output: str
-    host: str
-    hosts: list[str]
-    port: int
-    format: typing.Literal["onnx", "torch_export"] | None
-    overwrite: bool
-    num_heads: int | None
-    trust: bool
-    classes: str | int | None
-    top_k: int
-    threshold: float | None
-    select: typing.Literal["largest", "all"]
-    overlays: bool
-    exif: typing.Literal["apply", "ignore"] | None
-    batch_size: int
-    num_workers: int | typing.Literal["auto"]
-    device: str
-    precision: typing.Literal["32-true", "bf16-mixed", "16-mixed"]
-
-
-def _referable() -> set[str]:
-    """Names that interpolations of settings begin with."""
-    return {*RunSettings.__annotations__, *(folder.name for folder in CONF.iterdir() if folder.is_dir())}
-
-
-def check_config(cfg: DictConfig) -> None:
-    """Check settings against `RunSettings` and, for every node with a `_target_`, that target's signature.
+    Args:
+        cfg: the settings.
+        own: a `TypedDict` of the settings that belong to no group. None: train's, which `load_config` composes.
 
     Raises:
         ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
@@ -388,9 +362,13 @@ def check_config(cfg: DictConfig) -> None:
         raise ConfigError(
             f"required and not given: {', '.join(missing)}. Add {' '.join(f'{key}=…' for key in missing)}"
         )
+    if own is None:
+        from wsolkit.train import Settings
+
+        own = Settings
     settings = plain(cfg)
     check_limits(settings)
-    _check_types(settings, typing.get_type_hints(RunSettings), "")
+    _check_types(settings, typing.get_type_hints(own), "")
     _check_node(settings, "")
 
 

@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from wsolkit.config import name_directory, run_command
+from wsolkit.config import check_config, name_directory, run_command
 from wsolkit.data.files import walk
 from wsolkit.errors import ConfigError
 from wsolkit.log_file import NAME, read_log
@@ -31,6 +31,17 @@ _STEP = "trainer/global_step"
 _SERIES = {"method/semantic_weight_": "λ of each block", "method/threshold_": "β of each block"}
 
 
+class Settings(TypedDict):
+    """See conf/dashboard.yaml."""
+
+    directory: str
+    entity: str | None
+    project: str
+    name: str
+    grouped: bool
+    save: bool
+
+
 def dashboard(cfg: DictConfig, _: Path) -> None:
     """Build the workspace for the runs in `cfg.directory`, say what is in it, and save it in W&B.
 
@@ -42,6 +53,7 @@ def dashboard(cfg: DictConfig, _: Path) -> None:
     import requests
     import wandb
 
+    check_config(cfg, Settings)
     keys = logged_keys(Path(str(cfg.directory)))
     entity = cfg.entity
     try:

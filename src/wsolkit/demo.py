@@ -17,10 +17,20 @@ from typing import TYPE_CHECKING
 
 from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import ConfigError
+from wsolkit.predict import PredictionSettings, find_images
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from omegaconf import DictConfig
+
+
+class Settings(PredictionSettings):
+    """See conf/demo.yaml."""
+
+    source: str | None
+    host: str
+    hosts: list[str]
+    port: int
 
 
 def demo(cfg: DictConfig, _: Path) -> None:
@@ -36,11 +46,10 @@ def demo(cfg: DictConfig, _: Path) -> None:
     from wsolkit.checkpoint import read_checkpoint, restore
     from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer, used_threshold
-    from wsolkit.predict import find_images
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from wsolkit.config import check_config, given_overrides, plain, run_command_on_checkpoint, save_config
 from wsolkit.errors import ConfigError
 from wsolkit.run_directory import one_run
+from wsolkit.train import EvaluationSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     from wsolkit.metrics.evaluation import Evaluation
     from wsolkit.reporting.gallery import Localize
     from wsolkit.types import EvaluationBatch
+
+
+class Settings(EvaluationSettings):
+    """See conf/evaluate.yaml."""
+
+    checkpoint: str | None
+    score_maps: str | None
+    save_maps: str | None
 
 
 @one_run
@@ -54,7 +63,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides())
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     warn_of_numbers(checkpoint.class_names, checkpoint.path)
@@ -108,7 +117,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
         raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     protocols = build_protocols(cfg)
     maps = ScoreMaps(cfg.score_maps)

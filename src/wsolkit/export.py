@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from wsolkit.localizer import Localizer
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
+
+
+class Settings(TypedDict):
+    """See conf/export.yaml."""
+
+    checkpoint: str
+    output: str
+    format: Literal["onnx", "torch_export"] | None
+    overwrite: bool
 
 
 def export(cfg: DictConfig, folder: Path) -> None:
@@ -36,7 +45,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
-    check_config(cfg)
+    check_config(cfg, Settings)
     quieten_libraries()
     output = Path(cfg.output)
     form = file_format(output, cfg.format)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from wsolkit.config import check_config, run_command
 from wsolkit.errors import ConfigError, DataError
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 
 METHODS = ("ts_cam", "scm", "sat")
+
+
+class Settings(TypedDict):
+    """See conf/import_checkpoint.yaml."""
+
+    source: str
+    output: str
+    overwrite: bool
+    classes: str | None
+    num_heads: int | None
+    trust: bool
 
 
 def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
@@ -45,7 +56,7 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     numbered = cfg.dataset.name == "folder" and OmegaConf.is_missing(cfg.dataset, "root")
     if numbered:
         cfg.dataset.root = "."
-    check_config(cfg)
+    check_config(cfg, Settings)
     check_place(output, cfg.overwrite)
     found = read_foreign(source, cfg.trust)
     given, cfg = cfg, fitted(cfg, found.state_dict, cfg.num_heads)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from wsolkit.config import as_named, check_config, given_overrides, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
@@ -33,6 +33,30 @@ UNREADABLE = 3
 """Exit code where all is done but for images that could not be read, or of which the network made nothing."""
 
 OVERLAYS = "overlays"
+
+
+class PredictionSettings(TypedDict):
+    """What predict and demo share, see conf/prediction.yaml."""
+
+    checkpoint: str
+    threshold: float | None
+    select: Literal["largest", "all"]
+    exif: Literal["apply", "ignore"] | None
+    device: str
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+class Settings(PredictionSettings):
+    """See conf/predict.yaml."""
+
+    source: str
+    output: str
+    classes: str | int | None
+    top_k: int
+    overlays: bool
+    batch_size: int
+    num_workers: int | Literal["auto"]
+    progress: bool
 
 
 def predict(cfg: DictConfig, folder: Path) -> None:
@@ -55,7 +79,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"required and not given: {lacking[0]}. Add {lacking[0]}=…")
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
-    check_config(cfg)
+    check_config(cfg, Settings)
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size}: expected 1 or more")
     quieten_libraries()

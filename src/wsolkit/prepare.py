@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from wsolkit.config import CONF, arguments, check_config, locate, plain, run_command
 from wsolkit.drafts import remove_drafts
@@ -27,13 +27,19 @@ if TYPE_CHECKING:
     from wsolkit.data.records import FileRecords, Records, Split
 
 
+class Settings(TypedDict):
+    """See conf/prepare.yaml."""
+
+    progress: bool
+
+
 def prepare(cfg: DictConfig, _: Path, typed: Sequence[str] = ()) -> None:
     """Prepare `cfg.dataset`.
 
     Args:
         typed: arguments of the command, which training is to be given too.
     """
-    check_config(cfg)
+    check_config(cfg, Settings)
     name = cfg.dataset.name
     if cfg.dataset.get("root") is None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "dataset").glob("*.yaml") if path.stem != name))

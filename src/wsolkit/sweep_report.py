@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.measure import Measurement
 from yaml import YAMLError
 
-from wsolkit.config import name_directory, plain, run_command
+from wsolkit.config import check_config, name_directory, plain, run_command
 from wsolkit.data.files import walk
 from wsolkit.drafts import draft, write_text
 from wsolkit.errors import ConfigError, JobError
@@ -55,8 +55,19 @@ _USED = Path("config.yaml")  # as train and evaluate write it: that of evaluate 
 _PAGE = "comparison.html"
 
 
+class Settings(TypedDict):
+    """See conf/sweep_report.yaml."""
+
+    directory: str
+    metrics: str | list[str] | None
+    keys: str | list[str] | None
+    x: str | None
+    output: str | None
+
+
 def sweep_report(cfg: DictConfig, _: Path) -> None:
     """Gather the jobs in `cfg.directory`, write the report and print its table."""
+    check_config(cfg, Settings)
     directory = Path(str(cfg.directory))
     sweep = group_runs(gather(directory), names(cfg, "keys"), names(cfg, "metrics"))
     figures: dict[str, Figure] = {}

@@ -8,13 +8,42 @@ was used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from wsolkit.config import as_named, check_config, command_to_resume, run_command, save_config
 from wsolkit.run_directory import one_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+class EvaluationSettings(TypedDict):
+    """What train and evaluate share, see conf/evaluation.yaml."""
+
+    seed: int
+    selection: Literal["val", "test"]
+    compile: bool | str
+    allow_not_finite: bool
+    num_examples: int
+    examples: list[str]
+    num_table_images: int | None
+
+
+class Checkpoints(TypedDict):
+    """See `wsolkit.checkpoint.LastCheckpoint`."""
+
+    every_n_steps: int | None
+    every_n_minutes: float | None
+    requeue: bool
+
+
+class Settings(EvaluationSettings):
+    """See conf/train.yaml."""
+
+    monitor: str | None
+    resume: str | None
+    fit_memory: bool
+    checkpoints: Checkpoints
 
 
 @one_run
@@ -26,13 +55,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint
     from wsolkit.libraries import quieten_libraries
     from wsolkit.reporting.pictures import Report
-    from wsolkit.reporting.summary import method_name, print_summary, title, what_next
+    from wsolkit.reporting.summary import method_name, print_recipe, print_summary, title, what_next
     from wsolkit.resume import Start
     from wsolkit.training.evaluator import Evaluator, check_monitor
     from wsolkit.training.trainer import running
     from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble
 
-    check_config(cfg)
+    check_config(cfg, Settings)
+    print_recipe(cfg)
     start = Start.of(cfg, folder)
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)

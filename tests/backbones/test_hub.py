@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub.constants as hub_constants
 import pytest
 import safetensors.torch
 import timm
 import torch
+
+from wsolkit.backbones.pretrained import _why_unreachable, create
+from wsolkit.errors import CheckpointError
 
 VIT, CNN = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "mobilenetv2_100.ra_in1k"
 
@@ -84,6 +90,51 @@ def test_pretrained_weights_come_from_the_hub(model: str, printed: str, hub: str
     done = load(model, tmp_path, HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == printed
+
+
+@pytest.fixture
+def closed_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a hub that does not answer, and an empty cache."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(hub_constants, "ENDPOINT", address)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    return address
+
+
+def test_hub_that_does_not_answer_is_said_within_seconds(
+    closed_port: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(CheckpointError, match=f"timm's hub \\({closed_port} cannot be reached: ConnectionError\\)"):
+        create(VIT, True, {})
+    assert sum(waits) < 3
+    assert capfd.readouterr() == ("", "")
+    assert hub_constants.HF_HUB_OFFLINE is False
+
+
+def test_connection_that_breaks_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            if len(asked) > 1:
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        assert _why_unreachable() is None
+        server.shutdown()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("model", [VIT, CNN])

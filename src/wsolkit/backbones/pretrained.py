@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import huggingface_hub.constants as hub
+import requests
 import timm
 from torch import Tensor, nn
 
@@ -28,8 +32,10 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
         )
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
+    unreachable = _why_unreachable() if pretrained else None
     try:
-        network: nn.Module = timm.create_model(model, pretrained=pretrained, **settings)
+        with _offline(unreachable is not None):
+            network: nn.Module = timm.create_model(model, pretrained=pretrained, **settings)
     except TypeError as error:
         raise ConfigError(f"backbone.options: timm's '{model}' does not take {dict(settings)} ({error})") from error
     except Exception as error:  # the hub's client has no common base class for what can go wrong
@@ -37,10 +43,44 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
             raise
         raise CheckpointError(
             f"the weights of '{model}' did not come from timm's hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"({unreachable or f'{type(error).__name__}: {str(error).splitlines()[0]}'}). "
             "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
         ) from error
     return network
+
+
+_TRIES = 2
+_TIMEOUT = 3.0  # seconds to connect, and to wait for an answer
+_PAUSE = 1.0
+
+
+def _why_unreachable() -> str | None:
+    """Ask the hub for any answer, and return why there is none; None if there is one, or the user works offline.
+
+    The hub's own client would try for a minute, and print a warning each time.
+    """
+    if hub.HF_HUB_OFFLINE:
+        return None
+    reason = ""
+    for attempt in range(_TRIES):
+        time.sleep(_PAUSE * attempt)
+        try:
+            requests.head(hub.ENDPOINT, timeout=_TIMEOUT)
+            return None
+        except requests.RequestException as error:
+            reason = f"{hub.ENDPOINT} cannot be reached: {type(error).__name__}"
+    return reason
+
+
+@contextmanager
+def _offline(needed: bool) -> Iterator[None]:
+    """Let the hub's client look into its cache only, if needed."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or needed
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, source: str) -> None:

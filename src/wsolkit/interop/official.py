@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from wsolkit.build import build_module
+from wsolkit.build import attach_training, build_model
 from wsolkit.config import load_config
 from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
@@ -61,7 +61,7 @@ def from_official(
     """
     cfg = fitted(load_config(f"method={method}", "~recipe", "backbone=deit_small"), state_dict, num_heads)
     cfg.dataset.resize = cfg.dataset.image_size
-    return build_official(cfg, state_dict)
+    return attach_training(cfg, build_official(cfg, state_dict))
 
 
 def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> DictConfig:
@@ -118,7 +118,7 @@ def build_official(
     Raises:
         CheckpointError: the entries are not those of the method's released model.
     """
-    module = build_module(cfg, class_names)
+    module = build_model(cfg, class_names)
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
     names = {_own_name(name): name for name in state if name not in _IGNORED}
     try:

@@ -1,17 +1,21 @@
-"""What a run says at its end."""
+"""What a run says at its beginning and at its end."""
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
-from wsolkit.config import as_named
+from wsolkit.config import CONF, as_named, chosen_file, given_overrides
 from wsolkit.reporting.table import print_results
 from wsolkit.reporting.terminal import PlainConsole
+from wsolkit.signals import is_first
 
 
 def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
@@ -21,7 +25,7 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
         cfg: settings of this run.
         trained: settings of the run that the checkpoint is from.
     """
-    held_out = trained["dataset"]["held_out"] and trained["selection"] == "val"
+    held_out = trained["dataset"]["held_out"] and trained.get("selection") == "val"
     selected = "the held-out val split" if held_out else "the reported split itself"
     return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
 
@@ -63,3 +67,33 @@ def what_next(folder: Path, cfg: DictConfig) -> str:
     width = max(map(len, commands))
     opened = [f"Open {as_named(folder) / 'report.html'} in a browser."] if (folder / "report.html").is_file() else []
     return "\n".join([*opened, "Next:", *(f"    {what:<{width}}  # {why}" for what, why in commands.items())])
+
+
+_OF_RECIPES = ("optimizer.lr", "schedule.name", "dataset.batch_size", "trainer.max_epochs")
+
+
+def about_recipe(cfg: DictConfig, recipe: Path | None, overrides: Sequence[str]) -> str:
+    """Return a sentence that says which recipe a run takes, or what it trains with where there is none.
+
+    Args:
+        cfg: settings.
+        recipe: its file.
+        overrides: what the user gave on the command line.
+    """
+    if recipe is not None:
+        comment = re.findall(r"^# ([^@].*)", recipe.read_text(encoding="utf-8-sig"), re.MULTILINE)
+        return f"recipe={recipe.stem}: {' '.join(comment).split('. ')[0].removesuffix('.')}."
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    values = [f"{key}={OmegaConf.select(cfg, key)}" for key in _OF_RECIPES if key not in given]
+    known = sorted(path.stem for path in (CONF / "recipe").glob(f"{cfg.method.name}_*.yaml"))
+    return (
+        f"No recipe is taken for method={cfg.method.name} on dataset={cfg.dataset.name}. "
+        + (f"The defaults {', '.join(values)} are not tuned for them. " if values else "")
+        + (f"Give these settings, or take a recipe with recipe=NAME: {', '.join(known)}." if known else "")
+    ).strip()
+
+
+def print_recipe(cfg: DictConfig) -> None:
+    """Say which recipe a command takes, once."""
+    if HydraConfig.initialized() and is_first():
+        logging.getLogger("wsolkit").info(about_recipe(cfg, chosen_file("recipe"), given_overrides()))
