@@ -17,6 +17,7 @@ import torch
 from wsolkit import load_config
 from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
+from wsolkit.reporting import pictures
 from wsolkit.train import train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +36,13 @@ def _threads() -> None:
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report, which takes most of a small run's time, unless a test is marked with `report`."""
+    if request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr(pictures, "write_report", lambda *_: None)
 
 
 @pytest.fixture

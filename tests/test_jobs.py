@@ -259,7 +259,7 @@ def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) ->
 
 
 def test_what_a_job_lacks_is_said_by_the_job(tmp_path: Path) -> None:
-    done = command("train", "-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    done = command("train", "-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path, jobs=1)
     assert done.returncode == 1
     assert "output.log: required and not given: dataset.root" in done.stderr
     assert list(states(tmp_path / "sweep").values()) == ["failed"]

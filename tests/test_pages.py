@@ -25,7 +25,7 @@ import torch
 from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
-from tests.fresh import FRESH
+from tests.fresh import FRESH, draw_no_report
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
 from wsolkit import config, load_config
@@ -170,6 +170,7 @@ def exit_code(module: str, arguments: list[str]) -> object:
 def run_in(folder: Path, module: str, arguments: list[str]) -> None:
     os.chdir(folder)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    draw_no_report()
     sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
 
 
