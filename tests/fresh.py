@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["tests.warm"])
@@ -127,6 +128,11 @@ class Running:
         """The processes' numbers by rank, once they are there."""
         path = self.folder / "numbers"
         return list(json.loads(path.read_text())) if path.is_file() else []
+
+    def kill(self) -> None:
+        """End its first process as SIGKILL does."""
+        self._process.kill()
+        self._process.join()
 
     def finish(self, timeout: float) -> CompletedProcess[str]:
         """Wait for its end; an error if it does not end in time, or leaves a process behind."""
@@ -277,6 +283,7 @@ def _obey(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # which Lightning notes when it is imported
     if processes > 1:
         _fork_companions(processes)
     _run_module(command)
