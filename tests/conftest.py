@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.fresh import draw_no_report
 from wsolkit import load_config
 from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
@@ -25,8 +26,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of whole runs first: those given out last, one to each worker, are short."""
+    """Files of whole runs first: those given out last, one to each worker, are short. A browser takes long."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,11 +42,20 @@ def _threads() -> None:
     os.environ.setdefault("WANDB_MODE", "offline")
 
 
+WRITE_REPORT = pictures.write_report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_report() -> None:
+    """Runs draw no report, which takes most of a small run's time."""
+    draw_no_report()
+
+
 @pytest.fixture(autouse=True)
-def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no report, which takes most of a small run's time, unless a test is marked with `report`."""
-    if request.node.get_closest_marker("report") is None:
-        monkeypatch.setattr(pictures, "write_report", lambda *_: None)
+def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those of a test that is marked with `report` do."""
+    if request.node.get_closest_marker("report") is not None:
+        monkeypatch.setattr(pictures, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture

@@ -43,7 +43,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smoke = ("trainer=smoke", SIZES, "dataset.batch_size=16", "num_examples=0", "hydra.run.dir=run")
     command("train", *smoke, cwd=folder).check_returncode()
     protocols = ("protocol=[maxboxacc_v2,ts_cam,scm,sat,spa]", "hydra.run.dir=own", "num_examples=2")
-    done = command("evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps", *protocols, cwd=folder)
+    done = command(
+        "evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps", *protocols, cwd=folder, report=True
+    )
     assert done.returncode == 0, done.stderr
     (folder / "table.txt").write_text(done.stdout)
     return folder
