@@ -14,9 +14,11 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.fresh import draw_no_report
 from wsolkit import load_config
 from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
+from wsolkit.reporting import pictures
 from wsolkit.train import train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -30,8 +32,11 @@ CNN_METHODS = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of whole runs first: those given out last, one to each worker, are short."""
+    """Files of whole runs first: those given out last, one to each worker, are short. A browser takes long."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -41,6 +46,22 @@ def _threads() -> None:
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("WANDB_MODE", "offline")
+
+
+WRITE_REPORT = pictures.write_report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_report() -> None:
+    """Runs draw no report, which takes most of a small run's time."""
+    draw_no_report()
+
+
+@pytest.fixture(autouse=True)
+def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those of a test that is marked with `report` do."""
+    if request.node.get_closest_marker("report") is not None:
+        monkeypatch.setattr(pictures, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture

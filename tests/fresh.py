@@ -1,10 +1,11 @@
-"""Processes that begin at once: they are forked from one that has imported everything and computed nothing."""
+"""Processes that begin at once: they are forked from one that has imported everything, see `tests.warm`."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -15,26 +16,51 @@ from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(
-    ["wsolkit.train", "wsolkit.companions", "wsolkit.localizer", "wsolkit.methods.sat", "wsolkit.reporting.pictures"]
-)
+FRESH.set_forkserver_preload(["tests.warm"])
+
+
+def draw_no_report() -> None:
+    """Have the runs of this process write no report: it takes most of a small run's time."""
+    from wsolkit.reporting import pictures
+
+    pictures.write_report = lambda *_: None
 
 
 def command(
-    name: str, *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None
+    name: str,
+    *arguments: str | Path,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    report: bool = False,
+    processes: int = 1,
+    jobs: int = 0,
 ) -> CompletedProcess[str]:
     """What `python -m wsolkit.<name> <arguments>` does, without the seconds that imports take, and without `atexit`.
 
     Args:
         environment: variables besides those of this process; what reads one as it is imported does not see it.
+        report: whether the run draws its report.
+        processes: of the run, or of each job of a sweep.
+        jobs: of a sweep; more than these are started as a user's are, from Python's beginning.
     """
     with tempfile.TemporaryDirectory() as folder:
-        call, process = _start(name, *arguments, cwd=cwd, environment=environment, printed=Path(folder))
+        call, process = _start(
+            name,
+            *arguments,
+            cwd=cwd,
+            environment=environment,
+            printed=Path(folder),
+            report=report,
+            processes=processes,
+            jobs=jobs,
+        )
         return _finished(call, process, Path(folder))
 
 
@@ -44,13 +70,15 @@ def _start(
     cwd: Path,
     environment: dict[str, str] | None = None,
     printed: Path,
+    report: bool = False,
     processes: int = 1,
+    jobs: int = 0,
     before: Callable[[], None] | None = None,
 ) -> tuple[list[str], ForkServerProcess]:
     module = f"wsolkit.{name}"
     call = [module, *map(str, arguments)]
     variables = os.environ | {"HYDRA_FULL_ERROR": "0", "WANDB_MODE": "offline"} | (environment or {})
-    process = FRESH.Process(target=_run, args=(call, cwd, variables, printed, processes, before))
+    process = FRESH.Process(target=_run, args=(call, cwd, variables, printed, report, processes, jobs, before))
     process.start()
     return call, process
 
@@ -101,6 +129,11 @@ class Running:
         path = self.folder / "numbers"
         return list(json.loads(path.read_text())) if path.is_file() else []
 
+    def kill(self) -> None:
+        """End its first process as SIGKILL does."""
+        self._process.kill()
+        self._process.join()
+
     def finish(self, timeout: float) -> CompletedProcess[str]:
         """Wait for its end; an error if it does not end in time, or leaves a process behind."""
         try:
@@ -129,7 +162,9 @@ def _run(
     cwd: Path,
     environment: Mapping[str, str],
     printed: Path,
+    report: bool,
     processes: int,
+    jobs: int,
     before: Callable[[], None] | None,
 ) -> None:
     for descriptor, stream in enumerate(("stdout", "stderr"), start=1):
@@ -139,10 +174,16 @@ def _run(
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if not report:
+        draw_no_report()
     if before is not None:
         before()
-    if processes > 1:
-        _fork_others(processes - 1, printed)
+    if jobs:
+        from wsolkit import jobs as sweep
+
+        _fork_ahead(jobs, sweep, processes)
+    elif processes > 1:
+        _fork_companions(processes, printed)
     _run_module(call)
 
 
@@ -152,10 +193,27 @@ def _run_module(call: list[str]) -> None:
     runpy.run_module(call[0], run_name="__main__", alter_sys=True)
 
 
-def _fork_others(count: int, printed: Path) -> None:
-    """Fork the processes that DDP will want to start, and have it take those."""
+def _fork_companions(processes: int, printed: Path | None = None) -> None:
+    """Fork the processes that DDP will want to start, and note the numbers of all."""
     from lightning.pytorch.strategies.launchers import subprocess_script
 
+    numbers = [os.getpid(), *_fork_ahead(processes - 1, subprocess_script)]
+    if printed is not None:
+        (printed / "numbers.draft").write_text(json.dumps(numbers))
+        (printed / "numbers.draft").rename(printed / "numbers")
+
+
+def _fork_ahead(count: int, module: ModuleType, processes: int = 1) -> list[int]:
+    """Fork processes that a module will want to start, while nothing is computed yet, and have it take those.
+
+    Args:
+        count: how many; any that the module starts beyond them is a new Python.
+        module: calls `subprocess.Popen([sys.executable, "-m", …], …)`.
+        processes: that each of them may start itself.
+
+    Returns:
+        Their numbers.
+    """
     waiting: list[tuple[int, int]] = []
     for _ in range(count):
         orders, order = os.pipe()
@@ -163,15 +221,17 @@ def _fork_others(count: int, printed: Path) -> None:
         if number == 0:
             for end in (order, *(other for _, other in waiting)):
                 os.close(end)
-            with os.fdopen(orders) as pipe:
-                text = pipe.read()
+            with os.fdopen(orders, "rb") as pipe:
+                content = pipe.read()
             code = 1
             try:
-                if text:
-                    _obey(**json.loads(text))
+                if content:
+                    _obey(processes, **pickle.loads(content))
                 code = 0
             except SystemExit as leaving:
                 code = leaving.code if isinstance(leaving.code, int) else 1
+                if isinstance(leaving.code, str):
+                    print(leaving.code, file=sys.stderr)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             finally:
@@ -180,23 +240,50 @@ def _fork_others(count: int, printed: Path) -> None:
                 os._exit(code)
         os.close(orders)
         waiting.append((number, order))
-    (printed / "numbers.draft").write_text(json.dumps([os.getpid(), *(number for number, _ in waiting)]))
-    (printed / "numbers.draft").rename(printed / "numbers")
+    numbers = [number for number, _ in waiting]
 
     class Forked(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, command: list[str], env: dict[str, str], cwd: str) -> None:
+        def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
+            if not waiting:
+                super().__init__(command, env=env, **options)
+                return
             self.args, self.returncode, self._child_created = command, None, True
             self.stdin = self.stdout = self.stderr = None
             self._waitpid_lock = threading.Lock()
             self.pid, order = waiting.pop(0)
-            with os.fdopen(order, "w") as pipe:
-                pipe.write(json.dumps({"command": command[2:], "env": env, "cwd": cwd}))
+            output = options.get("stdout")
+            orders = {
+                "command": command[2:],
+                "environment": env,
+                "cwd": options.get("cwd") or os.getcwd(),  # noqa: PTH109
+                "output": None if output is None else output.name,
+                "first": options.get("preexec_fn"),
+            }
+            with os.fdopen(order, "wb") as pipe:
+                pipe.write(pickle.dumps(orders))
 
-    subprocess_script.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment, attr-defined]
+    module.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})  # type: ignore[attr-defined]
+    return numbers
 
 
-def _obey(command: list[str], env: dict[str, str], cwd: str) -> None:
+def _obey(
+    processes: int,
+    command: list[str],
+    environment: dict[str, str],
+    cwd: str,
+    output: str | None,
+    first: Callable[[], None] | None,
+) -> None:
+    """What a process that was forked ahead does when it is wanted."""
+    if first is not None:
+        first()
+    if output is not None:
+        for descriptor in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(environment)
     os.chdir(cwd)
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # which Lightning notes when it is imported
+    if processes > 1:
+        _fork_companions(processes)
     _run_module(command)

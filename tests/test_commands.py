@@ -33,8 +33,8 @@ TINY = (
 )
 
 
-def run(name: str, *arguments: str, cwd: Path) -> str:
-    done = command(name, *arguments, cwd=cwd)
+def run(name: str, *arguments: str, cwd: Path, report: bool = False, jobs: int = 0) -> str:
+    done = command(name, *arguments, cwd=cwd, report=report, jobs=jobs)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,7 +48,7 @@ def metrics(folder: Path) -> dict[str, float]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory left by the command."""
     folder = tmp_path_factory.mktemp("command")
-    out = run("train", "method=ts_cam", *TINY, "hydra.run.dir=run", cwd=folder)
+    out = run("train", "method=ts_cam", *TINY, "hydra.run.dir=run", cwd=folder, report=True)
     assert "ts_cam, vit_micro, shapes; checkpoint selected on the held-out val split" in out
     for line in ("maxboxacc", "center_box", "gaussian", "full_image", "PxAP", "MaxBoxAcc,", "Written to run\n"):
         assert line in out
@@ -106,6 +106,7 @@ def test_evaluate_gives_the_metrics_of_the_run(trained: Path) -> None:
         "trainer.accelerator=cpu",
         "hydra.run.dir=evaluation",
         cwd=trained.parent,
+        report=True,
     )
     of_the_run = {name: value for name, value in metrics(trained).items() if not name.startswith("epochs/")}
     assert metrics(trained.parent / "evaluation") == of_the_run
@@ -277,6 +278,7 @@ def test_checkpoint_is_evaluated_on_fewer_classes_than_it_knows(trained: Path, t
         *("evaluate", f"checkpoint={trained}/checkpoints/best.ckpt", "dataset=listed", "dataset.root=data"),
         *("dataset.image_size=64", "dataset.resize=72", "trainer.accelerator=cpu", "hydra.run.dir=out"),
         cwd=tmp_path,
+        report=True,
     )
     values: Any = metrics(tmp_path / "out")
     assert len(values["class_names"]) == len(values["maxboxacc/per_class/images"]) == 8
@@ -299,7 +301,7 @@ def test_test_split_may_select(tmp_path: Path) -> None:
     "settings",
     [
         ["trainer.precision=bf16-mixed"],
-        ["trainer.precision=bf16-true", "num_examples=2"],
+        pytest.param(["trainer.precision=bf16-true", "num_examples=2"], marks=pytest.mark.report),
         ["num_examples=0", "logger=wandb"],
         ["trainer.gradient_clip_val=0.1"],
         ["trainer.accumulate_grad_batches=2"],
@@ -362,6 +364,7 @@ def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
         *("method.semantic_level=0,2", "method.attention_level=0", "trainer.enable_progress_bar=false"),
         *("hydra.sweep.dir=pairs",),
         cwd=scm.parent,
+        jobs=2,
     )
     folders = sorted(path.parent for path in (scm.parent / "pairs").glob("*/metrics.json"))
     for folder, level in zip(folders, (0, 2), strict=True):
@@ -374,7 +377,11 @@ def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
 
 def test_sweep_over_checkpoints(trained: Path) -> None:
     both = ",".join(str(trained / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
-    run("evaluate", "-m", f"checkpoint={both}", "protocol=[maxboxacc]", "hydra.sweep.dir=both", cwd=trained.parent)
+    run(
+        *("evaluate", "-m", f"checkpoint={both}", "protocol=[maxboxacc]", "hydra.sweep.dir=both"),
+        cwd=trained.parent,
+        jobs=2,
+    )
     assert len(list((trained.parent / "both").glob("*/metrics.json"))) == 2
 
 
@@ -417,6 +424,7 @@ def test_imagenet_trains_from_its_official_layout(tmp_path: Path) -> None:
     assert "maxboxacc/pxap" not in values  # no masks
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("method", ["cam", "spa", "bridging_gap"])
 def test_methods_on_convolutional_networks_run_like_the_others(method: str, in_tmp: Path) -> None:
     cfg = load_config(f"method={method}", *TINY, *([] if method == "cam" else ["method.fine_tuning.new_from=layer4"]))
@@ -438,7 +446,7 @@ def test_postprocess_refines_the_maps_of_a_trained_network(in_tmp: Path) -> None
     run("train", "method=cam", *TINY, "hydra.run.dir=cam", cwd=in_tmp)
     checkpoint = "checkpoint=cam/checkpoints/best.ckpt"
     common = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
-    run("evaluate", checkpoint, *common, "+postprocess=scg", "hydra.run.dir=refined", cwd=in_tmp)
+    run("evaluate", checkpoint, *common, "+postprocess=scg", "hydra.run.dir=refined", cwd=in_tmp, report=True)
     run("evaluate", checkpoint, *common, "hydra.run.dir=plain", cwd=in_tmp)
     of_the_run = {name: value for name, value in metrics(in_tmp / "cam").items() if not name.startswith("epochs/")}
     assert metrics(in_tmp / "plain") == of_the_run

@@ -41,12 +41,12 @@ from wsolkit.trouble import FiniteLoss
 def settings(method: str, *overrides: str) -> Any:
     """A small network with every term of its loss; nothing in it is drawn at random, and no BatchNorm of its batch."""
     own = {
-        "sat": ("method.area_level=image", "method.num_blocks=3"),
+        "sat": ("method.area_level=image", "method.num_blocks=2"),
         "scm": ("method.num_blocks=2",),
         "spa": ("method.start_epoch=0", "method.background_threshold=0.2"),
         "bridging_gap": ("method.warmup_epochs=0", "method.drop_probability=1"),
     }.get(method, ())
-    backbone = "backbone.batch_norm=frozen" if method in CNN_METHODS else "backbone.options.depth=3"
+    backbone = "backbone.batch_norm=frozen" if method in CNN_METHODS else "backbone.options.depth=2"
     return load_config(
         f"method={method}",
         backbone,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from tests import fresh
@@ -24,12 +26,32 @@ from wsolkit.metrics.evaluation import outcome
 from wsolkit.training.evaluator import Evaluator
 
 CPU = torch.device("cpu")
+Part = Callable[..., None]  # of what the processes of a group do together; it is told its rank and their number
 
 
-def free_port() -> str:
+def together(world_size: int, part: Part, *arguments: Any) -> None:
+    """Do something in several processes that form a group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        port = str(probe.getsockname()[1])
+    processes = [
+        FRESH.Process(target=_in_group, args=(rank, world_size, port, part, arguments)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def _in_group(rank: int, world_size: int, port: str, part: Part, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world_size > 1:
+        distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    part(rank, world_size, *arguments)
+    if world_size > 1:
+        distributed.destroy_process_group()
 
 
 def batch() -> dict[str, Tensor]:
@@ -48,11 +70,8 @@ def step(world_size: int, rank: int, *settings: str) -> tuple[dict[str, Tensor],
     return {name: value.detach() for name, value in losses.items()}, module
 
 
-def part_of_step(rank: int, world_size: int, port: str, folder: Path, *settings: str) -> None:
+def part_of_step(rank: int, world_size: int, folder: Path, *settings: str) -> None:
     """One process's part of a step; rank 0 saves what DDP would apply: the mean of all gradients."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     losses, module = step(world_size, rank, *settings)
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     for value in (*losses.values(), *gradients.values()):
@@ -61,7 +80,6 @@ def part_of_step(rank: int, world_size: int, port: str, folder: Path, *settings:
         value /= world_size
     if rank == 0:
         torch.save((losses, gradients, dict(module.named_buffers())), folder / "step.pt")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -76,9 +94,7 @@ def part_of_step(rank: int, world_size: int, port: str, folder: Path, *settings:
 def test_area_and_batch_norm_are_of_the_global_batch(settings: list[str], world_size: int, tmp_path: Path) -> None:
     """SAT's area, and BatchNorm where it is synchronised: losses, gradients, running statistics."""
     losses, module = step(1, 0, *settings)
-    multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        part_of_step, (world_size, free_port(), tmp_path, *settings), nprocs=world_size
-    )
+    together(world_size, part_of_step, tmp_path, *settings)
     actual_losses, gradients, buffers = torch.load(tmp_path / "step.pt")
     for name, value in losses.items():
         assert actual_losses[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
@@ -99,11 +115,13 @@ def own_settings(method: str) -> list[str]:
     return own if method in CNN_METHODS else [*own, "backbone.drop_path_rate=0"]
 
 
-def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) -> None:
+def run_every_method(rank: int, world_size: int, folder: Path) -> None:
+    for method in METHODS:
+        run_apart(rank, world_size, method, folder)
+
+
+def run_apart(rank: int, world_size: int, method: str, folder: Path) -> None:
     """One process's part of a training batch and of an evaluation; each saves what it comes to."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if world_size > 1:
-        distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.manual_seed(0)
     cfg = load_config(f"method={method}", *own_settings(method), "dataset.records.sizes={train: 16, val: 16, test: 21}")
     module, datamodule = build_module(cfg), build_datamodule(cfg)
@@ -122,27 +140,26 @@ def run_apart(rank: int, world_size: int, port: str, method: str, folder: Path) 
         distributed.all_reduce(value)
     averaged = {name: value / world_size for name, value in losses.items()}
     torch.save([averaged, computed.results, computed.curves], folder / f"{method}_{world_size}_{rank}.pt")
-    if world_size > 1:
-        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_every_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every method comes to on one process, on two and on four."""
+    folder = tmp_path_factory.mktemp("methods")
+    for world_size in (1, 2, 4):
+        together(world_size, run_every_method, folder)
+    return folder
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_the_same_on_any_number_of_processes(method: str, tmp_path: Path) -> None:
+def test_every_method_is_the_same_on_any_number_of_processes(method: str, of_every_method: Path) -> None:
     """Losses of a global batch to 1e-5; metrics exactly, of images that four processes do not divide evenly."""
     found = {}
     for world_size in (1, 2, 4):
-        port = free_port()
-        processes = [
-            FRESH.Process(target=run_apart, args=(rank, world_size, port, method, tmp_path))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
         for rank in range(world_size):
-            found[world_size, rank] = torch.load(tmp_path / f"{method}_{world_size}_{rank}.pt", weights_only=False)
+            found[world_size, rank] = torch.load(
+                of_every_method / f"{method}_{world_size}_{rank}.pt", weights_only=False
+            )
     losses, results, curves = found.pop((1, 0))
     for key, (others, other_results, other_curves) in found.items():
         assert others.keys() == losses.keys()
@@ -152,20 +169,17 @@ def test_every_method_is_the_same_on_any_number_of_processes(method: str, tmp_pa
         assert other_curves == curves, key
 
 
-def statistics(rank: int, port: str, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def statistics(rank: int, world_size: int, folder: Path) -> None:
     module = build_module(load_config("method=cam")).train()
     module(batch()["image"] * (1 + rank))
     before = {name: buffer.clone() for name, buffer in module.network.named_buffers()}
     module.on_validation_start()
     torch.save({"before": before, "after": dict(module.network.named_buffers())}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_processes_validate_with_the_statistics_of_the_first(tmp_path: Path) -> None:
     """BatchNorm sees other images in each process; what is validated is the network that is saved."""
-    multiprocessing.spawn(statistics, (free_port(), tmp_path), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    together(2, statistics, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert any(not torch.equal(value, second["before"][name]) for name, value in first["before"].items())
     for name, value in first["before"].items():
@@ -181,9 +195,13 @@ def test_area_loss_on_one_process_is_plain() -> None:
     assert torch.allclose(maps.grad, torch.full_like(maps, -1 / 48))
 
 
-def command(name: str, *arguments: str, cwd: Path) -> None:
+def command(name: str, *arguments: str, cwd: Path, processes: int, jobs: int = 0) -> None:
     done = fresh.command(
-        name, *arguments, "trainer.enable_progress_bar=false", cwd=cwd, environment={"OMP_NUM_THREADS": "1"}
+        *(name, *arguments, "trainer.enable_progress_bar=false"),
+        cwd=cwd,
+        environment={"OMP_NUM_THREADS": "1"},
+        processes=processes,
+        jobs=jobs,
     )
     assert done.returncode == 0, done.stderr
 
@@ -201,6 +219,8 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         ),
         *("trainer=cpu", "trainer.devices=2", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "logger=wandb"),
         cwd=tmp_path,
+        processes=2,
+        jobs=1,
     )
     (run,) = (path.parent for path in (tmp_path / "sweep").rglob("metrics.json"))
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # two processes, one run
@@ -212,6 +232,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
             *("evaluate", f"checkpoint={run}/checkpoints/best.ckpt", "trainer=cpu", f"trainer.devices={processes}"),
             *("dataset.eval_batch_size=4", f"hydra.run.dir=evaluation{processes}"),
             cwd=tmp_path,
+            processes=processes,
         )
         assert json.loads((tmp_path / f"evaluation{processes}" / "metrics.json").read_text()) == expected
         assert (tmp_path / f"evaluation{processes}" / "images.csv").read_text() == (run / "images.csv").read_text()

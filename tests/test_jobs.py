@@ -27,6 +27,7 @@ SMOKE = (
     "dataset.records.sizes={train: 48, val: 20, test: 21}",
     "dataset.batch_size=16",
     "num_examples=0",
+    "protocol=[maxboxacc]",
 )
 
 
@@ -234,7 +235,10 @@ def states(folder: Path) -> dict[str, str]:
     return {name: job.state for name, job in jobs.items() if job is not None}
 
 
-@pytest.mark.parametrize("launcher", [None, "parallel", "submitit_local"])
+# A launcher's own processes begin as a user's do, which takes long.
+@pytest.mark.parametrize(
+    "launcher", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("parallel", "submitit_local"))]
+)
 def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) -> None:
     """One job of two fails; run again with what it lacked, only that one runs."""
     if launcher == "parallel":
@@ -254,12 +258,12 @@ def test_ready_grid_with_every_launcher(launcher: str | None, tmp_path: Path) ->
     assert states(folder) == {good: "finished", bad: "failed"}
     result = (folder / good / "metrics.json").stat().st_mtime_ns
     if launcher is None:
-        assert command("train", *arguments, cwd=tmp_path).returncode == 1
+        assert command("train", *arguments, cwd=tmp_path, jobs=1).returncode == 1
         assert (folder / good / "metrics.json").stat().st_mtime_ns == result
 
 
 def test_what_a_job_lacks_is_said_by_the_job(tmp_path: Path) -> None:
-    done = command("train", "-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    done = command("train", "-m", "dataset=listed", "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path, jobs=1)
     assert done.returncode == 1
     assert "output.log: required and not given: dataset.root" in done.stderr
     assert list(states(tmp_path / "sweep").values()) == ["failed"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +58,12 @@ def checkpoint(run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def localizers(checkpoint: Path) -> Callable[[str], Localizer]:
+    """Under each protocol's rules, read once."""
+    return functools.cache(lambda name: Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name))
+
+
+@pytest.fixture(scope="module")
 def localizer(checkpoint: Path) -> Localizer:
     return Localizer.from_checkpoint(checkpoint, device="cpu")
 
@@ -104,10 +111,15 @@ def test_model_can_be_looked_into(checkpoint: Path) -> None:
 @pytest.mark.parametrize("threshold", [None, 0.7, 0.9])
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "maxboxacc_v2"])
 def test_boxes_are_those_of_the_evaluation(
-    name: str, threshold: float | None, run: Path, checkpoint: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    threshold: float | None,
+    run: Path,
+    localizers: Callable[[str], Localizer],
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At the test threshold, and others, exactly; where boxes meet at the network's input, once scaled back to it."""
-    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    localizer = localizers(name)
     rules, expected, sizes = evaluated(run, name, monkeypatch)
     found = localizer(paths, [number % 2 for number in range(7)], threshold=threshold)
     place = rules.index_of(found[0].threshold)
@@ -203,9 +215,9 @@ def test_classes_are_given_by_name_or_number(localizer: Localizer, paths: list[P
 
 @pytest.mark.parametrize("name", ["maxboxacc", "sat", "spa"])
 def test_boxes_at_any_threshold_need_the_network_once(
-    name: str, checkpoint: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    name: str, localizers: Callable[[str], Localizer], paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    localizer = localizers(name)
     ranked = localizer.raw_maps(paths[0], top_k=2)
     (given,) = localizer.raw_maps(paths[0], [localizer.class_names[1]])
     expected = {
@@ -241,9 +253,9 @@ def test_result_is_small_frozen_and_can_be_drawn(localizer: Localizer, paths: li
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (3000, 2), (5, 7), (64, 64), (3000, 2000)])
 @pytest.mark.parametrize("name", ["maxboxacc", "sat", "spa"])
 def test_boxes_and_masks_lie_in_images_of_any_size(
-    size: tuple[int, int], name: str, checkpoint: Path, localizer: Localizer
+    size: tuple[int, int], name: str, localizers: Callable[[str], Localizer]
 ) -> None:
-    localizer = Localizer.from_checkpoint(checkpoint, device="cpu", protocol=name)
+    localizer = localizers(name)
     height, width = size
     image = np.random.default_rng(2).integers(0, 255, (height, width, 3), dtype=np.uint8)
     found = localizer(image, select="all", threshold=0.3)

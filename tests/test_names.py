@@ -364,6 +364,7 @@ def test_what_a_failing_picture_costs(tmp_path: Path, capsys: pytest.CaptureFixt
     )
 
 
+@pytest.mark.report
 def test_pictures_that_fail_cost_no_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,6 +417,7 @@ def test_training_on_classes_of_any_name(tmp_path: Path) -> None:
             "hydra.run.dir=run",
         ),
         cwd=tmp_path,
+        report=True,
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.replace("warning: no installed font", "")

@@ -1,5 +1,8 @@
 """Every command that the README and the pages tell is run: on small copies of the data sets, for a step.
 
+Of training and evaluating alike (of one method on one data set, say), the first is run, and the others' settings are
+composed and checked; the slow tests run all.
+
 Pages that go from start to end (predict, export, …) are followed as they stand, in test_docs.
 """
 
@@ -21,14 +24,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from omegaconf import DictConfig
 
 from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
-from tests.fresh import FRESH
+from tests.fresh import FRESH, draw_no_report
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
 from wsolkit import config, load_config
+from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.config import check_config, given_overrides
 from wsolkit.train import train
 
 FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}
@@ -75,6 +81,24 @@ COMMANDS = sorted(
         if not line.startswith("python -m wsolkit.demo ")  # never ends by itself; test_docs opens it
     }
 )
+
+
+def kind(line: str) -> tuple[str, ...]:
+    """Commands of one kind do the same: by name, method, data set, and whether it is a sweep."""
+    name, *arguments = line.removeprefix("python -m wsolkit.").split()
+    if name not in ("train", "evaluate"):
+        return (line,)  # these are quick
+    sweep = "-m" in arguments or any(word.startswith("sweep=") for word in arguments)
+    given = [word for word in arguments if word.startswith(("method=", "dataset=", "score_maps="))]
+    return (name, "sweep" if sweep else "run", *sorted(given))
+
+
+FIRST = {kind(line): (page, line) for page, line in reversed(COMMANDS)}
+OTHERS = [command for command in COMMANDS if command not in FIRST.values()]
+
+
+def named(commands: list[tuple[str, str]], *marks: pytest.MarkDecorator) -> list[object]:
+    return [pytest.param(page, line, id=f"{page}: {line}", marks=marks) for page, line in commands]
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +194,11 @@ def exit_code(module: str, arguments: list[str]) -> object:
 def run_in(folder: Path, module: str, arguments: list[str]) -> None:
     os.chdir(folder)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    draw_no_report()
     sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line}" for page, line in COMMANDS])
+@pytest.mark.parametrize(("page", "line"), [*named(list(FIRST.values())), *named(OTHERS, pytest.mark.slow)])
 def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, arguments = filled_in(page, line, place)
 
@@ -190,6 +215,28 @@ def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypat
     assert exit_code(f"wsolkit.{name}", arguments) == 0
     if name in ("train", "evaluate"):
         assert list(in_tmp.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize(("page", "line"), named(OTHERS))
+def test_settings_of_commands_are_right(
+    page: str, line: str, place: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composed and checked, every job of a sweep composed; another of the kind is run above."""
+    name, arguments = filled_in(page, line, place)
+    checked = []
+
+    def check(cfg: DictConfig, folder: Path) -> None:
+        if name == "evaluate":
+            cfg = restore(cfg, read_checkpoint(Path(cfg.checkpoint)), given_overrides())
+        check_config(cfg)
+        checked.append(folder)
+
+    monkeypatch.setattr(f"wsolkit.{name}.{name}", check)
+    monkeypatch.setattr(config, "run_job", lambda *job: checked.append(job[-1]))
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert exit_code(f"wsolkit.{name}", arguments) == 0
+    assert checked
 
 
 def test_pages_have_commands() -> None:

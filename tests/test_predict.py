@@ -6,8 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import wsolkit
+from tests.fresh import Running
 from wsolkit.data.folder import folder_records
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError
@@ -325,14 +324,12 @@ def test_killed_it_loses_no_more_than_a_batch(trained: Path, tmp_path: Path) -> 
     for number in range(60):
         save(tmp_path / "images" / f"{number:02d}.png", (500, 400))
     given = [f"checkpoint={trained}", "source=images", "output=out", "batch_size=2", "progress=false", "device=cpu"]
-    command = [sys.executable, "-m", "wsolkit.predict", *given, "num_workers=0"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    running = Running("predict", *given, "num_workers=0", cwd=tmp_path, folder=tmp_path / "printed")
     progress = tmp_path / "out" / files.PROGRESS
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (progress.is_file() and len(lines(tmp_path / "out")) >= 6):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    running.kill()
     assert 6 <= len(lines(tmp_path / "out")) < 60
     assert not any((tmp_path / "out" / name).exists() for name in FINAL)
     assert predict(*given, "num_workers=0", cwd=tmp_path) == 0

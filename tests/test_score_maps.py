@@ -43,7 +43,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smoke = ("trainer=smoke", SIZES, "dataset.batch_size=16", "num_examples=0", "hydra.run.dir=run")
     command("train", *smoke, cwd=folder).check_returncode()
     protocols = ("protocol=[maxboxacc_v2,ts_cam,scm,sat,spa]", "hydra.run.dir=own", "num_examples=2")
-    done = command("evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps", *protocols, cwd=folder)
+    done = command(
+        "evaluate", "checkpoint=run/checkpoints/last.ckpt", "save_maps=maps", *protocols, cwd=folder, report=True
+    )
     assert done.returncode == 0, done.stderr
     (folder / "table.txt").write_text(done.stdout)
     return folder
@@ -62,6 +64,7 @@ def test_one_table_has_a_row_for_each_protocol(run: Path) -> None:
     assert sum("gaussian" in line for line in lines) == 5
 
 
+@pytest.mark.report
 def test_saved_maps_give_the_numbers_of_their_model(run: Path) -> None:
     evaluate("score_maps=maps", "dataset=shapes", SIZES, "protocol=[maxboxacc_v2]", "hydra.run.dir=again", cwd=run)
     own, again = metrics(run / "own"), metrics(run / "again")
@@ -121,6 +124,7 @@ def test_wrong_calls(run: Path, arguments: list[str], message: str, capsys: pyte
     assert error.startswith("error: ")
 
 
+@pytest.mark.report
 def test_maps_of_a_listed_data_set_and_a_protocol_of_one_s_own(tmp_path: Path) -> None:
     """Boxes as maps are found again; the rules come from a YAML file of the user's."""
     write_listed(tmp_path / "data", {"train": 2, "val": 5})

@@ -84,7 +84,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A sweep over two methods, logged everywhere: run directories by method."""
     folder = tmp_path_factory.mktemp("watched")
     loggers = ("logger=[wandb,tensorboard]", "trainer.log_every_n_steps=2", "hydra.sweep.dir=methods")
-    run("train", "-m", "method=sat,scm", "method.num_blocks=2", *TINY, *loggers, cwd=folder)
+    run("train", "-m", "method=sat,scm", "method.num_blocks=2", *TINY, *loggers, cwd=folder, jobs=2)
     found = [path.parent for path in (folder / "methods").glob("*/metrics.json")]
     return {yaml.safe_load((path / "config.yaml").read_text())["method"]["name"]: path for path in found}
 

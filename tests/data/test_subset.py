@@ -69,15 +69,14 @@ def test_the_seed_decides_and_nothing_else(records: Records) -> None:
 
 def test_processes_draw_the_same() -> None:
     code = (
-        "from tests.data.test_subset import *\n"
-        "r = ShapesRecords('train', {'train': 400}, 64, 0)\n"
-        "print(names(part(r, shots=2, seed=5)))"
+        "from wsolkit.data.shapes import ShapesRecords\n"
+        "from wsolkit.data.subset import choose\n"
+        "few = choose(ShapesRecords('train', {'train': 400}, 64, 0), 'train', None, None, 2, 5)\n"
+        "print([few.name(index) for index in range(len(few.labels))])"
     )
-    root = Path(__file__).parents[2]
     outputs = [
         subprocess.run(
             [sys.executable, "-c", code],
-            cwd=root,
             env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
@@ -85,7 +84,9 @@ def test_processes_draw_the_same() -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    assert outputs[0] == outputs[1]
+    assert (
+        outputs[0] == outputs[1] == f"{names(part(ShapesRecords('train', {'train': 400}, 64, 0), shots=2, seed=5))}\n"
+    )
     assert outputs[0].count("train/") == 16
 
 

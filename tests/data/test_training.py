@@ -24,6 +24,7 @@ def cub(tmp_path: Path) -> list[str]:
     return ["dataset=cub", f"dataset.root={root}", "dataset.num_classes=2", "dataset.expected=null", *SMALL]
 
 
+@pytest.mark.report
 def test_cub_is_trained_and_evaluated(cub: list[str], in_tmp: Path) -> None:
     cfg = load_config(*cub, "protocol=[maxboxacc,sat,spa]")
     assert cfg.protocol.sat.threshold == 0.4
@@ -87,6 +88,7 @@ def test_data_sets_of_dogs_cars_and_aircraft(
     assert build_datamodule(cfg).held_out == (name == "aircraft" and not settings)
 
 
+@pytest.mark.report
 def test_folders_are_trained_on_and_evaluated_by_what_there_is(tmp_path: Path, in_tmp: Path) -> None:
     root = write_folder(tmp_path / "my images", "train", "val")
     given = ["dataset=folder", f"dataset.root={root}", *SMALL]
