@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 
 from wsolkit import load_config
 from wsolkit.build import build_records
-from wsolkit.config import plain
-from wsolkit.data.index import Indexed, write_index
+from wsolkit.data.preparing.index import Indexed, write_index
+from wsolkit.settings.compose import plain
 
 CLASSES, VALIDATION = 1000, 50_000
 XML = """<annotation>

@@ -31,13 +31,13 @@ from omegaconf import DictConfig
 
 from wsolkit import build_module, load_config
 from wsolkit.build import build_optimization
-from wsolkit.checkpoint import LastCheckpoint
-from wsolkit.libraries import quieten_libraries
-from wsolkit.progress import Progress
-from wsolkit.speed import Speed
+from wsolkit.system.libraries import quieten_libraries
+from wsolkit.training.checkpointing import LastCheckpoint
+from wsolkit.training.failures import FiniteLoss
 from wsolkit.training.loggers import build_loggers
+from wsolkit.training.progress import Progress
+from wsolkit.training.speed import Speed
 from wsolkit.training.trainer import build_trainer
-from wsolkit.trouble import FiniteLoss
 
 TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
 TERMS = {"spa": ["method.start_epoch=0"], "bridging_gap": ["method.warmup_epochs=0"]}  # every term of the loss, at once

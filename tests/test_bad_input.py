@@ -14,11 +14,11 @@ import torch
 
 from tests.fresh import command
 from wsolkit.checkpoint import read_checkpoint
-from wsolkit.config import load_config
+from wsolkit.data.benchmarks.imagenet import imagenet_records
+from wsolkit.data.benchmarks.listed import listed_records
 from wsolkit.data.files import IMAGE_SUFFIXES
-from wsolkit.data.imagenet import imagenet_records
-from wsolkit.data.listed import listed_records
 from wsolkit.errors import CheckpointError, DataError, WsolkitError
+from wsolkit.settings.compose import load_config
 from wsolkit.train import train
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
@@ -414,8 +414,8 @@ def test_weights_with_code_are_refused(in_tmp: Path) -> None:
 def test_mask_of_another_shape_is_named() -> None:
     import numpy as np
 
+    from wsolkit.data.benchmarks.shapes import ShapesRecords
     from wsolkit.data.dataset import WSOLDataset
-    from wsolkit.data.shapes import ShapesRecords
     from wsolkit.data.transforms import Transform
 
     class Wrong(ShapesRecords):

@@ -16,12 +16,14 @@ from omegaconf import DictConfig
 from tests.conftest import write_imagenet, write_listed
 from tests.fresh import command
 from wsolkit import load_config
-from wsolkit.checkpoint import Checkpoint, read_checkpoint, restore
-from wsolkit.config import check_config, plain
+from wsolkit.checkpoint import Checkpoint, read_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.reporting.examples import read_examples
-from wsolkit.reporting.pictures import Report
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.compose import plain
+from wsolkit.settings.restore import restore
 from wsolkit.train import train
+from wsolkit.training.report import Report
 
 TINY = (
     "dataset.records.sizes={train: 48, val: 20, test: 21}",
@@ -168,7 +170,7 @@ def test_checkpoint_says_values_and_never_what_runs(trained: Path) -> None:
     restored = restore(load_config("method=ts_cam"), checkpoint, [])
     assert restored.method._target_ == "wsolkit.methods.ts_cam.TSCAM"
     assert restored.method.head_init == "default"
-    assert restored.dataset.records._target_ == "wsolkit.data.shapes.ShapesRecords"
+    assert restored.dataset.records._target_ == "wsolkit.data.benchmarks.shapes.ShapesRecords"
     assert restored.dataset.records.seed == 7
     assert restore(load_config("method=ts_cam"), checkpoint, ["dataset.records.seed=3"]).dataset.records.seed == 3
 

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 import wsolkit
 from tests.conftest import REPOSITORY
 from wsolkit import load_config
-from wsolkit.config import CONF, check_config
 from wsolkit.errors import ConfigError
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.conf import CONF
 
 
 def names(group: str) -> list[str]:
@@ -207,7 +208,7 @@ def test_python_fills_in_no_defaults_of_methods() -> None:
     """Every setting stands in YAML: constructors named there have no default arguments."""
     import inspect
 
-    from wsolkit.config import locate
+    from wsolkit.settings.checks import locate
 
     for path in [*CONF.glob("method/*.yaml"), *CONF.glob("backbone/*.yaml"), CONF / "loader" / "default.yaml"]:
         target = locate(yaml.safe_load(path.read_text())["_target_"], "")
@@ -241,31 +242,29 @@ def test_yaml_files_of_users_may_begin_with_a_byte_order_mark(tmp_path: Path) ->
     assert load_config(f"hydra.searchpath=[file://{tmp_path}]", "+mine=ours").seed == 77
 
 
-def test_imports_point_along_the_path_of_an_image() -> None:
-    """data, backbones → localization → metrics → methods → reporting → commands; never back."""
-    allowed = {
-        "data": {"data", "compiled", "cores", "drafts", "seeding", "errors", "types"},
-        "backbones": {"backbones", "errors", "types"},
-        "localization": {"localization", "compiled", "errors", "types"},
-        "metrics": {"metrics", "localization", "compiled", "cores", "errors", "types"},
-        "methods": {"methods", "metrics", "localization", "backbones", "optim", "seeding", "errors", "types"},
-        "reporting": {"reporting", "methods", "metrics", "localization", "data", "drafts", "names", "errors", "types"},
-    }
+def import_order(page: str) -> list[set[str]]:
+    """The order of imports that a page tells: levels of packages and modules, each of which imports earlier ones."""
+    (told,) = re.findall(
+        r"Imports go in one order:([^.]+) → commands\.", (REPOSITORY / page).read_text(encoding="utf-8")
+    )
+    return [set(re.findall(r"`(\w+)`", level)) for level in told.split("→")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_imports_go_in_the_order_that_the_pages_tell(page: str) -> None:
+    """A package imports itself and what stands before it, at the top of a file and within functions."""
+    levels = import_order(page)
     source = REPOSITORY / "src" / "wsolkit"
-    for package, may_import in allowed.items():
-        for path in (source / package).glob("*.py"):
-            for line in path.read_text().splitlines():
-                if line.startswith(("from wsolkit.", "import wsolkit.")):
-                    imported = line.split()[1].split(".")[1]
-                    assert imported in may_import, f"{path.relative_to(source)}: {line}"
-    for page in ("README.md", "docs/architecture.md"):
-        (told,) = re.findall(
-            r"Imports go in one order:([^.]+) → commands\.", (REPOSITORY / page).read_text(encoding="utf-8")
-        )
-        order = re.findall(r"`(\w+)`", told)
-        assert set(order) == allowed.keys()
-        for package, may_import in allowed.items():
-            assert may_import.isdisjoint(order[order.index(package) + 1 :]), f"{page}: {package}"
+    told = set().union(*levels)
+    rooms = {path.parent.name for path in source.glob("*/__init__.py")}
+    assert rooms <= told
+    for level, names in enumerate(levels):
+        earlier = set().union(*levels[:level])
+        for name in names:
+            for path in [source / f"{name}.py"] if name not in rooms else (source / name).rglob("*.py"):
+                text = re.sub(r"if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", path.read_text(encoding="utf-8"))
+                imported = set(re.findall(r"^ *(?:from|import) wsolkit\.(\w+)", text, re.MULTILINE))
+                assert imported <= earlier | {name}, f"{path.relative_to(source)}: {imported - earlier - {name}}"
 
 
 @pytest.mark.parametrize("trainer", ["ddp_multinode", "slurm"])

@@ -26,16 +26,16 @@ from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.build import compile_network
 from wsolkit.errors import ConfigError
-from wsolkit.libraries import quieten_libraries
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss
-from wsolkit.profiling import StepProfiler
-from wsolkit.progress import Progress
+from wsolkit.system.libraries import quieten_libraries
 from wsolkit.train import train
 from wsolkit.training.evaluator import Evaluator
+from wsolkit.training.failures import FiniteLoss
 from wsolkit.training.loss_log import LossLog
+from wsolkit.training.profiling import StepProfiler
+from wsolkit.training.progress import Progress
 from wsolkit.training.trainer import SyncBatchNormPlugin, build_trainer
-from wsolkit.trouble import FiniteLoss
 
 
 def settings(method: str, *overrides: str) -> Any:

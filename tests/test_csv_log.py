@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from tests.test_run_directory import longest_file
-from wsolkit.csv_log import RunLog
-from wsolkit.log_file import read_log
+from wsolkit.reporting.log_file import read_log
+from wsolkit.training.csv_log import RunLog
 
 ROWS: list[tuple[dict[str, Any], int]] = [
     ({"epoch": 0, "train/loss_step": 2.5}, 0),

@@ -48,7 +48,7 @@ def demo(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     localizer = Localizer.from_checkpoint(shapes_checkpoint, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        from wsolkit.demo_page import build_app
+        from wsolkit.serving.page import build_app
 
         with listen("127.0.0.1", 0) as listening:
             served = Demo(f"http://127.0.0.1:{listening.getsockname()[1]}", localizer, examples)
@@ -153,7 +153,7 @@ def set_threshold(page: Page, threshold: float) -> None:
 @pytest.mark.parametrize(("exif", "shape"), [("apply", (60, 40, 3)), ("ignore", (40, 60, 3))])
 def test_photos_are_offered_as_the_model_sees_them(tmp_path: Path, exif: Exif, shape: tuple[int, ...]) -> None:
     pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
-    from wsolkit.demo_page import thumbnails
+    from wsolkit.serving.page import thumbnails
 
     noted = PIL.Image.Exif()
     noted[0x0112] = 6
@@ -381,7 +381,7 @@ def test_other_sites_names_are_refused(demo: Demo) -> None:
 
 
 def test_a_visitor_costs_no_memory_of_the_size_of_the_image(demo: Demo, tmp_path: Path) -> None:
-    from wsolkit.demo_page import Opened
+    from wsolkit.serving.page import Opened
 
     picture = np.zeros((3000, 2000, 3), np.uint8)
     opened = Opened(demo.localizer, lambda: picture, "large.png")

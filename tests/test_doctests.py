@@ -16,7 +16,7 @@ from tests.test_import_checkpoint import golden
 
 EXAMPLES = {
     "wsolkit.build": ["build_datamodule", "build_module"],
-    "wsolkit.config": ["load_config"],
+    "wsolkit.settings.compose": ["load_config"],
     "wsolkit.interop.official": ["from_official"],
     "wsolkit.localization.boxes": ["boxes_at_thresholds"],
     "wsolkit.localizer": ["Localizer"],

@@ -19,10 +19,10 @@ import torch
 import wsolkit
 from tests.conftest import METHODS, REPOSITORY
 from wsolkit import Localizer, build_module, load_config
-from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.export import file_format, main
 from wsolkit.interop import programs
 from wsolkit.methods.base import WSOLModule
+from wsolkit.training.checkpointing import AtomicCheckpointIO
 
 TOLERANCE = 1e-4
 EXAMPLE = REPOSITORY / "examples" / "onnx_boxes.py"

@@ -15,10 +15,13 @@ from omegaconf import OmegaConf
 
 from wsolkit import Localizer
 from wsolkit.backbones.pretrained import create
-from wsolkit.checkpoint import BestCheckpoint, choose_groups, read_checkpoint, restore
-from wsolkit.config import check_config, load_config, locate, plain
+from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
-from wsolkit.overrides import escaped
+from wsolkit.settings.checks import check_config, locate
+from wsolkit.settings.compose import load_config, plain
+from wsolkit.settings.overrides import escaped
+from wsolkit.settings.restore import choose_groups, restore
+from wsolkit.training.checkpointing import BestCheckpoint
 
 NAMES = [
     "../../../elsewhere/evil",

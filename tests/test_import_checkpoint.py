@@ -20,13 +20,14 @@ import wsolkit
 from tests.conftest import GOLDEN, write_listed
 from wsolkit import Localizer, build_datamodule, load_config
 from wsolkit.build import build_protocols
-from wsolkit.checkpoint import check_resumable, read_checkpoint
+from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError
 from wsolkit.evaluate import main as evaluate
 from wsolkit.import_checkpoint import main
 from wsolkit.interop import from_official
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, outcome
+from wsolkit.settings.restore import check_resumable
 
 
 def golden(method: str) -> dict[str, Tensor]:

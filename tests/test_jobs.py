@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.fresh import command
-from wsolkit.config import CONF
 from wsolkit.errors import JobError
-from wsolkit.jobs import Job, differences, job_name, read_job, run_job, watch_sweep
-from wsolkit.locks import alone
-from wsolkit.run_directory import LOCK
+from wsolkit.settings.conf import CONF
+from wsolkit.settings.jobs import Job, differences, job_name, read_job, run_job, watch_sweep
+from wsolkit.settings.run_directory import LOCK
+from wsolkit.system.locks import alone
 
 SMOKE = (
     "trainer=smoke",
@@ -119,7 +119,9 @@ def test_stopped_sweep_takes_its_job_along(modules: Path, number: signal.Signals
         pytest.skip("only Linux ends a process with its killed parent")
     # A shell that starts tests in the background has them ignore SIGINT.
     listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listens}; import pathlib, wsolkit.jobs as j; j.run_job('waits', [], [], {{}}, pathlib.Path('job'))"
+    code = (
+        f"{listens}; import pathlib, wsolkit.settings.jobs as j; j.run_job('waits', [], [], {{}}, pathlib.Path('job'))"
+    )
     sweep = subprocess.Popen([sys.executable, "-c", code], cwd=modules, stderr=subprocess.DEVNULL)
     while not (children := subprocess.run(["pgrep", "-P", str(sweep.pid)], capture_output=True, text=True).stdout):
         time.sleep(0.1)
@@ -147,7 +149,7 @@ def test_killed_sweep_takes_the_jobs_of_its_launcher_along(modules: Path, number
         modules, "saves", result + leave + "signal.signal(15, leave)\n(folder / 'begun').touch()\ntime.sleep(90)"
     )
     code = (
-        "import joblib, pathlib, wsolkit.jobs as j\n"
+        "import joblib, pathlib, wsolkit.settings.jobs as j\n"
         "job = joblib.delayed(j.run_job)\n"
         "joblib.Parallel(2)(job('saves', [], [], {}, pathlib.Path(f'job{n}')) for n in range(6))"
     )
@@ -171,7 +173,7 @@ def test_killed_sweep_takes_the_jobs_of_its_launcher_along(modules: Path, number
 def test_job_on_other_systems_looks_for_its_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr("platform.system", lambda: "Darwin")
-    monkeypatch.setattr("wsolkit.jobs._GLANCE", 0.01)
+    monkeypatch.setattr("wsolkit.settings.jobs._GLANCE", 0.01)
     monkeypatch.setattr("os.kill", lambda process, number: ended.set() if number == signal.SIGTERM else None)
     monkeypatch.setenv("WSOLKIT_SWEEP", str(os.getppid()))
     watch_sweep()
@@ -191,7 +193,7 @@ def test_job_waits_for_the_one_that_a_killed_sweep_has_left(modules: Path) -> No
     write_module(
         modules,
         "looks",
-        "import wsolkit.locks as l, wsolkit.run_directory as r\nfrom works import folder\nassert not l.is_held(folder / r.LOCK)",
+        "import wsolkit.system.locks as l, wsolkit.settings.run_directory as r\nfrom works import folder\nassert not l.is_held(folder / r.LOCK)",
     )
     run_job("looks", [], [], {}, folder)
     assert not (folder / ".job.json.12").exists()
@@ -199,7 +201,7 @@ def test_job_waits_for_the_one_that_a_killed_sweep_has_left(modules: Path) -> No
 
 def test_of_two_sweeps_at_once_one_runs_the_job(modules: Path) -> None:
     write_module(modules, "slow", "import time, works; time.sleep(1)")
-    code = "import pathlib, wsolkit.jobs as j; j.run_job('slow', [], [], {}, pathlib.Path('job'))"
+    code = "import pathlib, wsolkit.settings.jobs as j; j.run_job('slow', [], [], {}, pathlib.Path('job'))"
     sweeps = [
         subprocess.Popen([sys.executable, "-c", code], cwd=modules, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
@@ -296,7 +298,7 @@ def test_ready_grids_compose(grid: str, tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
     from wsolkit import load_config
-    from wsolkit.config import check_config
+    from wsolkit.settings.checks import check_config
 
     params = OmegaConf.load(CONF / "sweep" / f"{grid}.yaml").hydra.sweeper.params
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])

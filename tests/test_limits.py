@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from wsolkit.build import build_datamodule, build_module
-from wsolkit.config import built, check_config, load_config
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.limits import LIMITS
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.compose import built, load_config
+from wsolkit.settings.limits import LIMITS
 from wsolkit.training.optimization import Optimization
 from wsolkit.training.trainer import build_trainer
 

@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 import wsolkit
 from tests.conftest import METHODS, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
-from wsolkit.checkpoint import read_checkpoint, restore
+from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.export import describe
 from wsolkit.localization.boxes import matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
 from wsolkit.metrics.workers import BoxWorkers
+from wsolkit.settings.restore import restore
 from wsolkit.train import train
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.types import Boxes, Exif, Select

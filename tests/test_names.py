@@ -20,28 +20,28 @@ from omegaconf import OmegaConf
 
 from tests.fresh import command
 from wsolkit import load_config
-from wsolkit.config import save_config
-from wsolkit.data.folder import _share
+from wsolkit.data.benchmarks.folder import _share
 from wsolkit.interop.coco import Source, prediction_files
 from wsolkit.interop.score_maps import ScoreMaps
-from wsolkit.jobs import job_name
 from wsolkit.localizer import Prediction
 from wsolkit.metrics.evaluation import Outcome
-from wsolkit.names import AS_IN_FILES, file_name, one_line, readable, shortened
 from wsolkit.predict import _overlay_path
 from wsolkit.reporting import figure, pictures
 from wsolkit.reporting.charts import Shown
-from wsolkit.reporting.comparison import comparison
 from wsolkit.reporting.examples import read_examples, write_examples
 from wsolkit.reporting.figure import PlainFigure, fallback
 from wsolkit.reporting.images import ImageRow
 from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.reporting.page import write_page
-from wsolkit.reporting.sweep import Run, Sweep, as_markdown, group_runs, markdown, means_csv, runs_csv
-from wsolkit.reporting.sweep_charts import charts
 from wsolkit.reporting.table import print_results, write_results
 from wsolkit.reporting.terminal import PlainConsole, picture
+from wsolkit.settings.compose import save_config
+from wsolkit.settings.jobs import job_name
 from wsolkit.sweep_report import write
+from wsolkit.sweeps.charts import charts
+from wsolkit.sweeps.comparison import comparison
+from wsolkit.sweeps.tables import Run, Sweep, as_markdown, group_runs, markdown, means_csv, runs_csv
+from wsolkit.system.names import AS_IN_FILES, file_name, one_line, readable, shortened
 from wsolkit.train import train
 
 DOLLARS, MARKUP = "a_$x^$b", '[bold]red[/bold] & <b>"x"</b>'

@@ -23,12 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 import wsolkit.data
 from wsolkit import load_config
 from wsolkit.__main__ import COMMANDS as ALL_COMMANDS
-from wsolkit.checkpoint import choose_groups, read_checkpoint, restore
-from wsolkit.config import CONF, built, plain, save_config
+from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import ConfigError
-from wsolkit.jobs import job_name
-from wsolkit.overrides import NAMES, PATHS, as_overrides
 from wsolkit.predict import find_images
+from wsolkit.settings.compose import built, plain, save_config
+from wsolkit.settings.conf import CONF
+from wsolkit.settings.jobs import job_name
+from wsolkit.settings.overrides import NAMES, PATHS, as_overrides
+from wsolkit.settings.restore import choose_groups, restore
 
 ALL = "a b${x}&!;^\"'\\(),={}[]#%~+@:|?*<>é数`"
 """Every sign that means something to a shell, to Hydra or to OmegaConf, in one name."""

@@ -33,8 +33,10 @@ from tests.fresh import FRESH, draw_no_report
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
 from wsolkit import config, load_config
-from wsolkit.checkpoint import read_checkpoint, restore
-from wsolkit.config import check_config, given_overrides
+from wsolkit.checkpoint import read_checkpoint
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.conf import given_overrides
+from wsolkit.settings.restore import restore
 from wsolkit.train import train
 
 FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}

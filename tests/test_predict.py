@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 import wsolkit
 from tests.fresh import Running
-from wsolkit.data.folder import folder_records
+from wsolkit.data.benchmarks.folder import folder_records
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError
 from wsolkit.interop import coco as files

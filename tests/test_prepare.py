@@ -30,9 +30,9 @@ from tests.data.layouts import (
 from tests.data.packing import pack, pack_each, tar_of, tree
 from tests.data.serving import serving
 from tests.fresh import command
-from wsolkit.config import CONF
-from wsolkit.locks import alone
 from wsolkit.prepare import main
+from wsolkit.settings.conf import CONF
+from wsolkit.system.locks import alone
 
 LISTS = "wsolevaluation-e9972606b18064ea886f098f2b5b29b9ade75f09"
 SMALL = ("dataset.num_classes=2", "dataset.expected=null")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from wsolkit import load_config
-from wsolkit.config import CONF
 from wsolkit.reporting.summary import about_recipe
+from wsolkit.settings.conf import CONF
 
 
 def test_recipe_is_named_with_its_source() -> None:

@@ -19,12 +19,13 @@ from lightning import Trainer
 
 from tests.fresh import FRESH, draw_no_report
 from tests.test_commands import Interrupted, config, metrics, weights
-from wsolkit.checkpoint import latest_checkpoint, read_checkpoint
+from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError
-from wsolkit.jobs import job_name, run_name
 from wsolkit.methods.sat import SAT
-from wsolkit.run_directory import LOCK
+from wsolkit.settings.jobs import job_name, run_name
+from wsolkit.settings.run_directory import LOCK
 from wsolkit.train import train
+from wsolkit.training.checkpointing import latest_checkpoint
 
 SETTINGS = (
     *("trainer.max_epochs=4", "schedule.name=cosine", "backbone.drop_path_rate=0.2", "dataset.num_workers=0"),

@@ -19,16 +19,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.fresh import FRESH, command
-from wsolkit.config import save_config
-from wsolkit.drafts import draft, write_text
 from wsolkit.errors import BusyError, TrainingError
 from wsolkit.interop.coco import prediction_files
-from wsolkit.locks import alone, is_held
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.reporting.images import ImageRow, write_images
 from wsolkit.reporting.page import write_page
 from wsolkit.reporting.table import write_metrics
-from wsolkit.run_directory import LOCK, leads, one_run, run_directory
+from wsolkit.settings.compose import save_config
+from wsolkit.settings.run_directory import LOCK, leads, one_run, run_directory
+from wsolkit.system.drafts import draft, write_text
+from wsolkit.system.locks import alone, is_held
 
 PLACE = "give this run another place with hydra.run.dir=DIR\n"
 

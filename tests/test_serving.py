@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from wsolkit import serving
 from wsolkit.errors import DataError
-from wsolkit.serving import KnownHosts, Uploads
+from wsolkit.serving import uploads as serving
+from wsolkit.serving.uploads import KnownHosts, Uploads
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from tests.fresh import Running, command
 from tests.test_commands import metrics, weights
 from tests.test_resume import log
 from wsolkit.checkpoint import is_whole, read_checkpoint
-from wsolkit.companions import Agreement
-from wsolkit.signals import PARENT, SIGNALS, Stopped
+from wsolkit.system.signals import PARENT, SIGNALS, Stopped
+from wsolkit.training.companions import Agreement
 
 SETTINGS = (
     *("method=sat", "protocol=[maxboxacc]", "dataset.records.sizes={train: 48, val: 21, test: 21}"),
@@ -293,7 +293,7 @@ def test_signals_are_heard_once() -> None:
 
 def test_second_interrupt_ends_at_once() -> None:
     code = (
-        "import signal; from wsolkit.signals import SIGNALS\n"
+        "import signal; from wsolkit.system.signals import SIGNALS\n"
         "with SIGNALS.listening():\n"
         "    SIGNALS.deferred = True\n"
         "    for _ in range(2): signal.raise_signal(signal.SIGINT)\n"

@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 
 from tests import fresh
 from wsolkit.errors import ConfigError
-from wsolkit.jobs import Job, State
 from wsolkit.reporting.charts import Shown
 from wsolkit.reporting.examples import read_examples, write_examples
-from wsolkit.reporting.sweep import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown, remarks
-from wsolkit.reporting.sweep_charts import axis, charts, file_name, line_chart, title
+from wsolkit.settings.jobs import Job, State
 from wsolkit.sweep_report import duration, gather
+from wsolkit.sweeps.charts import axis, charts, file_name, line_chart, title
+from wsolkit.sweeps.tables import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown, remarks
 
 SETTINGS = {
     "seed": 0,

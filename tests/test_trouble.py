@@ -18,10 +18,10 @@ from tests.fresh import FRESH, command
 from tests.test_commands import TINY, config, weights
 from tests.test_resume import _train, finish, stop
 from wsolkit.checkpoint import is_whole, read_checkpoint
-from wsolkit.data.shapes import ShapesRecords
+from wsolkit.data.benchmarks.shapes import ShapesRecords
 from wsolkit.errors import CheckpointError, TrainingError
 from wsolkit.methods.sat import SAT
-from wsolkit.overrides import as_overrides
+from wsolkit.settings.overrides import as_overrides
 from wsolkit.train import train
 from wsolkit.types import TrainingBatch
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from wsolkit.__main__ import COMMANDS
-from wsolkit.config import CONF
-from wsolkit.usage import groups, settings, usage
+from wsolkit.settings.conf import CONF
+from wsolkit.settings.usage import groups, settings, usage
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 

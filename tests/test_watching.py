@@ -22,9 +22,9 @@ from tests.test_commands import TINY, config, metrics, run
 from wsolkit import build, dashboard, load_config
 from wsolkit.dashboard import build_workspace, logged_keys
 from wsolkit.errors import ConfigError
-from wsolkit.jobs import Job, swept
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.errors import ERRORS
+from wsolkit.settings.jobs import Job, swept
 from wsolkit.train import train
 
 PROTOCOLS = ("maxboxacc", "maxboxacc_v2")

@@ -10,14 +10,9 @@ import io
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import wsolkit.companions
-import wsolkit.localizer
-import wsolkit.methods.sat
-import wsolkit.reporting.pictures
-import wsolkit.train  # noqa: F401
-from wsolkit.config import load_config
 from wsolkit.localization.boxes import boxes_at_thresholds
 from wsolkit.reporting.figure import PlainFigure
+from wsolkit.settings.compose import load_config
 
 load_config()
 boxes_at_thresholds(np.eye(8, dtype=np.float32), np.array([0.2, 0.5]), "largest")

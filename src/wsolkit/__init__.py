@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from wsolkit.build import build_datamodule, build_module
-    from wsolkit.config import load_config
     from wsolkit.localizer import Localizer, Prediction
+    from wsolkit.settings.compose import load_config
 
 # Loaded on first use, so that `--help` and `--cfg job` answer without importing torch.
 _HOME = {
-    "load_config": "wsolkit.config",
+    "load_config": "wsolkit.settings.compose",
     "build_module": "wsolkit.build",
     "build_datamodule": "wsolkit.build",
     "Localizer": "wsolkit.localizer",

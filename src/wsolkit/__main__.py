@@ -42,7 +42,7 @@ def main() -> None:
         try:
             print(overview(), flush=True)
         except BrokenPipeError:  # of `wsolkit --help | head`
-            from wsolkit.signals import leave_without_reader
+            from wsolkit.system.signals import leave_without_reader
 
             leave_without_reader()
         return

@@ -14,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
-from wsolkit.config import CONF, accepted, arguments, built, check_config, locate, plain
 from wsolkit.data.datamodule import WSOLDataModule
-from wsolkit.data.index import Indexed
+from wsolkit.data.preparing.index import Indexed
 from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
 from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Description, Network, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
+from wsolkit.settings.checks import accepted, check_config, locate
+from wsolkit.settings.compose import arguments, built, plain
+from wsolkit.settings.conf import CONF
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.loss_log import LossLog
 from wsolkit.training.noise import StepNoise

@@ -1,7 +1,4 @@
-"""Write and read wsolkit's checkpoints, and compose the settings of the model in one.
-
-A checkpoint is there as a whole or not at all: it is written beside its place and then moved there. The last one
-stands beside the one before it, in case its disk damages it.
+"""Read checkpoints.
 
 A checkpoint may come from anywhere, and a setting named `_target_` makes code run. So a checkpoint says only the names
 of its method, backbone and data set, which must be YAML files of this installation, and plain values for the settings
@@ -10,262 +7,21 @@ that those files have.
 
 from __future__ import annotations
 
-import argparse
-import os
 import pickle
 import re
-import shutil
-import signal
-import subprocess
-import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint as Checkpointing
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import wsolkit
-from wsolkit.backbones.weights import StateDict
-from wsolkit.config import CONF, as_named, load_config, plain
-from wsolkit.csv_log import RunLog
-from wsolkit.errors import CheckpointError, ConfigError
-from wsolkit.overrides import escaped
-from wsolkit.signals import SIGNALS
-from wsolkit.training.loss_log import LossLog
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint as `best.ckpt`; a resumed run takes along the one beside the checkpoint it continues.
-
-    A checkpoint says which file was the best. Nothing that it says is read, copied or deleted as a file: it may come
-    from anywhere.
-
-    Args:
-        folder: of the checkpoints.
-        monitor: the metric of which the best checkpoint has most.
-        resume: the checkpoint that the run continues; None: it begins anew.
-    """
-
-    def __init__(self, folder: Path, monitor: str, resume: str | Path | None) -> None:
-        super().__init__(folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
-        self._here = folder / "best.ckpt"
-        self._earlier = None if resume is None else Path(resume).parent / "best.ckpt"
-
-    def found(self, max_epochs: int) -> str:
-        """The file of the best checkpoint.
-
-        Raises:
-            CheckpointError: there is none, since no validation took place.
-        """
-        if not self.best_model_path:
-            raise CheckpointError(
-                "no checkpoint was written: no validation took place. Set trainer.check_val_every_n_epoch to at most "
-                f"trainer.max_epochs={max_epochs}"
-            )
-        return self.best_model_path
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook: make the score of the earlier run's best checkpoint, and the file, those of this run."""
-        score = state_dict.get("best_model_score")
-        if self._earlier is None or not isinstance(score, torch.Tensor) or not self._earlier.is_file():
-            return
-        if self._earlier.resolve() != self._here.resolve():
-            self._here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._earlier, self._here)
-        self.best_model_score = self.kth_value = score
-        self.best_model_path = self.kth_best_model_path = str(self._here)
-        self.best_k_models = {str(self._here): score}
-
-
-_STEPS_BETWEEN_LOOKS = 16  # at the clock: to agree upon it, processes wait for each other
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, and moves it there when it is on the disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Lightning's hook.
-
-        Raises:
-            CheckpointError: it cannot be written; what was there before stays.
-        """
-        place = Path(path)
-        draft = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(place)
-        except (OSError, RuntimeError) as error:  # torch's writer says of a full disk that it failed to write
-            draft.unlink(missing_ok=True)
-            reason, free = str(error).splitlines()[0], shutil.disk_usage(place.parent).free / 2**20
-            raise CheckpointError(
-                f"checkpoint '{place}' cannot be written ({reason}); {free:.0f} MiB are free there. Make room and "
-                "continue from the checkpoint before with resume=auto"
-            ) from error
-
-
-class LastCheckpoint(Checkpointing):
-    """Keeps checkpoints from which a run goes on exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
-
-    Written at the end of each epoch, after its validation; in between, now and then and when a signal stops the run.
-
-    Args:
-        folder: of the checkpoints.
-        every_n_steps: also after so many optimizer steps.
-        every_n_minutes: also after so many minutes.
-        requeue: a run that SIGTERM stops puts its job back into SLURM's queue, if it is one.
-
-    Attributes:
-        saved_step: the optimizer step after which the last was written, or after which the run went on.
-    """
-
-    def __init__(self, folder: Path, every_n_steps: int | None, every_n_minutes: float | None, requeue: bool) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "every_n_minutes": every_n_minutes}.items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"checkpoints.{name}={value}: expected more than 0, or null")
-        self.folder = folder
-        self.every_n_steps = every_n_steps
-        self.every_n_minutes = every_n_minutes
-        self.requeue = requeue
-        self._saved_at = time.monotonic()
-        self.saved_step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
-        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: a validation that is begun again counts from 0."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if loop.restarted_mid_evaluation:
-            loop.batch_progress.reset()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning's hook."""
-        if between_steps(trainer) and self._is_due(trainer):
-            self._save(trainer)
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0:
-            return True
-        if self.every_n_minutes is None or step % _STEPS_BETWEEN_LOOKS:
-            return False
-        late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        return bool(trainer.strategy.broadcast(late))  # the clocks of processes differ
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning's hook."""
-        together = isinstance(exception, SIGTERMException)  # all processes are here
-        if together and trainer.global_step > self.saved_step:
-            if trainer.training and between_steps(trainer):
-                self._save(trainer)
-            elif trainer.validating and trainer.state.fn == TrainerFn.FITTING:
-                _begin_validation_again(trainer)
-                self._save(trainer)
-        if self.requeue and trainer.is_global_zero and signal.SIGTERM in (SIGNALS.reason, SIGNALS.received):
-            _requeue()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
-        self._save(trainer)
-
-    def left(self) -> str:
-        """What a run that ends now leaves to go on from, in a few words."""
-        last = self.folder / LAST
-        if not last.is_file():
-            return "nothing was saved yet"
-        return f"saved after step {self.saved_step} as '{as_named(last)}'"
-
-    def _save(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LossLog):
-                callback.log_step(trainer)  # what comes before the checkpoint will not be logged again
-        for logger in trainer.loggers:
-            logger.sync() if isinstance(logger, RunLog) else logger.save()
-        last = self.folder / LAST
-        if trainer.is_global_zero and last.is_file():
-            draft = self.folder / f".{PREVIOUS}.{os.getpid()}"
-            draft.unlink(missing_ok=True)
-            os.link(last, draft)  # so that last.ckpt is there at any moment
-            draft.replace(self.folder / PREVIOUS)
-        trainer.save_checkpoint(last)
-        self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether a run could go on exactly from here.
-
-    Not at the end of an epoch: it would leave out its validation. Nor where gradients of several batches are being
-    gathered: they are no part of a checkpoint.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    return not loop.batch_progress.is_last_batch and loop._accumulated_batches_reached()
-
-
-def _begin_validation_again(trainer: Trainer) -> None:
-    """Say that the validation of an epoch has begun, and none of its batches is done: a resumed run does them all.
-
-    What was counted of the first ones is no part of a checkpoint.
-    """
-    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    progress.reset()
-    progress.increment_ready()
-    progress.increment_started()
-
-
-def _requeue() -> None:
-    """Put this job back into SLURM's queue."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        rank_zero_warn(f"SLURM did not take job {job} back into its queue: {reason}")
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint from which the run in a directory goes on; None: it has not come to any.
-
-    A damaged one is left out, with a warning.
-
-    Raises:
-        CheckpointError: all are damaged.
-    """
-    there = [path for path in (folder / "checkpoints" / LAST, folder / "checkpoints" / PREVIOUS) if path.is_file()]
-    for path in there:
-        if is_whole(path):
-            return path
-        rank_zero_warn(f"'{path}' is damaged or was cut short: the checkpoint before it is used, if there is one")
-    if there:
-        raise CheckpointError(
-            f"no checkpoint in '{folder / 'checkpoints'}' is whole: delete them to begin anew, or give another one as "
-            "resume=PATH"
-        )
-    return None
+from wsolkit.errors import CheckpointError
 
 
 def is_whole(path: Path) -> bool:
@@ -292,7 +48,7 @@ class Checkpoint:
     """
 
     path: Path
-    state_dict: StateDict
+    state_dict: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
     class_names: list[str]
     version: str
@@ -329,10 +85,11 @@ class Checkpoint:
 
 def choices(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
     """Names of what settings take from the groups that make a model; "none" for nothing."""
-    return {group: _name(config, group) for group in GROUPS}
+    return {group: name_of(config, group) for group in GROUPS}
 
 
-def _name(config: Mapping[str, Any] | DictConfig, group: str) -> str:
+def name_of(config: Mapping[str, Any] | DictConfig, group: str) -> str:
+    """The name of what settings take from a group; "none" for nothing."""
     node = config.get(group)
     return str(node["name"]) if node else "none"
 
@@ -393,6 +150,7 @@ _FIELDS: Mapping[str, Any] = {
     "mean": list[float],
     "std": list[float],
 }
+
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -498,198 +256,3 @@ def _described(content: object) -> str:
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
         return f"{len(content)} tensors alone, such as {keys}"
     return f"a file of another program, with the entries {keys}" if content else "nothing"
-
-
-def check_known(path: Path, names: Mapping[str, str], config_dir: str | Path | None, remedy: str) -> None:
-    """Check that there are YAML files of what a checkpoint names: the package's, or those of the user.
-
-    Args:
-        path: of the checkpoint.
-        names: by group, as from `Checkpoint.names`.
-        config_dir: the user's folder; None: none.
-        remedy: how the user names that folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    folders = [CONF] if config_dir is None else [CONF, Path(config_dir)]
-    for group, name in names.items():
-        if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
-            continue
-        where = "wsolkit has" if config_dir is None else f"neither wsolkit nor '{config_dir}' has"
-        raise CheckpointError(
-            f"'{path}' was trained with {group}={name}, and {where} {'no' if config_dir is None else 'a'} file "
-            f"{group}/{name}.yaml: name the folder of YAML files that has it, as in training, with {remedy}"
-        )
-
-
-def choose_groups(given: Sequence[str], with_protocol: bool = False) -> list[str]:
-    """A command line with the groups of its checkpoint before `checkpoint=…`, so that the user's settings prevail.
-
-    Args:
-        given: arguments in Hydra's grammar, one of them `checkpoint=…`.
-        with_protocol: whether the first protocol of the checkpoint is chosen too.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or another method or backbone than its own is given.
-    """
-    parse = OverridesParser.create().parse_override
-    override = parse([argument for argument in given if argument.startswith("checkpoint=")][-1])
-    if override.is_sweep_override():  # over checkpoints of one method
-        override = parse(f"checkpoint={next(override.sweep_string_iterator())}")
-    path = override.value()
-    if path is None:
-        return list(given)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # who builds the model says it
-        checkpoint = read_checkpoint(str(OmegaConf.create({"path": path}).path))
-    names = checkpoint.names()
-    parts = [argument.partition("=") for argument in given if not argument.startswith("-")]
-    chosen = {setting.lstrip("+~"): value for setting, _, value in parts}
-    for group in ("method", "backbone"):
-        if chosen.get(group, names[group]) != names[group]:
-            raise CheckpointError(
-                f"{group}={chosen[group]}: the checkpoint's {group} is {names[group]}; leave the setting out"
-            )
-    folder = _config_dir(given)
-    own = {group: name for group, name in names.items() if group not in chosen}
-    check_known(checkpoint.path, own, folder, "--config-dir FOLDER")
-    if choices(load_config(f"method={names['method']}", config_dir=folder))["postprocess"] == names["postprocess"]:
-        del names["postprocess"]  # comes with the method, unless a ready grid has another
-    if with_protocol:
-        names["protocol"] = f"[{checkpoint.protocol}]"
-    first = next(index for index, argument in enumerate(given) if argument.startswith("checkpoint="))
-    added = [f"{group}={name}" for group, name in names.items() if group not in chosen]
-    return [*given[:first], *added, *given[first:]]
-
-
-def _config_dir(given: Sequence[str]) -> str | None:
-    """The folder that a command line names with `--config-dir`."""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config-dir", "-cd")
-    return flags.parse_known_args(given)[0].config_dir  # type: ignore[no-any-return]
-
-
-def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
-    """Read a checkpoint and check that it continues a run of these settings' method, backbone and part of a data set.
-
-    What depends on the classes, the model and the images, `wsolkit.resume` checks.
-    Where the run in a directory goes on by itself (resume=auto), all settings have to be its own that make a difference
-    to what it learns.
-
-    Raises:
-        CheckpointError: it does not, or cannot be read.
-    """
-    checkpoint = read_checkpoint(path)
-    if checkpoint.step == 0:
-        raise CheckpointError(f"resume={path} was imported: it holds a model, and no training that could go on")
-    for group, name in checkpoint.names().items():
-        own = _name(cfg, group)
-        if own != name:
-            raise CheckpointError(f"resume={path} is of a run with {group}={name}, these settings say {own}")
-    keys = ["fraction", "shots"]
-    if not (cfg.dataset.fraction is None and cfg.dataset.shots is None):
-        keys.append("subset_seed")
-    for key in keys:
-        saved, given = checkpoint.config["dataset"].get(key), cfg.dataset[key]
-        if saved != given:
-            raise CheckpointError(f"resume={path} is of a run with dataset.{key}={saved}, these settings say {given}")
-    if cfg.resume == "auto":
-        changed = changed_settings(cfg, checkpoint)
-        if changed:
-            difference = ", ".join(f"{key}={values}" for key, values in changed.items())
-            raise CheckpointError(
-                f"the run that '{path}' is of was begun with other settings: {difference}. Give the run another place "
-                f"with hydra.run.dir=DIR, or go on all the same with resume={path}"
-            )
-    return checkpoint
-
-
-def changed_settings(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, str]:
-    """Settings, of those that decide what a run learns, that differ from a checkpoint's: "now (was then)", by name."""
-    now, before = _flat(plain(cfg)), _flat(checkpoint.config)
-    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
-    return {key: f"{now.get(key)} (was {before.get(key)})" for key in keys}
-
-
-# Where and how a run goes, not what it learns.
-_FREE = (
-    "resume",
-    "checkpoints",
-    "logger",
-    "trainer",
-    "compile",
-    "backbone.channels_last",
-    "num_examples",
-    "examples",
-    "num_table_images",
-    "dataset.num_workers",
-    "dataset.cache",
-    "sweep",
-)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings that are to stay, by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if name in _FREE:
-            continue
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], protocols: bool = False) -> DictConfig:
-    """Put a checkpoint's values into settings composed for its method, backbone and data set.
-
-    Args:
-        cfg: settings as composed.
-        checkpoint: whose model is to be built. Values of its data set count only if `cfg` has the same data set.
-        overrides: what the user gave on the command line, which prevails.
-        protocols: whether the rules of evaluation are the checkpoint's too, where it has protocols of these names.
-    """
-    cfg = cfg.copy()
-    saved = checkpoint.config
-    groups = [group for group in GROUPS if cfg.get(group) and _name(cfg, group) == _name(saved, group)]
-    nodes = [(cfg[group], saved[group]) for group in groups]
-    if protocols:
-        known = saved.get("protocol") or {}
-        nodes += [(rules, known[name]) for name, rules in cfg.protocol.items() if name in known]
-        cfg.dataset.resize = saved["dataset"]["resize"]
-    for derived in (False, True):
-        for node, values in nodes:
-            _merge(node, values, derived)
-    cfg.dataset.image_size = saved["dataset"]["image_size"]
-    cfg.backbone.pretrained, cfg.backbone.weights = False, None  # the weights are in the checkpoint
-    cfg.dataset.cache = None  # it would write where the checkpoint says, and evaluation reads no cache
-    if checkpoint.mean:
-        cfg.backbone.mean, cfg.backbone.std = list(checkpoint.mean), list(checkpoint.std)
-    for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
-        key, value = override.key_or_group, override.value()
-        present = OmegaConf.select(cfg, key, default=cfg)  # a choice from a group that adds nothing, as sweep=…, is not
-        if not isinstance(present, DictConfig) or (isinstance(value, dict) and present is not cfg):
-            OmegaConf.update(cfg, key, value)
-    return cfg
-
-
-def _merge(node: DictConfig, saved: Mapping[str, Any], derived: bool) -> None:
-    """Put saved values into a node: those that stand for themselves, or those that it derives from others.
-
-    A derived value stays so where it comes to the saved one anyway: it then follows what the user overrides.
-    """
-    for key, value in saved.items():
-        if key not in list(node) or str(key).startswith("_"):  # `in node` says no of a value that is required: ???
-            continue
-        if OmegaConf.is_interpolation(node, key) != derived and not isinstance(value, Mapping):
-            continue
-        if isinstance(value, Mapping) and isinstance(node[key], DictConfig) and "_target_" in node[key]:
-            _merge(node[key], value, derived)
-        elif not _mentions_target(value) and not (derived and node[key] == value):
-            node[key] = escaped(value)
-
-
-def _mentions_target(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(str(key) == "_target_" or _mentions_target(inner) for key, inner in value.items())
-    return isinstance(value, list) and any(_mentions_target(inner) for inner in value)

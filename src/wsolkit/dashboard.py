@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from wsolkit.config import check_config, name_directory, run_command
 from wsolkit.data.files import walk
 from wsolkit.errors import ConfigError
-from wsolkit.log_file import NAME, read_log
+from wsolkit.reporting.log_file import NAME, read_log
 from wsolkit.reporting.terminal import PlainConsole
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import name_directory, run_command
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace

@@ -15,9 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import ConfigError
 from wsolkit.predict import PredictionSettings, find_images
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import run_command_on_checkpoint
+from wsolkit.settings.conf import given_overrides
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,9 +45,10 @@ def demo(cfg: DictConfig, _: Path) -> None:
     if OmegaConf.is_missing(cfg, "checkpoint"):
         raise ConfigError("required and not given: checkpoint. Add checkpoint=…")
 
-    from wsolkit.checkpoint import read_checkpoint, restore
-    from wsolkit.libraries import quieten_libraries
+    from wsolkit.checkpoint import read_checkpoint
     from wsolkit.localizer import Localizer, used_threshold
+    from wsolkit.settings.restore import restore
+    from wsolkit.system.libraries import quieten_libraries
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     cfg = restore(cfg, checkpoint, given_overrides(), protocols=True)
@@ -57,7 +60,7 @@ def demo(cfg: DictConfig, _: Path) -> None:
     localizer(np.zeros((8, 8, 3), np.uint8))  # the first image takes longest, and nobody should wait for it
     with listen(cfg.host, cfg.port) as listening, TemporaryDirectory(prefix="wsolkit_demo_") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read by Gradio's imports
-        from wsolkit.demo_page import build_app
+        from wsolkit.serving.page import build_app
 
         app = build_app(localizer, threshold, cfg.select, [base / name for name in names], cfg.host, list(cfg.hosts))
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host

@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsolkit.config import check_config, given_overrides, plain, run_command_on_checkpoint, save_config
 from wsolkit.errors import ConfigError
-from wsolkit.run_directory import one_run
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import run_command_on_checkpoint
+from wsolkit.settings.compose import plain, save_config
+from wsolkit.settings.conf import given_overrides
+from wsolkit.settings.run_directory import one_run
 from wsolkit.train import EvaluationSettings
 
 if TYPE_CHECKING:
@@ -53,12 +56,13 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     import lightning
 
     from wsolkit.build import build_datamodule, build_evaluator, build_model
-    from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.checkpoint import read_checkpoint
     from wsolkit.data.classes import warn_of_numbers
     from wsolkit.interop.score_maps import ScoreMaps
-    from wsolkit.libraries import quieten_libraries
-    from wsolkit.reporting.pictures import Report
     from wsolkit.reporting.summary import method_name, print_summary, title
+    from wsolkit.settings.restore import restore
+    from wsolkit.system.libraries import quieten_libraries
+    from wsolkit.training.report import Report
     from wsolkit.training.trainer import running
 
     checkpoint = read_checkpoint(cfg.checkpoint)
@@ -108,12 +112,12 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Evaluate the maps in `cfg.score_maps`."""
     from wsolkit.build import build_datamodule, build_protocols
     from wsolkit.interop.score_maps import ScoreMaps
-    from wsolkit.libraries import quieten_libraries
     from wsolkit.metrics.evaluation import Evaluation, outcome
     from wsolkit.reporting.images import ImageTables
     from wsolkit.reporting.pictures import choose_examples, write_report
     from wsolkit.reporting.summary import print_summary
     from wsolkit.reporting.table import write_results
+    from wsolkit.system.libraries import quieten_libraries
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
         raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")

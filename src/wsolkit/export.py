@@ -11,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from wsolkit.config import check_config, given_overrides, run_command_on_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import run_command_on_checkpoint
+from wsolkit.settings.conf import given_overrides
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,10 +37,11 @@ def export(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.checkpoint` to the file `cfg.output`, and compare the two."""
     from omegaconf import OmegaConf
 
-    from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.checkpoint import read_checkpoint
     from wsolkit.interop import programs
-    from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer
+    from wsolkit.settings.restore import restore
+    from wsolkit.system.libraries import quieten_libraries
 
     lacking = [name for name in ("checkpoint", "output") if OmegaConf.is_missing(cfg, name)]
     if lacking:

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from wsolkit.config import check_config, run_command
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.export import check_place
-from wsolkit.overrides import escaped
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import run_command
+from wsolkit.settings.overrides import escaped
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,11 +40,11 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     """Write the model of `cfg.source` as a checkpoint to `cfg.output`."""
     from omegaconf import OmegaConf
 
-    from wsolkit.checkpoint import AtomicCheckpointIO
     from wsolkit.data.classes import are_numbers, repeated
     from wsolkit.interop.foreign import read_foreign
     from wsolkit.interop.official import build_official, fitted
-    from wsolkit.libraries import quieten_libraries
+    from wsolkit.system.libraries import quieten_libraries
+    from wsolkit.training.checkpointing import AtomicCheckpointIO
 
     if OmegaConf.is_missing(cfg, "source"):
         raise ConfigError("required and not given: source. Add source=…")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from wsolkit.data.classes import class_label
 from wsolkit.errors import CheckpointError, ConfigError, DataError
-from wsolkit.names import shortened
+from wsolkit.system.names import shortened
 from wsolkit.types import Boxes, EvaluationBatch, Exif, Image, Select
 
 # What takes long to import comes when it is used, so that `from wsolkit import Localizer` is quick.
@@ -169,9 +169,11 @@ class Localizer:
         Raises:
             CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
         """
-        from wsolkit.checkpoint import check_known, read_checkpoint, restore
-        from wsolkit.config import CONF, load_config
-        from wsolkit.libraries import quieten_libraries
+        from wsolkit.checkpoint import read_checkpoint
+        from wsolkit.settings.compose import load_config
+        from wsolkit.settings.conf import CONF
+        from wsolkit.settings.restore import check_known, restore
+        from wsolkit.system.libraries import quieten_libraries
 
         checkpoint = read_checkpoint(path)
         names = checkpoint.names()

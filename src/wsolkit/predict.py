@@ -17,9 +17,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from wsolkit.config import as_named, check_config, given_overrides, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.names import file_name
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import run_command_on_checkpoint
+from wsolkit.settings.compose import plain
+from wsolkit.settings.conf import as_named, given_overrides
+from wsolkit.system.names import file_name
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -68,11 +71,12 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from wsolkit.checkpoint import read_checkpoint, restore
+    from wsolkit.checkpoint import read_checkpoint
     from wsolkit.data.records import file_records
     from wsolkit.interop.coco import FAILED, Source, prediction_files
-    from wsolkit.libraries import quieten_libraries
     from wsolkit.localizer import Localizer, check_request, predictions, samples, used_threshold
+    from wsolkit.settings.restore import restore
+    from wsolkit.system.libraries import quieten_libraries
 
     lacking = [name for name in ("checkpoint", "source") if OmegaConf.is_missing(cfg, name) or cfg[name] is None]
     if lacking:
@@ -296,8 +300,8 @@ def _load(
     """Batches, the positions of their images, and why others could not be read, by position."""
     from torch.utils.data import DataLoader
 
-    from wsolkit.cores import available_cores
     from wsolkit.data.dataset import one_thread
+    from wsolkit.system.cores import available_cores
 
     batches = -(-len(dataset) // cfg.batch_size)
     automatic = min(8, available_cores(), batches) if batches > 1 else 0

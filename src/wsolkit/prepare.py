@@ -15,15 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from wsolkit.config import CONF, arguments, check_config, locate, plain, run_command
-from wsolkit.drafts import remove_drafts
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.locks import alone
+from wsolkit.settings.checks import check_config, locate
+from wsolkit.settings.command import run_command
+from wsolkit.settings.compose import arguments, plain
+from wsolkit.settings.conf import CONF
+from wsolkit.system.drafts import remove_drafts
+from wsolkit.system.locks import alone
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from wsolkit.data.archives import Archive
+    from wsolkit.data.preparing.archives import Archive
     from wsolkit.data.records import FileRecords, Records, Split
 
 
@@ -45,8 +48,8 @@ def prepare(cfg: DictConfig, _: Path, typed: Sequence[str] = ()) -> None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "dataset").glob("*.yaml") if path.stem != name))
         raise ConfigError(f"dataset={name} is made in memory: there is nothing to prepare; choose from: {choices}")
     from wsolkit.build import build_records
-    from wsolkit.data.archives import STATE
-    from wsolkit.data.index import write_index
+    from wsolkit.data.preparing.archives import STATE
+    from wsolkit.data.preparing.index import write_index
 
     root = Path(cfg.dataset.root)
     archives = needed_archives(cfg)
@@ -163,7 +166,7 @@ def install(archives: Mapping[str, Archive], root: Path, show_progress: bool) ->
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from wsolkit.data.download import download
+    from wsolkit.data.preparing.download import download
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not show_progress) as progress:

@@ -24,12 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.measure import Measurement
 from yaml import YAMLError
 
-from wsolkit.config import check_config, name_directory, plain, run_command
 from wsolkit.data.files import walk
-from wsolkit.drafts import draft, write_text
 from wsolkit.errors import ConfigError, JobError
-from wsolkit.jobs import RECORD, RESULT, Job, read_job
-from wsolkit.reporting.sweep import (
+from wsolkit.reporting.terminal import PlainConsole, picture
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import name_directory, run_command
+from wsolkit.settings.compose import plain
+from wsolkit.settings.jobs import RECORD, RESULT, Job, read_job
+from wsolkit.sweeps.tables import (
     STATES,
     Run,
     Sweep,
@@ -45,7 +47,7 @@ from wsolkit.reporting.sweep import (
     runs_csv,
     unfinished,
 )
-from wsolkit.reporting.terminal import PlainConsole, picture
+from wsolkit.system.drafts import draft, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,8 +78,8 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
     if sweep.finished:
         if cfg.x is not None:
             check_axis(cfg.x, sweep.keys)
-        from wsolkit.reporting.comparison import comparison  # with Matplotlib
-        from wsolkit.reporting.sweep_charts import charts
+        from wsolkit.sweeps.charts import charts
+        from wsolkit.sweeps.comparison import comparison  # with Matplotlib
 
         figures = charts(sweep, cfg.x)
         with picture(_PAGE):

@@ -10,8 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from wsolkit.config import as_named, check_config, command_to_resume, run_command, save_config
-from wsolkit.run_directory import one_run
+from wsolkit.settings.checks import check_config
+from wsolkit.settings.command import command_to_resume, run_command
+from wsolkit.settings.compose import save_config
+from wsolkit.settings.conf import as_named
+from wsolkit.settings.run_directory import one_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,7 +33,7 @@ class EvaluationSettings(TypedDict):
 
 
 class Checkpoints(TypedDict):
-    """See `wsolkit.checkpoint.LastCheckpoint`."""
+    """See `wsolkit.training.checkpointing.LastCheckpoint`."""
 
     every_n_steps: int | None
     every_n_minutes: float | None
@@ -52,14 +55,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     import lightning
 
     from wsolkit.build import build_datamodule, build_module
-    from wsolkit.checkpoint import BestCheckpoint, LastCheckpoint
-    from wsolkit.libraries import quieten_libraries
-    from wsolkit.reporting.pictures import Report
     from wsolkit.reporting.summary import method_name, print_recipe, print_summary, title, what_next
-    from wsolkit.resume import Start
+    from wsolkit.system.libraries import quieten_libraries
+    from wsolkit.training.checkpointing import BestCheckpoint, LastCheckpoint
     from wsolkit.training.evaluator import Evaluator, check_monitor
+    from wsolkit.training.failures import FiniteLoss, FitMemory, named_trouble
+    from wsolkit.training.report import Report
+    from wsolkit.training.resume import Start
     from wsolkit.training.trainer import running
-    from wsolkit.trouble import FiniteLoss, FitMemory, named_trouble
 
     check_config(cfg, Settings)
     print_recipe(cfg)

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.io
 
 from tests.data.layouts import structs, write_dogs_list, write_lines
-from wsolkit.data import imagenet
+from wsolkit.data.benchmarks import imagenet
 
 WNIDS = imagenet._CLASSES
 EXCERPTS = Path(__file__).with_name("excerpts")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.layouts import AIRCRAFT, BANNER, BOXES, write_aircraft
-from wsolkit.data.aircraft import aircraft_records
+from wsolkit.data.benchmarks.aircraft import aircraft_records
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import ConfigError, DataError
 

@@ -17,8 +17,8 @@ import pytest
 from rich.progress import Progress
 
 from tests.data.packing import pack, pack_each, tar_of, tree, zip_of
-from wsolkit.data import archives
-from wsolkit.data.archives import Archive
+from wsolkit.data.preparing import archives
+from wsolkit.data.preparing.archives import Archive
 from wsolkit.errors import ConfigError, DataError
 
 QUIET = Progress(disable=True)
@@ -237,7 +237,7 @@ UNPACK = """
 import sys, time
 from pathlib import Path
 from rich.progress import Progress
-from wsolkit.data import archives
+from wsolkit.data.preparing import archives
 
 def slowly(function):
     def wrapper(*arguments, **named):

@@ -16,9 +16,9 @@ import torch
 
 from tests.data.layouts import draw
 from wsolkit import build_datamodule, load_config
+from wsolkit.data.benchmarks.listed import listed_records
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.datamodule import WSOLDataModule
-from wsolkit.data.listed import listed_records
 from wsolkit.data.pixels import resize
 from wsolkit.data.records import FileRecords, file_records
 from wsolkit.data.transforms import Transform

@@ -9,7 +9,7 @@ import pytest
 import scipy.io
 
 from tests.data.layouts import BOXES, CARS, structs, write_cars
-from wsolkit.data.cars import cars_records
+from wsolkit.data.benchmarks.cars import cars_records
 from wsolkit.errors import DataError
 
 EXPECTED = {"train": 4, "test": 6}

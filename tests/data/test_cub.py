@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.layouts import CUB_BOXES, CUB_CLASSES, write_cub
-from wsolkit.data.cub import cub_records
+from wsolkit.data.benchmarks.cub import cub_records
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import DataError
 

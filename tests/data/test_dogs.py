@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 
 from tests.data.layouts import BOXES, DOGS, write_dogs, write_dogs_list
-from wsolkit.data.dogs import dogs_records
+from wsolkit.data.benchmarks.dogs import dogs_records
 from wsolkit.errors import DataError
 
 EXPECTED = {"train": 4, "test": 6}

@@ -16,9 +16,9 @@ import pytest
 from rich.progress import Progress
 
 from tests.data.serving import Server, serving
-from wsolkit.data import download as module
-from wsolkit.data.archives import Archive
-from wsolkit.data.download import Resuming, download
+from wsolkit.data.preparing import download as module
+from wsolkit.data.preparing.archives import Archive
+from wsolkit.data.preparing.download import Resuming, download
 from wsolkit.errors import DataError
 
 CONTENT = np.random.default_rng(0).bytes(5_000_000)

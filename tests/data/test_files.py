@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import write_listed
 from tests.data.layouts import mark, write_imagenet_v2, write_lists
-from wsolkit.data.imagenet import imagenet_records
-from wsolkit.data.listed import listed_records
+from wsolkit.data.benchmarks.imagenet import imagenet_records
+from wsolkit.data.benchmarks.listed import listed_records
 from wsolkit.data.records import FileRecords, Split, read_image
 from wsolkit.errors import DataError
 

@@ -13,8 +13,8 @@ import pytest
 from pycocotools import mask as rle_masks
 
 from tests.data.layouts import BOXES, KINDS, draw
+from wsolkit.data.benchmarks.folder import folder_records
 from wsolkit.data.files import IMAGE_SUFFIXES
-from wsolkit.data.folder import folder_records
 from wsolkit.data.records import FileRecords, Split, read_image
 from wsolkit.errors import ConfigError, DataError
 

@@ -19,10 +19,10 @@ from tests.data.layouts import draw, write_aircraft, write_cub, write_openimages
 from tests.data.test_folder import coco, encode, save, write_folder
 from wsolkit import build_datamodule, load_config
 from wsolkit.build import build_records
-from wsolkit.config import plain
-from wsolkit.data.index import read_index, write_index
+from wsolkit.data.preparing.index import read_index, write_index
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import DataError
+from wsolkit.settings.compose import plain
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SMALL = ("dataset.num_classes=2", "dataset.expected=null")
@@ -176,7 +176,10 @@ def test_changed_files_are_noticed(change: Callable[[Path], Any], split: Split, 
         ("dataset.masks=null", "masks=segmentations, and this run has None"),
         ("dataset.mask_threshold=127", "mask_threshold=0, and this run has 127"),
         ("dataset.held_out_root=elsewhere", "held_out_root=ROOT/CUBV2, and this run has elsewhere"),
-        ("dataset.records._target_=other.cub", "_target_=wsolkit.data.cub.cub_records, and this run has other.cub"),
+        (
+            "dataset.records._target_=other.cub",
+            "_target_=wsolkit.data.benchmarks.cub.cub_records, and this run has other.cub",
+        ),
     ],
 )
 def test_other_settings_are_noticed(override: str, what: str, tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_damaged_and_foreign_indices_are_named(tmp_path: Path, monkeypatch: pyte
     root = write_cub(tmp_path / "data")
     write("cub", root, *SMALL, splits=("train",))
     assert read("cub", root, "test", *SMALL) == "it does not have this split"
-    monkeypatch.setattr("wsolkit.data.index.FORMAT", 99)
+    monkeypatch.setattr("wsolkit.data.preparing.index.FORMAT", 99)
     assert "another version" in str(read("cub", root, "train", *SMALL))
     monkeypatch.undo()
     index = root / ".wsolkit" / "index.arrow"
@@ -245,7 +248,7 @@ def test_batches_from_the_index_are_those_from_the_files(tmp_path: Path, monkeyp
 
     from_files = batches()
     write("cub", root, *SMALL)
-    monkeypatch.setattr("wsolkit.data.cub.read_by_id", None)  # the official lists are not touched any more
+    monkeypatch.setattr("wsolkit.data.benchmarks.cub.read_by_id", None)  # the official lists are not touched any more
     for batch, expected in zip(batches(), from_files, strict=True):
         assert torch.equal(batch["image"], expected["image"])
         assert torch.equal(batch["label"], expected["label"])

@@ -28,13 +28,13 @@ from tests.data.official import (
     write_official_lists,
     write_official_openimages,
 )
-from wsolkit.data.aircraft import aircraft_records
-from wsolkit.data.cars import cars_records
-from wsolkit.data.cub import cub_records
-from wsolkit.data.dogs import dogs_records
-from wsolkit.data.imagenet import imagenet_records
+from wsolkit.data.benchmarks.aircraft import aircraft_records
+from wsolkit.data.benchmarks.cars import cars_records
+from wsolkit.data.benchmarks.cub import cub_records
+from wsolkit.data.benchmarks.dogs import dogs_records
+from wsolkit.data.benchmarks.imagenet import imagenet_records
+from wsolkit.data.benchmarks.openimages import openimages_records
 from wsolkit.data.masks import MaskFiles
-from wsolkit.data.openimages import openimages_records
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import DataError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.layouts import OPENIMAGES_BOXES, OPENIMAGES_CLASSES, write_openimages
-from wsolkit.data.openimages import openimages_records
+from wsolkit.data.benchmarks.openimages import openimages_records
 from wsolkit.errors import DataError
 
 EXPECTED = {"train": 4, "val": 4, "test": 4}

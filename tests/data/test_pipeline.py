@@ -12,14 +12,14 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from wsolkit import build_datamodule, load_config
+from wsolkit.data.benchmarks.shapes import CLASSES, ShapesRecords
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import EachOnce, GlobalBatches, TrainingLoader, WSOLDataset, one_thread
 from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import read_image
-from wsolkit.data.shapes import CLASSES, ShapesRecords
+from wsolkit.data.seeding import derive_seed
 from wsolkit.data.transforms import Transform, denormalise
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.seeding import derive_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_listed
-from wsolkit.data.listed import listed_records
+from wsolkit.data.benchmarks.listed import listed_records
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import file_records
 from wsolkit.errors import DataError

@@ -16,11 +16,11 @@ import yaml
 from tests.data.layouts import write_cub
 from tests.fresh import command
 from wsolkit import build_datamodule, build_module, load_config
-from wsolkit.checkpoint import check_resumable
+from wsolkit.data.benchmarks.shapes import CLASSES, ShapesRecords
 from wsolkit.data.records import Records, Split, file_records
-from wsolkit.data.shapes import CLASSES, ShapesRecords
 from wsolkit.data.subset import choose
 from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.settings.restore import check_resumable
 from wsolkit.train import train
 
 COUNTS = {"ant": 20, "bee": 7, "cat": 1, "dog": 12}
@@ -69,7 +69,7 @@ def test_the_seed_decides_and_nothing_else(records: Records) -> None:
 
 def test_processes_draw_the_same() -> None:
     code = (
-        "from wsolkit.data.shapes import ShapesRecords\n"
+        "from wsolkit.data.benchmarks.shapes import ShapesRecords\n"
         "from wsolkit.data.subset import choose\n"
         "few = choose(ShapesRecords('train', {'train': 400}, 64, 0), 'train', None, None, 2, 5)\n"
         "print([few.name(index) for index in range(len(few.labels))])"

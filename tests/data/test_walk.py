@@ -12,7 +12,7 @@ import pytest
 from tests.data.test_folder import read as read_folder
 from wsolkit.dashboard import logged_keys
 from wsolkit.data.files import IMAGE_SUFFIXES, images_below, list_folders, list_images, walk
-from wsolkit.data.index import read_index, write_index
+from wsolkit.data.preparing.index import read_index, write_index
 from wsolkit.data.records import FileRecords, read_image
 from wsolkit.errors import DataError
 from wsolkit.predict import find_images

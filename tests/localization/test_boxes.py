@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from wsolkit.compiled import compiled
 from wsolkit.localization import boxes_at_thresholds
 from wsolkit.localization.boxes import (
     MAXBOXACC_V2,
@@ -22,6 +21,7 @@ from wsolkit.localization.boxes import (
     threshold_grid,
 )
 from wsolkit.metrics.functional import box_iou
+from wsolkit.system.compiled import compiled
 
 
 def reference(score_map: Any, threshold: float) -> tuple[list[list[int]], list[float]]:

@@ -9,8 +9,8 @@ import torch
 from tests.conftest import protocol
 from wsolkit import load_config
 from wsolkit.build import build_protocols
-from wsolkit.config import check_config
 from wsolkit.errors import ConfigError
+from wsolkit.settings.checks import check_config
 
 BOXES = np.array([[10, 20, 499, 374], [0, 0, 500, 375]])
 

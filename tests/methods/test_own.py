@@ -15,8 +15,9 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from wsolkit import Localizer, build_module, load_config
-from wsolkit.checkpoint import AtomicCheckpointIO, choose_groups
 from wsolkit.errors import CheckpointError, ConfigError
+from wsolkit.settings.restore import choose_groups
+from wsolkit.training.checkpointing import AtomicCheckpointIO
 
 METHOD = '''
 from wsolkit.methods.cam import CAM

@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import browse
 from tests.reporting.test_page import HOSTILE, Tags, shown
-from wsolkit.reporting.comparison import comparison
 from wsolkit.reporting.examples import write_examples
-from wsolkit.reporting.sweep import Run, group_runs
+from wsolkit.sweeps.comparison import comparison
+from wsolkit.sweeps.tables import Run, group_runs
 
 IMAGES = ("birds/1.jpg", "birds/2.jpg", "birds/3.jpg")
 

@@ -10,7 +10,6 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader
 
-from wsolkit.cores import available_cores
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.dataset import (
     EachOnce,
@@ -25,8 +24,9 @@ from wsolkit.data.dataset import (
 from wsolkit.data.records import Records, Split
 from wsolkit.data.subset import Subset, choose
 from wsolkit.data.transforms import Transform
-from wsolkit.drafts import write_text
 from wsolkit.errors import CheckpointError, ConfigError, DataError
+from wsolkit.system.cores import available_cores
+from wsolkit.system.drafts import write_text
 
 _MAX_AUTO_WORKERS = 8
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from wsolkit.data.cache import ImageCache
 from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records, uncut_boxes
+from wsolkit.data.seeding import derive_seed
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import DataError
-from wsolkit.seeding import derive_seed
 from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
 
 

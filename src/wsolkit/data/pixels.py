@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from wsolkit.compiled import compiled
+from wsolkit.system.compiled import compiled
 from wsolkit.types import Image
 
 _FRACTION = 22  # PIL's fixed-point numbers have so many bits after the point

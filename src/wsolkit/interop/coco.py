@@ -12,16 +12,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle_masks
 
 import wsolkit
-from wsolkit.drafts import draft, remove_drafts, write_text
 from wsolkit.errors import DataError
-from wsolkit.localizer import Prediction
-from wsolkit.locks import alone
+from wsolkit.system.drafts import draft, remove_drafts, write_text
+from wsolkit.system.locks import alone
+
+if TYPE_CHECKING:
+    from wsolkit.localizer import Prediction
 
 PROGRESS, SETTINGS, LOCK = "progress.jsonl", "settings.json", ".predict.lock"
 RESULTS, LABELS, TABLE, FAILED = "predictions.json", "pseudo_labels.json", "predictions.csv", "failed.csv"

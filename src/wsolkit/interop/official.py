@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from wsolkit.build import attach_training, build_model
-from wsolkit.config import load_config
 from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
+from wsolkit.settings.compose import load_config
 
 # Entries of released state dicts under names of their own, and what they are here; the rest is timm's DeiT.
 _NAMES = {

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wsolkit.drafts import draft
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.localization.protocol import Protocol
-from wsolkit.names import file_name
+from wsolkit.system.drafts import draft
+from wsolkit.system.names import file_name
 
 
 class ScoreMaps:
     """A folder of score maps.
 
     Args:
-        folder: holds `<image id>.npy`, see `wsolkit.names.file_name`; ids may name subfolders.
+        folder: holds `<image id>.npy`, see `wsolkit.system.names.file_name`; ids may name subfolders.
     """
 
     def __init__(self, folder: str | Path) -> None:

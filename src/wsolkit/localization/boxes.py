@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from wsolkit.compiled import compiled
 from wsolkit.localization.components import (
     AREA_GAIN,
     FIRST,
@@ -32,6 +31,7 @@ from wsolkit.localization.components import (
     opencv_order,
     pad,
 )
+from wsolkit.system.compiled import compiled
 from wsolkit.types import Boxes, Select
 
 Component = Literal["largest_outline", "all_outlines", "most_pixels", "all_pixels"]

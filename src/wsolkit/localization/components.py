@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsolkit.compiled import compiled
+from wsolkit.system.compiled import compiled
 
 LOW, HIGH, RANK, FIRST, BRANCH = range(4, 9)  # columns of a table of nodes, after its box
 

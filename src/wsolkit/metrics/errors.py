@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from wsolkit.compiled import compiled
 from wsolkit.localization.boxes import iou
+from wsolkit.system.compiled import compiled
 
 ERRORS = ("correct", "cls", "m_ins", "part", "more", "other")
 """Every image is one of these: right; wrong class; several objects in one box; a part of the object; more than it."""

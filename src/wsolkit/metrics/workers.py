@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from wsolkit.cores import available_cores
 from wsolkit.localization.boxes import Levels
 from wsolkit.metrics.boxes import BoxEvaluation, Verdicts
 from wsolkit.metrics.errors import OTHER
 from wsolkit.metrics.functional import in_top_k
 from wsolkit.metrics.under_protocol import Judged, ProtocolEvaluation
+from wsolkit.system.cores import available_cores
 from wsolkit.types import EvaluationBatch
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import PIL.Image
 
-from wsolkit.drafts import draft, write_text
 from wsolkit.errors import JobError
 from wsolkit.reporting.charts import Shown, jpeg, map_image, truth_image
+from wsolkit.system.drafts import draft, write_text
 
 FOLDER, LIST = "examples", "examples.json"
 

@@ -18,8 +18,8 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.ticker import ScalarFormatter
 
-from wsolkit.names import readable
 from wsolkit.reporting.terminal import warn
+from wsolkit.system.names import readable
 
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # categories of characters that need no glyph
 _NO_GLYPHS = (

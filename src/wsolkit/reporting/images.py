@@ -12,11 +12,11 @@ import numpy.typing as npt
 from torch import distributed
 
 from wsolkit.data.dataset import WSOLDataset
-from wsolkit.drafts import draft
 from wsolkit.metrics.boxes import Verdicts
 from wsolkit.metrics.errors import CLS, ERRORS
 from wsolkit.metrics.evaluation import Evaluation
-from wsolkit.names import write_csv
+from wsolkit.system.drafts import draft
+from wsolkit.system.names import write_csv
 
 FILE = "images.csv"
 

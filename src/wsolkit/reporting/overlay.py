@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from wsolkit.names import shortened
 from wsolkit.reporting.charts import PREDICTED, SCORE_COLOURS
 from wsolkit.reporting.figure import PlainFigure
+from wsolkit.system.names import shortened
 from wsolkit.types import Boxes, Image
 
 _MIN_SIDE, _MAX_SIDE = 256, 1024

@@ -16,8 +16,6 @@ import PIL.Image
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from wsolkit.drafts import write_text
-from wsolkit.names import readable, runs_from_the_right
 from wsolkit.reporting.charts import (
     CLASSIFICATION,
     PREDICTED,
@@ -35,6 +33,8 @@ from wsolkit.reporting.charts import (
     telling_protocols,
 )
 from wsolkit.reporting.terminal import picture
+from wsolkit.system.drafts import write_text
+from wsolkit.system.names import readable, runs_from_the_right
 
 _OPEN_UP_TO = 30  # classes whose table is unfolded
 

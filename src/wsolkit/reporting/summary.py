@@ -12,10 +12,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from wsolkit.config import CONF, as_named, chosen_file, given_overrides
 from wsolkit.reporting.table import print_results
 from wsolkit.reporting.terminal import PlainConsole
-from wsolkit.signals import is_first
+from wsolkit.settings.conf import CONF, as_named, chosen_file, given_overrides
+from wsolkit.system.signals import is_first
 
 
 def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:

@@ -12,12 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from wsolkit.drafts import write_text
 from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.reporting.charts import CLASSIFICATION, telling_protocols
 from wsolkit.reporting.images import FILE, ImageRow, write_images
 from wsolkit.reporting.terminal import PlainConsole
+from wsolkit.system.drafts import write_text
 
 _COLUMNS = {
     "threshold": "τ",

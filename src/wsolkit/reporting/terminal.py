@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from wsolkit.names import one_line, readable
+from wsolkit.system.names import one_line, readable
 
 
 class PlainConsole(Console):

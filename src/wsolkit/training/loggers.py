@@ -14,11 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from wsolkit.config import built
-from wsolkit.csv_log import RunLog
 from wsolkit.errors import ConfigError
-from wsolkit.jobs import swept
-from wsolkit.names import readable, shortened
+from wsolkit.settings.compose import built
+from wsolkit.settings.jobs import swept
+from wsolkit.system.names import readable, shortened
+from wsolkit.training.csv_log import RunLog
 from wsolkit.types import PlainConfig
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from wsolkit.seeding import derive_seed
+from wsolkit.data.seeding import derive_seed
 
 
 class StepNoise(Callback):

@@ -18,18 +18,19 @@ from omegaconf import DictConfig
 from torch import nn
 
 from wsolkit.backbones.sync_batch_norm import synchronise
-from wsolkit.checkpoint import AtomicCheckpointIO
-from wsolkit.companions import stoppable
-from wsolkit.config import arguments, built, locate
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
-from wsolkit.profiling import StepProfiler
-from wsolkit.progress import Progress
-from wsolkit.signals import Stopped
-from wsolkit.speed import Speed
+from wsolkit.settings.checks import locate
+from wsolkit.settings.compose import arguments, built
+from wsolkit.system.signals import Stopped
+from wsolkit.training.checkpointing import AtomicCheckpointIO
+from wsolkit.training.companions import stoppable
 from wsolkit.training.evaluator import Evaluator
+from wsolkit.training.failures import named_compilation
 from wsolkit.training.loggers import build_loggers, close, log_settings
-from wsolkit.trouble import named_compilation
+from wsolkit.training.profiling import StepProfiler
+from wsolkit.training.progress import Progress
+from wsolkit.training.speed import Speed
 
 
 @contextmanager

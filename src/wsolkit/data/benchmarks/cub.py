@@ -26,9 +26,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from wsolkit.data.benchmarks.listed import first_image, held_out_records
 from wsolkit.data.files import check_images, numbers_of, read_by_id
 from wsolkit.data.layout import Layout, find_layout
-from wsolkit.data.listed import first_image, held_out_records
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import (
     FileRecords,

@@ -22,10 +22,10 @@ from wsolkit.data.classes import repeated
 from wsolkit.data.records import read_image
 from wsolkit.errors import DataError, WsolkitError
 from wsolkit.localizer import Localizer, Prediction, RawMap, raw_maps_of_labels
-from wsolkit.names import readable
 from wsolkit.reporting.charts import PREDICTED, jpeg
 from wsolkit.reporting.overlay import overlay
-from wsolkit.serving import MAX_BYTES, KnownHosts, OnlyUploads, Uploads
+from wsolkit.serving.uploads import MAX_BYTES, KnownHosts, OnlyUploads, Uploads
+from wsolkit.system.names import readable
 from wsolkit.types import Exif, Image, Select
 
 _RANKED = 5

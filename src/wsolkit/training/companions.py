@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
-from wsolkit.checkpoint import between_steps
-from wsolkit.signals import LOOK, PARENT, PATIENCE, SIGNALS, Stopped, end, leave
+from wsolkit.system.signals import LOOK, PARENT, PATIENCE, SIGNALS, Stopped, end, leave
+from wsolkit.training.checkpointing import between_steps
 
 SILENCE = 60.0
 """Seconds after which a process on another machine that gives no sign of life is taken for dead."""

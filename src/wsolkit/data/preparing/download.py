@@ -11,7 +11,7 @@ import pooch
 import requests
 from rich.progress import Progress, TaskID
 
-from wsolkit.data.archives import STATE, Archive
+from wsolkit.data.preparing.archives import STATE, Archive
 from wsolkit.errors import DataError
 
 _CHUNK = 2**16  # what is lost when a connection breaks

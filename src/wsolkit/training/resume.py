@@ -15,12 +15,14 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from wsolkit.checkpoint import Checkpoint, changed_settings, check_resumable, latest_checkpoint
+from wsolkit.checkpoint import Checkpoint
 from wsolkit.data.classes import check_same_classes
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import Place
 from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
+from wsolkit.settings.restore import changed_settings, check_resumable
+from wsolkit.training.checkpointing import latest_checkpoint
 from wsolkit.training.optimization import Optimization
 
 _FEW = 3  # weights in a message

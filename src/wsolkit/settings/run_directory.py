@@ -16,9 +16,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from wsolkit.drafts import remove_drafts
 from wsolkit.errors import ConfigError, TrainingError, WsolkitError
-from wsolkit.locks import alone
+from wsolkit.system.drafts import remove_drafts
+from wsolkit.system.locks import alone
 
 LOCK = ".run.lock"
 _FILES = (

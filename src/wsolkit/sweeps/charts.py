@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from wsolkit.names import AS_IN_FILES, shortened
 from wsolkit.reporting.figure import PlainFigure
-from wsolkit.reporting.sweep import Average, Sweep, Value, is_percentage, number, order, shown
 from wsolkit.reporting.terminal import picture
+from wsolkit.sweeps.tables import Average, Sweep, Value, is_percentage, number, order, shown
+from wsolkit.system.names import AS_IN_FILES, shortened
 
 # Okabe and Ito's colours, which stay apart under every colour blindness, without the yellow, which white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#888888")

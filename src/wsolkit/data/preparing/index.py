@@ -38,8 +38,8 @@ from wsolkit.data.coco import RunLengthMasks
 from wsolkit.data.files import IMAGE_SUFFIXES
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
-from wsolkit.drafts import draft
 from wsolkit.errors import DataError
+from wsolkit.system.drafts import draft
 
 FORMAT = 2
 """To be raised when the file's form changes, or what is read from official files."""

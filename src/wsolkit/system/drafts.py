@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from wsolkit.names import AS_IN_FILES
+from wsolkit.system.names import AS_IN_FILES
 
 _LONGEST = 240  # bytes: file systems allow 255, and a draft's name has a number more
 

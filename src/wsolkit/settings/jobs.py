@@ -29,11 +29,11 @@ import psutil
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import ListConfig, OmegaConf
 
-from wsolkit.drafts import remove_drafts, write_text
 from wsolkit.errors import JobError
-from wsolkit.locks import is_held
-from wsolkit.overrides import escaped, quoted
-from wsolkit.run_directory import LOCK
+from wsolkit.settings.overrides import escaped, quoted
+from wsolkit.settings.run_directory import LOCK
+from wsolkit.system.drafts import remove_drafts, write_text
+from wsolkit.system.locks import is_held
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
 _FIRST = ("method", "optimizer", "seed")  # what sweeps are mostly over: long names are cut at the end

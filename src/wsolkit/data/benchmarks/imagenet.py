@@ -34,9 +34,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from wsolkit.data.benchmarks.listed import first_image, held_out_records, read_fields, read_lists
 from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation, read_lines, say_left_out
 from wsolkit.data.layout import Layout, find_layout
-from wsolkit.data.listed import first_image, held_out_records, read_fields, read_lists
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import (
     FileRecords,

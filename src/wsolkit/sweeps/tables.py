@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wsolkit.errors import ConfigError
-from wsolkit.names import one_line, write_csv
+from wsolkit.system.names import one_line, write_csv
 
 Value = int | float | str | None
 """What a setting is in a table: a number or text; None where a job does not have the setting."""

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from rich.table import Table
 
-from wsolkit.drafts import write_text
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.reporting.terminal import PlainConsole
+from wsolkit.system.drafts import write_text
 
 Stage = Literal["training", "evaluation"]
 

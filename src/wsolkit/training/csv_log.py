@@ -17,8 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from wsolkit.drafts import draft, write_text
-from wsolkit.log_file import NAME, read_log
+from wsolkit.reporting.log_file import NAME, read_log
+from wsolkit.system.drafts import draft, write_text
 
 
 class RunLog(CSVLogger):

@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from wsolkit.data.benchmarks.listed import check_first_label, first_image, read_fields, read_labels
 from wsolkit.data.files import as_written, is_file
 from wsolkit.data.layout import Layout, find_layout
-from wsolkit.data.listed import check_first_label, first_image, read_fields, read_labels
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Split, check_count, file_records
 from wsolkit.errors import DataError

@@ -12,7 +12,7 @@ from pathlib import Path
 from wsolkit.errors import JobError
 from wsolkit.reporting.examples import FOLDER, Example, read_examples
 from wsolkit.reporting.page import colour_key, document, embedded, isolated, mistake
-from wsolkit.reporting.sweep import SEED, Row, Run, Sweep, Value, cells, order, remarks, shown
+from wsolkit.sweeps.tables import SEED, Row, Run, Sweep, Value, cells, order, remarks, shown
 
 _MOST_COLUMNS = 12  # wider tables are no longer read, and each picture makes the file larger
 _METRICS = 3  # in a column's heading

@@ -37,8 +37,8 @@ from wsolkit.data.records import (
     read_orientations,
     require_folder,
 )
+from wsolkit.data.seeding import derive_seed
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.seeding import derive_seed
 from wsolkit.types import Exif
 
 

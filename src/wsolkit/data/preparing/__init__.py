@@ -1,0 +1,1 @@
+"""Download, unpack and index a data set."""

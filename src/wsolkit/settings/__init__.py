@@ -1,0 +1,1 @@
+"""Settings: compose, check and explain them, restore those of a checkpoint, run a command."""

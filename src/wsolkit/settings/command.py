@@ -1,0 +1,190 @@
+"""Run a command: its settings, its errors, its jobs. Imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import signal
+import sys
+import typing
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra.core.utils
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from wsolkit.errors import WsolkitError
+from wsolkit.settings.compose import plain, referable
+from wsolkit.settings.conf import CONF, as_named, given_overrides, hydra_settings
+from wsolkit.settings.explain import explain
+from wsolkit.settings.jobs import run_job, watch_sweep
+from wsolkit.settings.overrides import as_overrides, escaped, quoted
+from wsolkit.settings.usage import usage
+from wsolkit.system.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_without_reader
+
+
+def run_command(
+    config_name: str,
+    task: Callable[[DictConfig, Path], object],
+    complete: Callable[[list[str]], list[str]] = list,
+    stopped: str = "",
+    fixed: Collection[str] = (),
+) -> None:
+    """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
+
+    Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
+    traceback too. Where SIGTERM or Ctrl-C stops it, it exits with 143 or 130.
+
+    Args:
+        config_name: of the command's YAML file.
+        task: what it does.
+        complete: makes of its arguments, in Hydra's grammar, those that it is run with.
+        stopped: how to go on where it was stopped, unless the task says so.
+        fixed: groups that the help leaves out, since the command chooses in them.
+    """
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    failures: list[Exception] = []
+
+    def job(cfg: DictConfig) -> None:
+        if not traceback:
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # not for the processes that the task starts
+        try:
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                run_job(f"wsolkit.{config_name}", *_command_line(), _as_far_as_known(cfg), folder)
+            else:
+                watch_sweep()
+                _prepare_children()
+                task(cfg, folder)
+        except (WsolkitError, OmegaConfBaseException) as error:
+            # Hydra would add lines of its own; in a multirun they say which job it was.
+            if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failures.append(error)
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    end_with_parent()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
+    try:
+        if {"--help", "-h"}.intersection(sys.argv):
+            print(usage(CONF, config_name, fixed), flush=True)
+            return
+        sys.argv[1:] = complete(as_overrides(sys.argv[1:], referable(config_name)))
+        with SIGNALS.listening():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        sys.stdout.flush()
+        for failure in failures:
+            raise failure
+    except (WsolkitError, HydraException, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # of `--help | head`
+        leave_without_reader()
+        raise
+    except OSError as error:
+        if traceback or error.filename is None:
+            raise
+        sys.exit(
+            f"error: '{error.filename}' cannot be read or written ({error.strerror}); results go to another folder "
+            f"with {'output' if _has_output(config_name) else 'hydra.run.dir'}=DIR"
+        )
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        stop.advice = stop.advice or stopped
+        if is_first():
+            print(stop, file=sys.stderr)
+        raise stop from None
+
+
+def _has_output(config_name: str) -> bool:
+    """Whether a command's folder is its setting `output`."""
+    return re.search(r"^output:", (CONF / f"{config_name}.yaml").read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def run_command_on_checkpoint(
+    config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True, stopped: str = ""
+) -> None:
+    """`run_command`, with the method, backbone and data set of `checkpoint=…` before the user's settings.
+
+    Args:
+        with_protocol: whether with the checkpoint's first protocol, too.
+        stopped: see `run_command`.
+    """
+
+    def complete(arguments: list[str]) -> list[str]:
+        if not any(argument.startswith("checkpoint=") for argument in arguments):
+            return arguments
+        from wsolkit.settings.restore import choose_groups
+
+        return choose_groups(arguments, with_protocol)
+
+    fixed = ("method", "backbone", "dataset") if with_protocol else ("method", "backbone")
+    run_command(config_name, task, complete, stopped, fixed)
+
+
+def name_directory() -> None:
+    """Make the command line's first argument that is no setting `directory=…`."""
+    for index, argument in enumerate(sys.argv[1:], start=1):
+        of_option = sys.argv[index - 1].startswith("-")
+        if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
+            sys.argv[index] = f"directory={argument}"
+            break
+
+
+def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
+    """Settings as plain containers; where a required one is missing, with interpolations as they are.
+
+    The job says what is missing; that of `evaluate` may find it in its checkpoint.
+    """
+    try:
+        return plain(cfg)
+    except OmegaConfBaseException:
+        return typing.cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=False))
+
+
+def _command_line() -> tuple[list[str], list[str]]:
+    """Overrides of this one job, and the flags that its command was started with."""
+    sources = hydra_settings()["runtime"]["config_sources"]
+    flags = [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
+    return given_overrides(), flags
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to go on with the run in a directory."""
+    goes_on = ["resume=auto", f"hydra.run.dir={quoted(escaped(str(as_named(folder))))}"]
+    if not HydraConfig.initialized():
+        return " ".join(goes_on)
+    overrides, flags = _command_line()
+    own = [override for override in overrides if not override.startswith("resume=")]
+    return shlex.join(["python", "-m", "wsolkit.train", *flags, *own, *goes_on])
+
+
+def _prepare_children() -> None:
+    """Make the command line and the run directory those of this one job.
+
+    DDP starts the command again for each device, with this process's command line and `hydra.run.dir` between double
+    quotes, in this process's folder.
+    """
+    overrides, flags = _command_line()
+    sys.argv[1:] = [*flags, *overrides, "hydra.mode=RUN"]
+    instance = HydraConfig.instance().cfg
+    assert instance is not None
+    folder = escaped(HydraConfig.get().runtime.output_dir)
+    with read_write(instance.hydra):
+        instance.hydra.run.dir = escaped(QuotedString(folder, Quote.double).with_quotes()[1:-1])
+        instance.hydra.runtime.cwd = escaped(str(Path.cwd()))

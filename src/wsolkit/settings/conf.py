@@ -1,0 +1,55 @@
+"""Where the YAML files are, and what Hydra knows of the command line."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+_PACKAGE = Path(__file__).parents[1]
+
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
+"""The folder of YAML files: inside the package when installed from a wheel, beside `src` in a checkout."""
+
+# Not arguments of the class that a node describes: a name is for people and interpolation, mean and standard deviation
+# of a backbone's input are for the data set.
+LABELS = {"name", "mean", "std"}
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+named_folders: set[Path] = set()
+"""Folders of YAML files that callers of `load_config` have named in this process."""
+
+
+def as_named(folder: Path) -> Path:
+    """A run directory as people name it: relative to where they are, if it is below."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def given_overrides() -> list[str]:
+    """Overrides of this job, in Hydra's grammar."""
+    return list(hydra_settings()["overrides"]["task"])
+
+
+def chosen_file(group: str) -> Path | None:
+    """Return the YAML file that this job takes from a group, or None if it takes none."""
+    choice = hydra_settings()["runtime"]["choices"].get(group)
+    paths = (folder / group / f"{choice}.yaml" for folder in (*own_folders(), CONF))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def hydra_settings() -> dict[str, Any]:
+    """Hydra's settings, without resolving what is in them: overrides may hold interpolations."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(HydraConfig.get(), resolve=False))
+
+
+def own_folders() -> list[Path]:
+    """Folders of YAML files that the command line, or a caller of `load_config`, adds to the package's."""
+    if not HydraConfig.initialized():
+        return sorted(named_folders)
+    sources = hydra_settings()["runtime"]["config_sources"]
+    own = [Path(source["path"]) for source in sources if source["schema"] == "file" and Path(source["path"]) != CONF]
+    return [*own, *sorted(named_folders)]

@@ -1,0 +1,1 @@
+"""Tables, charts and a comparison of the runs of a sweep."""

@@ -1,0 +1,1 @@
+"""What the machine offers: files that are written whole, locks, signals, cores, names."""
