@@ -7,8 +7,9 @@ executed, see `wsolkit.interop.foreign`.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from wsolkit.config import check_config, run_command
 from wsolkit.errors import ConfigError, DataError
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 METHODS = ("ts_cam", "scm", "sat")
 
 
-class Settings(TypedDict):
+@dataclass
+class Settings:
     """See conf/import_checkpoint.yaml."""
 
     source: str

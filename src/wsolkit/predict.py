@@ -13,9 +13,10 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsolkit.config import as_named, check_config, given_overrides, plain, run_command_on_checkpoint
 from wsolkit.errors import ConfigError, DataError
@@ -36,7 +37,8 @@ UNREADABLE = 3
 OVERLAYS = "overlays"
 
 
-class PredictionSettings(TypedDict):
+@dataclass
+class PredictionSettings:
     """What predict and demo share, see conf/prediction.yaml."""
 
     checkpoint: str
@@ -47,6 +49,7 @@ class PredictionSettings(TypedDict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
+@dataclass
 class Settings(PredictionSettings):
     """See conf/predict.yaml."""
 

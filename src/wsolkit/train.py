@@ -11,8 +11,9 @@ import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from wsolkit.data.records import Records
 
 
-class EvaluationSettings(TypedDict):
+@dataclass
+class EvaluationSettings:
     """What train and evaluate share, see conf/evaluation.yaml."""
 
     seed: int
@@ -52,7 +54,8 @@ class EvaluationSettings(TypedDict):
     num_table_images: int | None
 
 
-class Checkpoints(TypedDict):
+@dataclass
+class Checkpoints:
     """See `wsolkit.checkpoint.LastCheckpoint`."""
 
     every_n_steps: int | None
@@ -60,6 +63,7 @@ class Checkpoints(TypedDict):
     requeue: bool
 
 
+@dataclass
 class Settings(EvaluationSettings):
     """See conf/train.yaml."""
 
