@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -20,6 +21,7 @@ from typing import Any
 import hydra
 import hydra.core.utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.config_source import ConfigSource
@@ -30,7 +32,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from wsolkit.errors import ConfigError, WsolkitError
 from wsolkit.jobs import run_job, watch_sweep
 from wsolkit.limits import check_limits
-from wsolkit.overrides import as_overrides, escaped, quoted
+from wsolkit.overrides import as_overrides, escaped, is_sweep, quoted
 from wsolkit.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_without_reader
 from wsolkit.usage import settings as settings_of
 from wsolkit.usage import usage
@@ -130,7 +132,7 @@ def run_command(
         if {"--help", "-h"}.intersection(sys.argv):
             print(usage(CONF, config_name, fixed), flush=True)
             return
-        sys.argv[1:] = complete(as_overrides(sys.argv[1:], _referable(config_name)))
+        sys.argv[1:] = _for_hydra(complete(as_overrides(sys.argv[1:], _referable(config_name))))
         with SIGNALS.listening():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         sys.stdout.flush()
@@ -157,6 +159,31 @@ def run_command(
         if is_first():
             print(stop, file=sys.stderr)
         raise stop from None
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """Return a command line for Hydra, which then names the jobs of a sweep as `wsolkit.sweeper` does.
+
+    Of several values, --cfg shows the first. --dry-run is ours: a sweeper that runs nothing lists the jobs.
+    """
+    own = [argument for argument in arguments if argument not in ("-m", "--multirun", "--dry-run")]
+    if {"--cfg", "-c"}.intersection(arguments):
+        return [_first_value(argument) for argument in own]
+    sweep, preview = is_sweep(arguments), "--dry-run" in arguments
+    if not sweep and not preview:
+        return arguments
+    from wsolkit.sweeper import replace_sweeper
+
+    replace_sweeper(sweep=sweep, preview=preview)
+    return ["--multirun", *own, "hydra/sweeper=basic"] if preview else arguments
+
+
+def _first_value(argument: str) -> str:
+    if argument.startswith("-") or "=" not in argument:
+        return argument
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    several = override.is_sweep_override() and override.is_discrete_sweep()
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if several else argument
 
 
 def _has_output(config_name: str) -> bool:
@@ -325,7 +352,7 @@ def check_config(cfg: DictConfig, own: type | None = None) -> None:
 
     Args:
         cfg: the settings.
-        own: a `TypedDict` of the settings that belong to no group. None: train's, which `load_config` composes.
+        own: a dataclass of the settings that belong to no group. None: train's, which `load_config` composes.
 
     Raises:
         ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
@@ -386,7 +413,8 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
         built_later = isinstance(value, Mapping) and "_target_" in value
         if key not in hints or built_later:
             continue
-        if typing.is_typeddict(hints[key]) and isinstance(value, Mapping):
+        grouped = typing.is_typeddict(hints[key]) or dataclasses.is_dataclass(hints[key])
+        if grouped and isinstance(value, Mapping):
             _check_types(value, typing.get_type_hints(hints[key]), f"{path}{key}.")
             continue
         adapter = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(arbitrary_types_allowed=True))
