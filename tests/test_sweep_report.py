@@ -20,8 +20,8 @@ from tests import fresh
 from wsolkit.errors import ConfigError
 from wsolkit.reporting.charts import Shown
 from wsolkit.reporting.examples import read_examples, write_examples
-from wsolkit.settings.jobs import Job, State
-from wsolkit.sweep_report import duration, gather
+from wsolkit.settings.jobs import Job, State, duration
+from wsolkit.sweep_report import gather
 from wsolkit.sweeps.charts import axis, charts, file_name, line_chart, title
 from wsolkit.sweeps.tables import Row, Run, Sweep, as_value, cells, counts, group_runs, markdown, remarks
 
@@ -478,7 +478,7 @@ def test_random_search_is_a_cloud_of_points() -> None:
     assert set(charts(found)) == {"top1_cls_by_lr", "top1_cls_by_decay"}  # too sparse for a heat map
 
 
-def test_two_keys_of_three_values_are_a_heat_map() -> None:
+def test_two_keys_are_a_heat_map() -> None:
     drawn = charts(grid("a", "method.b", shape=(3, 4)))
     names = [file_name("maxboxacc/max_box_acc", *keys) for keys in (["a"], ["method.b"], ["a", "method.b"])]
     assert list(drawn) == names
@@ -486,7 +486,8 @@ def test_two_keys_of_three_values_are_a_heat_map() -> None:
     axes = drawn[names[2]].axes[0]
     assert [text.get_text() for text in axes.texts] == [f"{50 + 4 * a + b:.1f}" for b in range(4) for a in range(3)]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("a", "method.b")
-    assert names[2] not in charts(grid("a", "method.b", shape=(2, 4)))
+    smallest = charts(grid("a", "method.b", shape=(2, 2)))
+    assert [text.get_text() for text in smallest[names[2]].axes[0].texts] == ["50.0", "52.0", "51.0", "53.0"]
     turned = charts(grid("a", "method.b", shape=(3, 4)), "method.b")
     assert list(turned) == [names[1], "maxboxacc_max_box_acc_by_method.b_and_a"]
 

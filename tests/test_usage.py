@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ import pytest
 from wsolkit.__main__ import COMMANDS
 from wsolkit.settings.conf import CONF
 from wsolkit.settings.usage import groups, settings, usage
+
+
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print for a terminal of some width."""
+    monkeypatch.setenv("COLUMNS", "110")
+
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 
@@ -29,7 +37,7 @@ def test_help_is_one_screen_of_sentences(command: str) -> None:
 
 @pytest.mark.parametrize("command", NAMES)
 def test_command_declares_what_its_file_holds(command: str) -> None:
-    declared = importlib.import_module(f"wsolkit.{command}").Settings.__annotations__
+    declared = typing.get_type_hints(importlib.import_module(f"wsolkit.{command}").Settings)
     assert {item.name.partition(".")[0] for item in settings(CONF, command)} == set(declared)
 
 

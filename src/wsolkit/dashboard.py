@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -32,7 +33,8 @@ _STEP = "trainer/global_step"
 _SERIES = {"method/semantic_weight_": "λ of each block", "method/threshold_": "β of each block"}
 
 
-class Settings(TypedDict):
+@dataclass
+class Settings:
     """See conf/dashboard.yaml."""
 
     directory: str

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+@dataclass
 class Settings(PredictionSettings):
     """See conf/demo.yaml."""
 

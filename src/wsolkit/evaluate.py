@@ -7,6 +7,7 @@ score_maps=DIR dataset=…: the maps are read from files.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from wsolkit.types import EvaluationBatch
 
 
+@dataclass
 class Settings(EvaluationSettings):
     """See conf/evaluate.yaml."""
 

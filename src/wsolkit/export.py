@@ -7,9 +7,9 @@ names, normalisation, input size, threshold and the rules by which maps become b
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsolkit.errors import CheckpointError, ConfigError
 from wsolkit.settings.checks import check_config
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 
 
-class Settings(TypedDict):
+@dataclass
+class Settings:
     """See conf/export.yaml."""
 
     checkpoint: str

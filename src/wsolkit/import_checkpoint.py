@@ -7,8 +7,9 @@ executed, see `wsolkit.interop.foreign`.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.export import check_place
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 METHODS = ("ts_cam", "scm", "sat")
 
 
-class Settings(TypedDict):
+@dataclass
+class Settings:
     """See conf/import_checkpoint.yaml."""
 
     source: str

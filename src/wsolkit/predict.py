@@ -13,9 +13,10 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.settings.checks import check_config
@@ -38,7 +39,8 @@ UNREADABLE = 3
 OVERLAYS = "overlays"
 
 
-class PredictionSettings(TypedDict):
+@dataclass
+class PredictionSettings:
     """What predict and demo share, see conf/prediction.yaml."""
 
     checkpoint: str
@@ -49,6 +51,7 @@ class PredictionSettings(TypedDict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
+@dataclass
 class Settings(PredictionSettings):
     """See conf/predict.yaml."""
 

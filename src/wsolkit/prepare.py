@@ -11,9 +11,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.settings.checks import check_config, locate
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from wsolkit.data.records import FileRecords, Records, Split
 
 
-class Settings(TypedDict):
+@dataclass
+class Settings:
     """See conf/prepare.yaml."""
 
     progress: bool

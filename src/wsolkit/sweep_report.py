@@ -12,10 +12,10 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -30,7 +30,7 @@ from wsolkit.reporting.terminal import PlainConsole, picture
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.command import name_directory, run_command
 from wsolkit.settings.compose import plain
-from wsolkit.settings.jobs import RECORD, RESULT, Job, read_job
+from wsolkit.settings.jobs import RECORD, RESULT, Job, duration, read_job
 from wsolkit.sweeps.tables import (
     STATES,
     Run,
@@ -57,12 +57,13 @@ _USED = Path("config.yaml")  # as train and evaluate write it: that of evaluate 
 _PAGE = "comparison.html"
 
 
-class Settings(TypedDict):
-    """See conf/sweep_report.yaml."""
+@dataclass
+class Settings:
+    """See conf/sweep_report.yaml; `names` checks what is a list of names."""
 
     directory: str
-    metrics: str | list[str] | None
-    keys: str | list[str] | None
+    metrics: Any
+    keys: Any
     x: str | None
     output: str | None
 
@@ -257,14 +258,6 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise JobError(f"'{path}' is damaged: expected an object of metrics")
     return content
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "45 s", "12 min", "3 h 5 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder: Path) -> tuple[list[str], list[str]]:

@@ -7,8 +7,9 @@ was used.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.command import command_to_resume, run_command
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-class EvaluationSettings(TypedDict):
+@dataclass
+class EvaluationSettings:
     """What train and evaluate share, see conf/evaluation.yaml."""
 
     seed: int
@@ -32,7 +34,8 @@ class EvaluationSettings(TypedDict):
     num_table_images: int | None
 
 
-class Checkpoints(TypedDict):
+@dataclass
+class Checkpoints:
     """See `wsolkit.training.checkpointing.LastCheckpoint`."""
 
     every_n_steps: int | None
@@ -40,6 +43,7 @@ class Checkpoints(TypedDict):
     requeue: bool
 
 
+@dataclass
 class Settings(EvaluationSettings):
     """See conf/train.yaml."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -27,7 +28,7 @@ def check_config(cfg: DictConfig, own: type | None = None) -> None:
 
     Args:
         cfg: the settings.
-        own: a `TypedDict` of the settings that belong to no group. None: train's, which `load_config` composes.
+        own: a dataclass of the settings that belong to no group; None: these are not checked.
 
     Raises:
         ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
@@ -113,7 +114,8 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
         built_later = isinstance(value, Mapping) and "_target_" in value
         if key not in hints or built_later:
             continue
-        if typing.is_typeddict(hints[key]) and isinstance(value, Mapping):
+        grouped = typing.is_typeddict(hints[key]) or dataclasses.is_dataclass(hints[key])
+        if grouped and isinstance(value, Mapping):
             _check_types(value, typing.get_type_hints(hints[key]), f"{path}{key}.")
             continue
         adapter = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(arbitrary_types_allowed=True))

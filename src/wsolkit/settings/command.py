@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 import hydra.core.utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -27,7 +28,7 @@ from wsolkit.settings.compose import plain, referable
 from wsolkit.settings.conf import CONF, as_named, given_overrides, hydra_settings
 from wsolkit.settings.explain import explain
 from wsolkit.settings.jobs import run_job, watch_sweep
-from wsolkit.settings.overrides import as_overrides, escaped, quoted
+from wsolkit.settings.overrides import as_overrides, escaped, is_sweep, quoted
 from wsolkit.settings.usage import usage
 from wsolkit.system.signals import SIGNALS, Stopped, end_with_parent, is_first, leave_without_reader
 
@@ -82,7 +83,7 @@ def run_command(
         if {"--help", "-h"}.intersection(sys.argv):
             print(usage(CONF, config_name, fixed), flush=True)
             return
-        sys.argv[1:] = complete(as_overrides(sys.argv[1:], referable(config_name)))
+        sys.argv[1:] = _for_hydra(complete(as_overrides(sys.argv[1:], referable(config_name))))
         with SIGNALS.listening():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         sys.stdout.flush()
@@ -109,6 +110,31 @@ def run_command(
         if is_first():
             print(stop, file=sys.stderr)
         raise stop from None
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """Return a command line for Hydra, which then names the jobs of a sweep as `wsolkit.settings.sweeper` does.
+
+    Of several values, --cfg shows the first. --dry-run is ours: a sweeper that runs nothing lists the jobs.
+    """
+    own = [argument for argument in arguments if argument not in ("-m", "--multirun", "--dry-run")]
+    if {"--cfg", "-c"}.intersection(arguments):
+        return [_first_value(argument) for argument in own]
+    sweep, preview = is_sweep(arguments), "--dry-run" in arguments
+    if not sweep and not preview:
+        return arguments
+    from wsolkit.settings.sweeper import replace_sweeper
+
+    replace_sweeper(sweep=sweep, preview=preview)
+    return ["--multirun", *own, "hydra/sweeper=basic"] if preview else arguments
+
+
+def _first_value(argument: str) -> str:
+    if argument.startswith("-") or "=" not in argument:
+        return argument
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    several = override.is_sweep_override() and override.is_discrete_sweep()
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if several else argument
 
 
 def _has_output(config_name: str) -> bool:

@@ -1,7 +1,8 @@
 """The jobs of a sweep: each runs in a process of its own and keeps a record of how it went.
 
-A sweep directory holds a directory for each job, named after its settings, so that the same job has the same directory
-whenever the sweep is run again. In it, `job.json` says what the job is and how it stands, `output.log` what it printed.
+A sweep directory holds a directory for each job, named after what differs between them. The same job has the same
+directory whenever the sweep is run again. In it, `job.json` says what the job is and how it stands, `output.log` what
+it printed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -100,8 +102,7 @@ def job_name(overrides: Sequence[str]) -> str:
     """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
     if isinstance(overrides, ListConfig):  # in which an override may look like an interpolation
         overrides = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
-    own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
-    own.sort(key=lambda override: not override.startswith(_FIRST))
+    own = _own(overrides)
     readable = []
     for override in own:
         key, _, value = override.lstrip("+~").partition("=")
@@ -109,6 +110,55 @@ def job_name(overrides: Sequence[str]) -> str:
             readable.append(f"{key.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}")
     digest = hashlib.sha256("\n".join(own).encode(errors="surrogateescape")).hexdigest()[:8]
     return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
+
+
+def _own(overrides: Sequence[str]) -> list[str]:
+    """Return overrides without Hydra's and those of a resumed run, in the order in which names have them."""
+    own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
+    return sorted(own, key=lambda override: not override.startswith(_FIRST))
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9._+-]+")
+_NUMBERS = re.compile(r"\[[0-9.,-]+\]")
+_LONGEST = 80
+
+
+def folder_name(sweep: Path, overrides: Sequence[str], varied: Sequence[str]) -> str:
+    """Return the name of a job's directory: `lr_0.1-seed_0`, after the settings that differ between the jobs.
+
+    A job that has a directory in the sweep's already, under whatever name, keeps it. A digest of all overrides follows
+    the name where it could mean another job: where letters were lost, or the directory belongs to another command.
+
+    Args:
+        sweep: the directory of the sweep.
+        overrides: all overrides of the job.
+        varied: those that differ between the jobs.
+    """
+    for record in sorted(sweep.glob(f"*/{RECORD}")):
+        if _own(_recorded(record)) == _own(overrides):
+            return record.parent.name
+    pairs = [(key.lstrip("+~"), value) for key, _, value in (override.partition("=") for override in _own(varied))]
+    last = Counter(key.rpartition(".")[2] for key, _ in pairs)
+    parts, exact = [], True
+    for key, value in pairs:
+        short = key.rpartition(".")[2]
+        text = value.strip("[]").replace(",", "_") if _NUMBERS.fullmatch(value) else value
+        exact = exact and _PLAIN.fullmatch(text) is not None
+        if "/" not in text:  # no paths
+            parts.append(f"{key if last[short] > 1 else short}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', text)}")
+    whole = "-".join(parts) or "job"
+    name = re.sub(r"[^A-Za-z0-9._+-]", "_", whole)[:_LONGEST].strip("-._") or "job"
+    if exact and name == whole and not (sweep / name / RECORD).exists():
+        return name
+    digest = hashlib.sha256("\n".join(_own(overrides)).encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{name}-{digest}"
+
+
+def _recorded(record: Path) -> list[str]:
+    """Return the overrides of a job by its record; [] where that is damaged."""
+    with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+        return [str(override) for override in json.loads(record.read_text(encoding="utf-8-sig"))["overrides"]]
+    return []
 
 
 def run_name(resume: str | None, overrides: Sequence[str], now: str) -> str:
@@ -218,15 +268,15 @@ def _is_due(folder: Path, settings: dict[str, Any]) -> bool:
     earlier = read_job(folder)
     if earlier is None or earlier.state not in ("running", "finished"):
         return True
-    if earlier.state == "running":
-        print(f"  {folder.name}: another process is running it", flush=True)
-        return False
     changed = sorted(differences(earlier.settings, settings))
     if changed:
         raise JobError(
-            f"{folder} is finished, but its settings have changed since: {', '.join(changed)}. "
+            f"{folder} is {earlier.state}, but its settings have changed since: {', '.join(changed)}. "
             "Delete it, or give the sweep another directory with hydra.sweep.dir=DIR"
         )
+    if earlier.state == "running":
+        print(f"  {folder.name}: another process is running it", flush=True)
+        return False
     print(f"  {folder.name}: finished before", flush=True)
     return False
 
@@ -304,3 +354,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif old != new:
             found.add(f"{path}{key}")
     return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min", "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

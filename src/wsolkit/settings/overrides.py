@@ -58,11 +58,12 @@ def as_overrides(arguments: Sequence[str], settings: Collection[str]) -> list[st
     Raises:
         ConfigError: an argument is not in UTF-8.
     """
-    sweep = _is_sweep(arguments)
+    sweep = is_sweep(arguments)
     return [_as_override(argument, settings, sweep) for argument in arguments]
 
 
-def _is_sweep(arguments: Sequence[str]) -> bool:
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Return whether a command line runs several jobs: by -m, or by a ready grid."""
     if "hydra.mode=RUN" in arguments:
         return False
     grid = any(argument.startswith("sweep=") and argument not in ("sweep=", "sweep=null") for argument in arguments)

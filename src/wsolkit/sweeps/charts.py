@@ -248,7 +248,7 @@ def _legend(figure: Figure, keys: Sequence[str], styles: Mapping[Combination, in
 def heat_map(sweep: Sweep, metric: str, horizontal: str, vertical: str) -> Figure | None:
     """The mean of a metric over two keys, written into each cell.
 
-    None unless both have three values or more, and half of the combinations or more have been run.
+    None unless both have two values or more, and half of the combinations or more have been run.
     """
     across, up = sweep.keys.index(horizontal), sweep.keys.index(vertical)
     means = {
@@ -257,7 +257,7 @@ def heat_map(sweep: Sweep, metric: str, horizontal: str, vertical: str) -> Figur
         if (average := row.average(metric)) is not None
     }
     columns, rows = (sorted({values[index] for values in means}, key=order) for index in (0, 1))
-    if min(len(columns), len(rows)) < 3 or 2 * len(means) < len(columns) * len(rows):
+    if min(len(columns), len(rows)) < 2 or 2 * len(means) < len(columns) * len(rows):
         return None
     grid = np.array([[means.get((column, row), np.nan) for column in columns] for row in rows])
     size = (2.2 + 0.75 * len(columns), 1.5 + 0.5 * len(rows))
