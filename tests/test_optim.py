@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import METHODS
+from wsolkit import build_module, load_config
 from wsolkit.errors import ConfigError
 from wsolkit.methods.parameters import weight_decay_groups
 from wsolkit.training.optimization import Schedule
@@ -43,3 +45,19 @@ def test_frozen_parameters_are_left_out() -> None:
     assert (
         torch.optim.AdamW(weight_decay_groups(nn.Linear(2, 2)), weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_hold_what_checkpoints_hold_in_their_order(method: str) -> None:
+    """Each in the order of the module's parameters: an optimizer's state in a checkpoint goes by this order."""
+    module = build_module(load_config(f"method={method}"))
+    exempt = {"pos_embed", "cls_token"}
+    expected: dict[str, list[str]] = {"decay": [], "no_decay": []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
+            expected["no_decay" if free else "decay"].append(name)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = weight_decay_groups(module, exempt)
+    assert [group["name"] for group in groups] == list(expected)
+    assert [[names[parameter] for parameter in group["params"]] for group in groups] == list(expected.values())

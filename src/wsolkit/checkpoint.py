@@ -110,6 +110,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Not torch.serialization.get_unsafe_globals_in_checkpoint, which cannot read PyTorch's older format.
         code = re.search(r"GLOBAL (\S+)", str(error))
         found = f"pickled code ({code[1]})" if code else "something else than tensors and plain containers"
         raise CheckpointError(

@@ -19,6 +19,7 @@ from tests.data.layouts import draw, write_aircraft, write_cub, write_openimages
 from tests.data.test_folder import coco, encode, save, write_folder
 from wsolkit import build_datamodule, load_config
 from wsolkit.build import build_records
+from wsolkit.data.files import list_folders, noted_sources, read_text
 from wsolkit.data.preparing.index import read_index, write_index
 from wsolkit.data.records import FileRecords, Split
 from wsolkit.errors import DataError
@@ -261,6 +262,18 @@ def test_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (root / ".wsolkit").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot be written .*dataset.index=FILE"):
         write("cub", root, *SMALL)
+
+
+def test_readers_say_what_they_read(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png")
+    with noted_sources() as seen:
+        read_text(tmp_path / "list.txt")
+        list_folders(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            read_text(tmp_path / "gone.txt")
+    assert seen == {tmp_path / "list.txt", tmp_path, tmp_path / "gone.txt"}
+    list_folders(Path(__file__).parent)
+    assert len(seen) == 3
 
 
 def test_boxes_beside_the_root_are_watched(tmp_path: Path) -> None:

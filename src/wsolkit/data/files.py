@@ -15,6 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,28 @@ _MAX_NUMBER = 10**9
 
 # Looking for each file costs about ten microseconds on a local disk, far more on a network's.
 _MAX_FILES_TO_LOOK_FOR = 100_000
+
+_sources: set[Path] | None = None
+
+
+def note_source(path: Path) -> None:
+    """Say that a file or folder is about to be read for records; an index is not used where one of them has changed.
+
+    Whatever reads the official files of a data set calls this, directly or by the functions of this file.
+    """
+    if _sources is not None:
+        _sources.add(path)
+
+
+@contextmanager
+def noted_sources() -> Iterator[set[Path]]:
+    """Collect what is noted within."""
+    global _sources
+    before, _sources = _sources, set()
+    try:
+        yield _sources
+    finally:
+        _sources = before
 
 
 class Folder(NamedTuple):
@@ -84,6 +107,7 @@ def walk(folder: Path, skip: Collection[Path] = ()) -> Iterator[Folder]:
 
 def _look_into(path: Path, below: str = "") -> Folder:
     found = Folder(below, [], [], [])
+    note_source(path)
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -175,6 +199,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
     Raises:
         FileNotFoundError: it is missing. DataError: it cannot be read, or is no such text.
     """
+    note_source(path)
     try:
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
@@ -283,6 +308,7 @@ def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
     Raises:
         DataError: it is missing or broken, or holds no object.
     """
+    note_source(path)
     try:
         tree = ElementTree.parse(path)
         size = [whole_number(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
@@ -312,6 +338,7 @@ def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str
     """
     from scipy.io import loadmat  # its import takes most of a second, and few data sets need it
 
+    note_source(path)
     try:
         with path.open("rb") as file:
             content: dict[str, Any] = loadmat(file, squeeze_me=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsolkit.data.files import list_folders
+from wsolkit.data.files import list_folders, note_source
 from wsolkit.data.records import require_folder
 from wsolkit.errors import DataError
 
@@ -94,4 +94,10 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _marked(folder: Path, marks: Sequence[str]) -> bool:
-    return any(any(folder.glob(mark)) for mark in marks)
+    for mark in marks:
+        listed = folder / mark.partition("*")[0].rpartition("/")[0]
+        if "*" in mark and listed.is_dir():
+            note_source(listed)
+        if any(folder.glob(mark)):
+            return True
+    return False

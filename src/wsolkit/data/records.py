@@ -21,6 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from wsolkit.data.decoding import decoding, grey, orientation, rgb, stored_size, turned
+from wsolkit.data.files import note_source
 from wsolkit.errors import DataError
 from wsolkit.types import Boxes, Exif, Image, Mask
 
@@ -312,6 +313,7 @@ def _goes_on_after_pixels(path: Path) -> bool:
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
     with decoding(f"{what} '{path}'", ": replace it or take it off the list"):
+        note_source(path)
         try:
             image = PIL.Image.open(path)
         except FileNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 
@@ -17,14 +18,15 @@ def weight_decay_groups(module: nn.Module, exempt: Iterable[str] = ()) -> list[d
     Returns:
         two groups for an optimizer: `name`, `params`, and `weight_decay` = 0 in the second.
     """
-    exempt = set(exempt)
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
-            (no_decay if free else decay).append(parameter)
-    return [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, "weight_decay": 0.0}]
+    last = set(exempt)
+    names = [name for name, _ in module.named_parameters() if name.rsplit(".", 1)[-1] in last]
+    groups = param_groups_weight_decay(module, weight_decay=1.0, no_weight_decay_list=names)
+    found = {group["weight_decay"]: group["params"] for group in groups}
+    # Always both and in this order, in which checkpoints hold the optimizer's state.
+    return [
+        {"name": "decay", "params": found.get(1.0, [])},
+        {"name": "no_decay", "params": found.get(0.0, []), "weight_decay": 0.0},
+    ]
 
 
 def fine_tuning_groups(

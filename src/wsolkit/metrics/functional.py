@@ -17,6 +17,7 @@ def in_top_k(logits: Tensor, label: Tensor, k: int) -> Tensor:
 
     No label is among logits that are not finite.
     """
+    # Not torchmetrics' accuracy: it breaks ties in another way, and counts images whose logits are not finite.
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == label[:, None]).any(dim=1) & logits.isfinite().all(dim=1)
 

@@ -1,5 +1,8 @@
 """Locks between processes. The system keeps them: each ends with the process that holds it, however that ends.
 
+The library filelock would take another way where a file system has no locks: a file that outlasts a process which is
+killed. It would also make files when it is only asked whether a lock is held.
+
 What is written in a lock's file, who holds it and since when, is for people and decides nothing: after a kill it is of
 a process that is no more, and its number may be that of another by now.
 """

@@ -17,7 +17,6 @@ width and height decide: tools differ in whether they show an image upright.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy.typing as npt
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from wsolkit.data.coco import coco_annotations
-from wsolkit.data.files import IMAGE_SUFFIXES, images_below, list_folders, say_left_out
+from wsolkit.data.files import IMAGE_SUFFIXES, images_below, list_folders, read_json, say_left_out
 from wsolkit.data.records import (
     FileRecords,
     Split,
@@ -154,7 +153,7 @@ def _fitting(annotated: tuple[int, int], stored: tuple[int, int], upright: tuple
 
 def _said(path: Path) -> Exif | None:
     """Which pixels the boxes of a file are in, where `python -m wsolkit.predict` has written it."""
-    info = json.loads(path.read_bytes()).get("info")
+    info = read_json(path).get("info")
     exif = info.get("exif") if isinstance(info, dict) else None
     return exif if exif in ("apply", "ignore") else None
 

@@ -35,7 +35,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from wsolkit.data.benchmarks.listed import first_image, held_out_records, read_fields, read_lists
-from wsolkit.data.files import IMAGE_SUFFIXES, list_folders, list_images, read_annotation, read_lines, say_left_out
+from wsolkit.data.files import (
+    IMAGE_SUFFIXES,
+    list_folders,
+    list_images,
+    note_source,
+    read_annotation,
+    read_lines,
+    say_left_out,
+)
 from wsolkit.data.layout import Layout, find_layout
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import (
@@ -252,8 +260,10 @@ def _masks(layout: Layout, folder: str, ids: Sequence[str]) -> MaskFiles:
 def _xml_folder(layout: Layout, candidates: Sequence[str]) -> Path | None:
     for candidate in candidates:
         folder = layout.find(candidate, around=True)
-        if folder.is_dir() and any(folder.glob("[!.]*.xml")):
-            return folder
+        if folder.is_dir():
+            note_source(folder)
+            if any(folder.glob("[!.]*.xml")):
+                return folder
     return None
 
 

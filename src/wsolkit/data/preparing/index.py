@@ -21,11 +21,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -35,7 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from wsolkit.data.coco import RunLengthMasks
-from wsolkit.data.files import IMAGE_SUFFIXES
+from wsolkit.data.files import IMAGE_SUFFIXES, noted_sources
 from wsolkit.data.masks import MaskFiles
 from wsolkit.data.records import FileRecords, Names, Records, Split
 from wsolkit.errors import DataError
@@ -114,7 +112,7 @@ def write_index(
     records: dict[Split, FileRecords] = {}
     about: dict[str, Any] = {}
     for split in splits:
-        with _watch() as seen:
+        with noted_sources() as seen:
             found = read(split)
         if not isinstance(found, FileRecords) or not isinstance(found.masks, MaskFiles | RunLengthMasks | None):
             raise DataError(f"the {split} split is no FileRecords with masks that can be written down: it has no index")
@@ -280,7 +278,7 @@ def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path.absolute())
 
 
-def _sources(seen: set[str], records: FileRecords, settings: Mapping[str, Any], root: Path) -> list[list[str | int]]:
+def _sources(seen: set[Path], records: FileRecords, settings: Mapping[str, Any], root: Path) -> list[list[str | int]]:
     """What a split was read from, each with its state: lists, and folders of images."""
     folders = {name.rpartition("/")[0] for name in map(records.ids.__getitem__, range(len(records.ids)))}
     paths = {records.root / folder for folder in folders}
@@ -288,7 +286,7 @@ def _sources(seen: set[str], records: FileRecords, settings: Mapping[str, Any], 
         paths |= {(records.masks.root / name).parent for names in records.masks.objects for name in names}
     places = {root.absolute(), *(Path(text) for text in _strings(settings) if Path(text).is_absolute())}
     together = defaultdict(set)
-    for path in {Path(os.path.normpath(Path(name).absolute())) for name in seen}:
+    for path in {Path(os.path.normpath(path.absolute())) for path in seen}:
         if path.suffix == ".xml" or any(path.is_relative_to(place) for place in places):  # Kaggle's lie beside the root
             together[path.parent].add(path)
     for folder, files in together.items():
@@ -323,26 +321,3 @@ def _state(name: str, root: Path) -> list[int]:
     except OSError:
         return [-1, -1]
     return [status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size]
-
-
-_seen: set[str] | None = None
-_hooked = False
-
-
-@contextmanager
-def _watch() -> Iterator[set[str]]:
-    """Note which files are opened and which folders are listed, whatever a data set's file of records reads."""
-    global _seen, _hooked
-    if not _hooked:
-        sys.addaudithook(_note)  # for good: Python has no way to take it off
-        _hooked = True
-    _seen = set()
-    try:
-        yield _seen
-    finally:
-        _seen = None
-
-
-def _note(event: str, args: tuple[Any, ...]) -> None:
-    if _seen is not None and event in ("open", "os.scandir", "os.listdir") and isinstance(args[0], str | os.PathLike):
-        _seen.add(os.fspath(args[0]))
