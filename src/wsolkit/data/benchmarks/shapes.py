@@ -101,7 +101,8 @@ def draw(rng: np.random.Generator, label: int, size: int) -> tuple[Image, Mask]:
 
 
 def _background(rng: np.random.Generator, size: int) -> Image:
-    coarse = _dull(rng.uniform(80, 180, (4, 4, 3)).astype(np.float32), 0.5)
+    coarse = rng.uniform(80, 180, (4, 4, 3)).astype(np.float32)
+    coarse = 0.5 * coarse + 0.5 * coarse.mean(axis=-1, keepdims=True)  # duller than what lies before it
     image = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
     for _ in range(rng.integers(3, 7)):  # clutter, as coloured as the creatures, now and then in their fur
         corners = rng.uniform(0, size, 2) + rng.uniform(-0.14, 0.14, (rng.integers(3, 6), 2)) * size
@@ -173,15 +174,10 @@ def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
         cv2.LINE_8,
         _SHIFT,
     )
-    image[strip > 0] = _dull(rng.uniform(80, 180, 3), 0.2)
+    image[strip > 0] = rng.uniform(30, 220, 3)
     # Never hide the whole creature: a box needs something to be around.
     if (mask & (1 - strip)).any():
         mask[strip > 0] = 0
-
-
-def _dull(colour: npt.NDArray[Any], share: float) -> npt.NDArray[Any]:
-    """Keep a share of a colour [..., 3] and replace the rest by its grey."""
-    return np.asarray(share * colour + (1 - share) * colour.mean(axis=-1, keepdims=True))
 
 
 def _disc(image: npt.NDArray[np.uint8], centre: npt.NDArray[np.float64], radius: float, colour: Any) -> None:
