@@ -22,10 +22,10 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
-from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.checkpoint import AtomicCheckpointIO
 from wsolkit.config import CONF, arguments, built, check_config, locate, plain, signature
 from wsolkit.csv_log import RunLog
@@ -340,9 +340,19 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
     """What Lightning calls to synchronise BatchNorm; its own would lose the activation in timm's layers."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Lightning's hook."""
+        """Lightning's hook.
+
+        Raises:
+            ConfigError: the model is on CPUs.
+        """
         assert isinstance(model, WSOLModule)
-        return synchronise(model, model.trainer.strategy.root_device)
+        if model.trainer.strategy.root_device.type == "cpu":
+            raise ConfigError(
+                "trainer.sync_batchnorm=true needs GPUs, since PyTorch's SyncBatchNorm refuses CPUs: leave it out, or "
+                "add backbone.batch_norm=frozen instead"
+            )
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""
