@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from tests.conftest import CNN_METHODS, METHODS
 from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
-from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.build import compile_network
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
@@ -240,6 +240,17 @@ def test_batch_area_is_that_of_each_accumulated_part() -> None:
     assert (batch_area_loss(small, 0.4) + batch_area_loss(large, 0.4)).item() / 2 == pytest.approx(0.2)
 
 
+def on(module: WSOLModule, device: str) -> WSOLModule:
+    """A module whose trainer takes it to a device."""
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))  # type: ignore[assignment]
+    return module
+
+
+def test_batch_norm_is_not_synchronised_on_cpus() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.sync_batchnorm=true needs GPUs"):
+        SyncBatchNormPlugin().apply(on(build_module(load_config("method=cam")), "cpu"))
+
+
 @pytest.mark.parametrize("backbone", ["cnn_micro", "resnet50", "vgg16", "mobilenetv2", "inception_v3"])
 def test_batch_norm_as_gpus_synchronise_it_computes_what_it_does(backbone: str) -> None:
     """Activations that are a part of timm's layers included, and by the same names."""
@@ -250,7 +261,7 @@ def test_batch_norm_as_gpus_synchronise_it_computes_what_it_does(backbone: str) 
     image, names = torch.randn(2, 3, 64, 64), list(module.state_dict())
     with torch.no_grad():
         expected = module.eval().network(image)
-        converted = synchronise(module, torch.device("cuda"))
+        converted = SyncBatchNormPlugin().apply(on(module, "cuda"))
         assert torch.equal(converted.eval().network(image), expected)  # type: ignore[operator]
     layers = [layer for layer in converted.modules() if isinstance(layer, nn.SyncBatchNorm)]
     plain = [layer for layer in converted.modules() if isinstance(layer, nn.BatchNorm2d)]

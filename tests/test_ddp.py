@@ -17,15 +17,14 @@ from torch.utils.data import DataLoader
 from tests import fresh
 from tests.conftest import CNN_METHODS, METHODS
 from tests.fresh import FRESH
+from tests.sync_batch_norm import synchronise
 from wsolkit import build_datamodule, build_module, load_config
-from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.data.dataset import EachOnce, evaluation_batch
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import batch_area_loss, global_mean
 from wsolkit.metrics.evaluation import outcome
 from wsolkit.training.evaluator import Evaluator
 
-CPU = torch.device("cpu")
 Part = Callable[..., None]  # of what the processes of a group do together; it is told its rank and their number
 
 
@@ -64,7 +63,7 @@ def step(world_size: int, rank: int, *settings: str) -> tuple[dict[str, Tensor],
     torch.manual_seed(0)
     module = build_module(load_config(*settings)).train()
     if world_size > 1:
-        synchronise(module.network, CPU)
+        synchronise(module.network)
     losses = module.losses({name: value[rank::world_size] for name, value in batch().items()})  # type: ignore[arg-type]
     losses["loss"].backward()
     return {name: value.detach() for name, value in losses.items()}, module
@@ -133,7 +132,7 @@ def run_apart(rank: int, world_size: int, method: str, folder: Path) -> None:
         for images in DataLoader(dataset, sampler=order, batch_size=1, collate_fn=evaluation_batch):
             evaluation.update(images, module.localize, module)
         computed = outcome(evaluation.compute())
-    synchronise(module.network, CPU)
+    synchronise(module.network)
     part = {name: value[rank::world_size] for name, value in batch().items()}
     losses = {name: value.detach().clone() for name, value in module.train().losses(part).items()}  # type: ignore[arg-type]
     for value in losses.values() if world_size > 1 else ():
@@ -213,7 +212,6 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
             "train",
             "-m",
             "method=cam",
-            "trainer.sync_batchnorm=true",
             "dataset.records.sizes={train: 32, val: 20, test: 23}",
             "dataset.batch_size=16",
         ),

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import DictConfig
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from wsolkit.backbones.sync_batch_norm import synchronise
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.settings.checks import locate
@@ -113,9 +113,19 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
     """What Lightning calls to synchronise BatchNorm; its own would lose the activation in timm's layers."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Lightning's hook."""
+        """Replace the layers of the model.
+
+        Raises:
+            ConfigError: the model is on CPUs.
+        """
         assert isinstance(model, WSOLModule)
-        return synchronise(model, model.trainer.strategy.root_device)
+        if model.trainer.strategy.root_device.type == "cpu":
+            raise ConfigError(
+                "trainer.sync_batchnorm=true needs GPUs, since PyTorch's SyncBatchNorm refuses CPUs: leave it out, or "
+                "add backbone.batch_norm=frozen instead"
+            )
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""

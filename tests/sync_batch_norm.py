@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes: on GPUs PyTorch's, which refuses CPUs; on those what is written here."""
+"""BatchNorm over the images of all processes on CPUs, which PyTorch's own refuses."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
 from torch import Tensor, distributed, nn
 
 
-def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
-    """Have every BatchNorm layer of a network, timm's with an activation included, see the images of all processes.
-
-    Frozen layers stay as they are, and so do the names of weights.
-
-    Args:
-        network: any module; use what is returned.
-        device: where it will run.
-    """
-    if device.type != "cpu":
-        converted: nn.Module = convert_sync_batchnorm(network)
-        return converted
+def synchronise(network: nn.Module) -> None:
+    """Have every BatchNorm layer of a network see the images of all processes; frozen layers stay as they are."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.forward = functools.partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
-    return network
 
 
 def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
