@@ -29,9 +29,9 @@ EXAMPLE = REPOSITORY / "examples" / "onnx_boxes.py"
 
 # A small model of every method, and of what changes a program.
 MODELS = {name: [f"method={name}"] for name in METHODS} | {
-    "sat": ["method=sat", "backbone.options.depth=4", "method.num_blocks=2"],
-    "ts_cam": ["method=ts_cam", "backbone.options.depth=4"],
-    "scm": ["method=scm", "backbone.options.depth=4", "method.iterations=[16,4,4,4]"],
+    "sat": ["method=sat", "backbone.options.depth=3", "method.num_blocks=2"],
+    "ts_cam": ["method=ts_cam", "backbone.options.depth=2"],
+    "scm": ["method=scm", "backbone.options.depth=2", "method.num_blocks=2", "method.iterations=[16,4]"],
     "cam_aligned_scg": ["method=cam", "backbone.align=true", "+postprocess=scg"],
 }
 
