@@ -179,7 +179,7 @@ def _run(
     if before is not None:
         before()
     if jobs:
-        from wsolkit import jobs as sweep
+        from wsolkit.settings import jobs as sweep
 
         _fork_ahead(jobs, sweep, processes)
     elif processes > 1:

@@ -80,9 +80,9 @@ def test_reader_that_goes_ends_it_in_silence(arguments: str, tmp_path: Path) -> 
 def test_other_pipes_that_break_are_errors(tmp_path: Path) -> None:
     """The output is read to the end: what has broken is, for instance, a loader's pipe, and that is said."""
     code = (
-        "from wsolkit import config\n"
+        "from wsolkit.settings.command import run_command\n"
         "def task(*_): raise BrokenPipeError(32, 'a pipe of a loader')\n"
-        "config.run_command('prepare', task)"
+        "run_command('prepare', task)"
     )
     command = [sys.executable, "-c", code, "hydra.output_subdir=null", "hydra.run.dir=."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
@@ -172,7 +173,7 @@ def statistics(rank: int, world_size: int, folder: Path) -> None:
     module = build_module(load_config("method=cam")).train()
     module(batch()["image"] * (1 + rank))
     before = {name: buffer.clone() for name, buffer in module.network.named_buffers()}
-    module.on_validation_start()
+    module.attached(Evaluator).on_validation_start(Trainer(logger=False), module)
     torch.save({"before": before, "after": dict(module.network.named_buffers())}, folder / f"{rank}.pt")
 
 

@@ -43,6 +43,7 @@ from wsolkit.sweeps.comparison import comparison
 from wsolkit.sweeps.tables import Run, Sweep, as_markdown, group_runs, markdown, means_csv, runs_csv
 from wsolkit.system.names import AS_IN_FILES, file_name, one_line, readable, shortened
 from wsolkit.train import train
+from wsolkit.training import report
 
 DOLLARS, MARKUP = "a_$x^$b", '[bold]red[/bold] & <b>"x"</b>'
 NAMES = [
@@ -368,8 +369,9 @@ def test_what_a_failing_picture_costs(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_pictures_that_fail_cost_no_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("draw_examples", "write_inside", "show"):
+    for name in ("draw_examples", "show"):
         monkeypatch.setattr(pictures, name, failing)
+    monkeypatch.setattr(report, "write_inside", failing)
     monkeypatch.setattr("wsolkit.reporting.page._svg", failing)
     cfg = load_config(
         *("method=cam", "dataset.records.sizes={train: 16, val: 8, test: 8}", "dataset.batch_size=8", "trainer=smoke"),

@@ -63,7 +63,7 @@ TYPES: dict[str, Any] = {}
 """Types of the settings of every command that belong to no group."""
 for _command in itertools.chain(*ALL_COMMANDS.values()):
     TYPES |= typing.get_type_hints(importlib.import_module(f"wsolkit.{_command}").Settings)
-SETTINGS = {*TYPES, "method", "dataset", "hydra"}
+SETTINGS = {*TYPES, "method", "dataset", "hydra"} - {"x"}  # the texts below have ${x}, which sweep_report may mean
 COMMANDS = (
     *(("train", f"dataset={dataset}") for dataset in ("cub", "imagenet", "folder")),
     *(("evaluate",), ("predict",), ("sweep_report",)),

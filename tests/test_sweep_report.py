@@ -282,7 +282,7 @@ def test_bad_input_is_one_message(arguments: list[str], message: str, tmp_path: 
 def test_question_is_answered_without_torch(sweep: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = ['wsolkit.sweep_report', sys.argv[1]]\n"
-        "runpy.run_module('wsolkit.sweep_report', run_name='__main__')\n"
+        "runpy.run_module('wsolkit.sweep_report', run_name='__main__', alter_sys=True)\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep)], capture_output=True, text=True, check=False)

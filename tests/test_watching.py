@@ -19,13 +19,14 @@ from wandb_workspaces.workspaces import Workspace
 
 from tests.offline import OfflineRun, read_offline
 from tests.test_commands import TINY, config, metrics, run
-from wsolkit import build, dashboard, load_config
+from wsolkit import dashboard, load_config
 from wsolkit.dashboard import build_workspace, logged_keys
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.errors import ERRORS
 from wsolkit.settings.jobs import Job, swept
 from wsolkit.train import train
+from wsolkit.training import loggers
 
 PROTOCOLS = ("maxboxacc", "maxboxacc_v2")
 
@@ -317,7 +318,7 @@ def test_tensorboard_shows_what_is_resumed_once(in_tmp: Path) -> None:
 
 
 def test_missing_extras_are_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs another package: pip install 'wsolkit\[tensorboard\]'"):
         train(config("logger=tensorboard"), in_tmp)
     monkeypatch.setattr(dashboard, "find_spec", lambda name: None)

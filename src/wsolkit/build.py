@@ -117,6 +117,12 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
 
     Raises:
         ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+
+    >>> import torch
+    >>> from wsolkit import build_module, load_config
+    >>> module = build_module(load_config("method=cam"), ["cat", "dog"])
+    >>> module(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 2])
     """
     return attach_training(cfg, build_model(cfg, class_names))
 
@@ -149,12 +155,6 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
 
     Raises:
         ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
-
-    >>> import torch
-    >>> from wsolkit import build_module, load_config
-    >>> module = build_module(load_config("method=cam"), ["cat", "dog"])
-    >>> module(torch.zeros(1, 3, 64, 64)).shape
-    torch.Size([1, 2])
     """
     check_config(cfg)
     if class_names is None:

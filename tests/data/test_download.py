@@ -175,7 +175,7 @@ DOWNLOAD = """
 import sys, time
 from pathlib import Path
 from rich.progress import Progress
-from wsolkit.data import archives, download
+from wsolkit.data.preparing import archives, download
 
 download._CHUNK = 50_000
 advance = Progress.advance

@@ -54,6 +54,9 @@ _PART_OF_ACTION = (  # the first whose text is in the name of Lightning's action
 )
 
 
+_EVALUATED = (".on_validation_batch_end", ".on_test_batch_end")
+
+
 class StepProfiler(Profiler):
     """Times what Lightning does, and what a method does in it. Each moment counts once, for the innermost part.
 
@@ -112,7 +115,7 @@ class StepProfiler(Profiler):
         self._leave()
         if action_name == "run_training_batch":
             self._count("training")
-        elif action_name.startswith("[Callback]Evaluator") and action_name.endswith("_batch_end"):
+        elif action_name.startswith("[Callback]Evaluator") and action_name.endswith(_EVALUATED):
             self._count("evaluation")
         elif action_name.startswith("[Strategy]") and action_name.endswith((".on_validation_end", ".on_test_end")):
             self._change(None)
