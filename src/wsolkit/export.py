@@ -53,7 +53,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     quieten_libraries()
     output = Path(cfg.output)
     form = file_format(output, cfg.format)
-    check_place(output, cfg.overwrite)
+    check_output(output, cfg.overwrite)
     if cfg.method.get("semantic_level") or cfg.method.get("attention_level"):
         raise ConfigError(
             "SCM's diffusion blocks are for training, and are left out of the file: add method.semantic_level=0 "
@@ -97,7 +97,7 @@ def file_format(output: Path, given: str | None) -> str:
     return given or str(by_ending)
 
 
-def check_place(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
     """Check that a file may be written.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.export import check_place
+from wsolkit.export import check_output
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.command import run_command
 from wsolkit.settings.overrides import escaped
@@ -60,7 +60,7 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     if numbered:
         cfg.dataset.root = "."
     check_config(cfg, Settings)
-    check_place(output, cfg.overwrite)
+    check_output(output, cfg.overwrite)
     found = read_foreign(source, cfg.trust)
     given, cfg = cfg, fitted(cfg, found.state_dict, cfg.num_heads)
     cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # the papers'

@@ -350,14 +350,14 @@ class Localizer:
         with torch.inference_mode(), self._autocast:
             pooled = ten_crop_probabilities(batch, self._module) if self._ten_crop else None
 
-            def choose(logits: Tensor) -> Tensor:
+            def classes_of(logits: Tensor) -> Tensor:
                 if labels is not None:
                     return torch.tensor(labels, device=logits.device)
                 return (logits if pooled is None else pooled).topk(top_k, dim=1).indices
 
-            logits, maps = self._module.localize(image, choose)
+            logits, maps = self._module.localize(image, classes_of)
             probabilities = logits.float().softmax(dim=1) if pooled is None else pooled
-            classes = choose(logits)
+            classes = classes_of(logits)
             return classes.cpu(), probabilities.gather(1, classes).cpu(), maps
 
     def _maps_and_levels(

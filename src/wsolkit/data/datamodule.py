@@ -22,7 +22,7 @@ from wsolkit.data.dataset import (
     one_thread,
 )
 from wsolkit.data.records import Records, Split
-from wsolkit.data.subset import Subset, choose
+from wsolkit.data.subset import Subset, part_of
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.system.cores import available_cores
@@ -48,7 +48,7 @@ class WSOLDataModule(LightningDataModule):
         batch_size: images of one optimizer step, over all devices and accumulated batches.
         eval_batch_size: images of one evaluation batch on one device.
         num_workers: loader processes per device; "auto": as many as there are cores for, up to 8.
-        classes, fraction, shots, subset_seed: which part of the data set there is, see `choose`.
+        classes, fraction, shots, subset_seed: which part of the data set there is, see `part_of`.
         held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
         mean, std: normalisation of the backbone.
         seed: of the order and the augmentations.
@@ -113,7 +113,7 @@ class WSOLDataModule(LightningDataModule):
         """Samples of a split; read once.
 
         Raises:
-            ConfigError, DataError: see the data set's file of records, and `choose`; or the split is empty.
+            ConfigError, DataError: see the data set's file of records, and `part_of`; or the split is empty.
         """
         if split == "val" and not self.held_out:
             return self.dataset("test")
@@ -126,7 +126,9 @@ class WSOLDataModule(LightningDataModule):
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
             known = None if train else self.model_classes
-            records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed, known)
+            records = part_of(
+                self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed, known
+            )
             if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
             cache = ImageCache(Path(self.cache), records, self.resize) if train and self.cache is not None else None
@@ -195,7 +197,7 @@ class WSOLDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Lightning's hook."""
-        rank, world_size, accumulate = self._place()
+        rank, world_size, accumulate = self._share_of_process()
         if self.batch_size % (world_size * accumulate):
             raise ConfigError(
                 f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
@@ -227,7 +229,7 @@ class WSOLDataModule(LightningDataModule):
         """Lightning's hook: go on from there."""
         self._position = cast(Place, state_dict)
 
-    def check_place(self, place: Place, resume: str) -> None:
+    def check_position(self, place: Place, resume: str) -> None:
         """Check that training can go on from a place: within an epoch, only with the images that are left of it.
 
         Args:
@@ -258,7 +260,7 @@ class WSOLDataModule(LightningDataModule):
     def training_images(self, epoch: int, batch: int) -> list[str]:
         """Names of the images of a training batch, over all processes."""
         dataset = self.dataset("train")
-        accumulate = self._place()[2]
+        accumulate = self._share_of_process()[2]
         batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, 0, 1)
         batches.epoch, batches.skip = epoch, batch
         return [dataset.records.name(index) for _, index in next(iter(batches))]
@@ -273,7 +275,7 @@ class WSOLDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
         dataset = self.dataset(split)
-        rank, world_size, _ = self._place()
+        rank, world_size, _ = self._share_of_process()
         if len(dataset) < world_size:
             raise DataError(
                 f"{len(dataset)} {split} images on {world_size} processes: use at most as many devices as images"
@@ -287,7 +289,7 @@ class WSOLDataModule(LightningDataModule):
             **self._options(),
         )
 
-    def _place(self) -> tuple[int, int, int]:
+    def _share_of_process(self) -> tuple[int, int, int]:
         if self.trainer is None:
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches

@@ -72,7 +72,7 @@ class Subset:
         return self._records.mask(int(self._positions[index]))
 
 
-def choose(
+def part_of(
     records: Records,
     split: Split,
     classes: Sequence[str | int] | None,

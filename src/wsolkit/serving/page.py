@@ -177,7 +177,7 @@ def build_page(
         classes = gr.Dropdown(choices(opened.ranked), value=best)
         return opened, classes, probabilities, *show(opened, best, threshold, select)
 
-    def choose(
+    def show_class(
         chosen: gr.SelectData, opened: Opened | None, threshold: float | None, select: Select
     ) -> tuple[int, str, str]:
         """Class, pictures and boxes."""
@@ -224,7 +224,7 @@ def build_page(
         on = partial(gr.on, trigger_mode="always_last", show_progress="hidden", queue=False)
         on([file.upload, file.clear], open_upload, [file, tau, parts], outputs)
         on([classes.input, tau.input, parts.input], show, [opened, classes, tau, parts], [pictured, listed])
-        on(probabilities.select, choose, [opened, tau, parts], [classes, pictured, listed])
+        on(probabilities.select, show_class, [opened, tau, parts], [classes, pictured, listed])
         if offered:
             on(gallery.select, open_example, [tau, parts], [file, *outputs])
     return page

@@ -84,7 +84,7 @@ def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModu
         raise CheckpointError(
             f"{resume} has come to epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
         )
-    datamodule.check_place(cast(Place, checkpoint.place), resume)
+    datamodule.check_position(cast(Place, checkpoint.place), resume)
     _check_earlier_version(resume, checkpoint, cfg)
     if changed:
         rank_zero_warn(f"{resume} goes on with other settings: {_listed(changed)}")

@@ -191,13 +191,13 @@ def unpack(path: Path, target: Path, folders: Mapping[str, str], progress: Progr
         DataError: the archive is damaged, holds a link, a device or a path that leads elsewhere, unpacks to far more
             than images do, or needs more space than there is.
     """
-    room = _Room(path, target)
+    limit = _SpaceLimit(path, target)
     try:
         with progress.open(path, "rb", description=f"Unpacking {path.name}") as file:
             for member in _members(path, file):
-                inside = _place(member, path.name, folders)
+                inside = _safe_path(member, path.name, folders)
                 if inside is not None:
-                    _write(member, target / inside, f"{path.name}/{member.name}", room)
+                    _write(member, target / inside, f"{path.name}/{member.name}", limit)
     except (
         *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError),
         *(RuntimeError, NotImplementedError),  # a zip file that is encrypted, or compressed in an unknown way
@@ -223,7 +223,7 @@ def settle(source: Path, target: Path) -> None:
                 shutil.move(entry.path, there)  # also to another disk
 
 
-class _Room:
+class _SpaceLimit:
     """Watches how much an archive unpacks to."""
 
     def __init__(self, path: Path, target: Path) -> None:
@@ -251,35 +251,35 @@ class _Room:
             )
 
 
-def _write(member: _Member, path: Path, where: str, room: _Room) -> None:
+def _write(member: _Member, path: Path, where: str, limit: _SpaceLimit) -> None:
     if member.is_folder:
         path.mkdir(parents=True, exist_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".tar":
-        _write_nested(member, path.with_suffix(""), where, room)
+        _write_nested(member, path.with_suffix(""), where, limit)
         return
-    room.take(member.size)
+    limit.take(member.size)
     with member.open() as source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy, _CHUNK)
     if path.stat().st_size != member.size:
         raise tarfile.ReadError(f"{member.name} is cut short")
 
 
-def _write_nested(outer: _Member, folder: Path, where: str, room: _Room) -> None:
+def _write_nested(outer: _Member, folder: Path, where: str, limit: _SpaceLimit) -> None:
     if folder.exists():
         return  # by a process that was killed later on
     draft = folder.with_name(f"{folder.name}.partial")
     draft.mkdir(exist_ok=True)
     with outer.open() as file:
         for member in _tar_members(file):
-            inside = _place(member, where, {".": "."})
+            inside = _safe_path(member, where, {".": "."})
             if inside is not None:
-                _write(member, draft / inside, f"{where}/{member.name}", room)
+                _write(member, draft / inside, f"{where}/{member.name}", limit)
     draft.rename(folder)
 
 
-def _place(member: _Member, archive: str, folders: Mapping[str, str]) -> PurePosixPath | None:
+def _safe_path(member: _Member, archive: str, folders: Mapping[str, str]) -> PurePosixPath | None:
     """Where a member goes, relative to the root; None: it is left out.
 
     Raises:
@@ -314,7 +314,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[_Member]:
 
 def _tar_members(file: IO[bytes]) -> Iterator[_Member]:
     # Not with tarfile's `data` filter: it keeps links, corrects names in silence and looks at no disk space, whereas
-    # `_place` and `_Room` refuse all of that, in zip files too.
+    # `_safe_path` and `_SpaceLimit` refuse all of that, in zip files too.
     with tarfile.open(fileobj=file, mode="r:*") as tar:
         for info in tar:
             other = "" if info.isreg() or info.isdir() else f"is {_kind(info)}"
