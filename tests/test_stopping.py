@@ -228,7 +228,7 @@ def test_others_end_with_a_killed_process(rank: str, tmp_path: Path) -> None:
     assert done.returncode == (1 if rank == "1" else -signal.SIGKILL), done.stderr
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     named = "process 1 of 2, counted from 0, was killed by SIGKILL" if rank == "1" else "process 0 was killed"
-    assert said.startswith(f"error: {named}, often because the machine's memory is full; the others end, too.")
+    assert said.startswith(f"error: {named}, often because the machine's memory is full. The others end, too.")
 
 
 @pytest.mark.slow
