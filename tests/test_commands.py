@@ -196,7 +196,7 @@ def test_evaluate_takes_no_other_method(trained: Path) -> None:
     checkpoint = f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}"
     done = command("evaluate", checkpoint, "method=sat", cwd=trained.parent)
     assert done.returncode == 1
-    assert done.stderr == "error: method=sat: the checkpoint's method is ts_cam; leave the setting out\n"
+    assert done.stderr == "error: method=sat: the checkpoint's method is ts_cam. Leave the setting out\n"
 
 
 def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Path) -> None:

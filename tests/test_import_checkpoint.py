@@ -298,5 +298,5 @@ def test_released_width_names_the_backbone(tmp_path: Path) -> None:
 
 def test_training_does_not_go_on_from_it(tmp_path: Path) -> None:
     assert imported(released("sat", tmp_path), "sat") == 0
-    with pytest.raises(CheckpointError, match="was imported: it holds a model, and no training that could go on"):
+    with pytest.raises(CheckpointError, match="was imported. It holds a model, and no training that could continue"):
         check_resumable(tmp_path / "best_loc.ckpt", load_config("method=sat"))

@@ -259,7 +259,7 @@ def test_evaluation_stops(processes: int, shapes_checkpoint: Path, tmp_path: Pat
     before = functools.partial(interrupt_evaluation, signal.SIGINT)
     done = begin(tmp_path, *settings, processes=processes, before=before, name="evaluate").finish(600)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.strip() == "interrupted: nothing is kept; the same command begins anew"
+    assert done.stderr.strip() == "interrupted: nothing is kept, and the same command starts anew"
 
 
 def interrupt_evaluation(number: int) -> None:
