@@ -1,4 +1,7 @@
-"""BatchNorm over the images of all processes: on GPUs PyTorch's, which refuses CPUs; on those what is written here."""
+"""Compute BatchNorm over the images of all processes.
+
+GPUs use PyTorch's implementation, which refuses CPUs. CPUs use this one.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from torch import Tensor, distributed, nn
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
-    """Have every BatchNorm layer of a network, timm's with an activation included, see the images of all processes.
+    """Make every BatchNorm layer of a network see the images of all processes, including timm's with an activation.
 
-    Frozen layers stay as they are, and so do the names of weights.
+    Frozen layers and the names of weights stay as they are.
 
     Args:
-        network: any module; use what is returned.
-        device: where it will run.
+        network: any module. Use the returned one instead.
+        device: the device on which it will run.
     """
     if device.type != "cpu":
         converted: nn.Module = convert_sync_batchnorm(network)
@@ -30,7 +33,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
-    """Feature map [B, D, H, W] → normalised over B, H, W of all processes, whose batches are equally large."""
+    """Normalise a feature map [B, D, H, W] over B, H, W of all processes, whose batches are equally large."""
     if not (layer.training and distributed.is_initialized()):
         return alone(feature)
     processes = distributed.get_world_size()
@@ -39,7 +42,7 @@ def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: 
     centred = values - mean[:, None, None]
     variance = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / processes
     count = processes * feature.numel() // feature.shape[1]
-    with torch.no_grad():  # as PyTorch does; no layer of timm is without running statistics
+    with torch.no_grad():  # PyTorch does the same. All layers of timm have running statistics.
         layer.num_batches_tracked += 1  # type: ignore[assignment, operator]
         layer.running_mean.lerp_(mean, layer.momentum)  # type: ignore[union-attr, arg-type]
         layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)  # type: ignore[union-attr, arg-type]
@@ -49,7 +52,7 @@ def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: 
 
 
 class _Sum(torch.autograd.Function):
-    """Over processes; a gradient is the sum of those of all processes, too."""
+    """Sums over processes. Its gradient is the sum of the gradients of all processes, too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
