@@ -188,7 +188,7 @@ def test_place_of_the_data_set_is_the_checkpoint_s_unless_another_is_given() -> 
 
 
 def test_resume_takes_no_other_run(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is of a run with method=ts_cam, these settings say sat"):
+    with pytest.raises(CheckpointError, match="belongs to a run with method=ts_cam, but these settings say sat"):
         train(config("method=sat", f"resume={trained}/checkpoints/last.ckpt"), tmp_path)
 
 

@@ -278,7 +278,7 @@ def test_method_is_required_and_files_are_kept(tmp_path: Path, capsys: pytest.Ca
     assert "You must specify 'method'" in capsys.readouterr().err
     (tmp_path / "best_loc.ckpt").write_text("mine")
     assert imported(path, "sat") == 1
-    assert "'best_loc.ckpt' is there already: add overwrite=true" in capsys.readouterr().err
+    assert "'best_loc.ckpt' exists already: add overwrite=true" in capsys.readouterr().err
     assert (tmp_path / "best_loc.ckpt").read_text() == "mine"
 
 

@@ -159,7 +159,7 @@ def stop(
     assert read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt").step in saved
     (said,) = done.stderr.strip().splitlines()
     assert said.startswith("interrupted: " if number == signal.SIGINT else "stopped by SIGTERM: ")
-    assert " as 'run/checkpoints/last.ckpt'; go on with python -m wsolkit.train method=sat" in said
+    assert " as 'run/checkpoints/last.ckpt'. Continue with python -m wsolkit.train method=sat" in said
     assert said.endswith(" resume=auto hydra.run.dir=run")
 
 

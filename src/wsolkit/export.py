@@ -107,7 +107,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"output: expected the name of a file in a folder that exists, got '{output}'")
     if output.exists() and not overwrite:
-        raise ConfigError(f"output: '{output}' is there already: add overwrite=true, or give another name")
+        raise ConfigError(f"output: '{output}' exists already: add overwrite=true, or give another name")
 
 
 def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", start.path)
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     callbacks = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, report, *start.callbacks()]
-    advice = lambda: f"{last.left()}; go on with {command_to_resume(folder)}"  # noqa: E731
+    advice = lambda: f"{last.left()}. Continue with {command_to_resume(folder)}"  # noqa: E731
     with running(cfg, folder, module, callbacks, start.step, advice) as trainer:
         datamodule.check(trainer)
         if cfg.fit_memory:

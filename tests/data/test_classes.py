@@ -141,4 +141,4 @@ def test_training_goes_on_with_its_classes_only(found: list[str], difference: st
     check_same_classes(ANIMALS, ["0", "1", "2"], "resume=x")  # one side has no names
     with pytest.raises(CheckpointError) as caught:
         check_same_classes(ANIMALS, found, "resume=x")
-    assert f"resume=x is of a run on 3 classes, and these are others: {difference}. Training" in str(caught.value)
+    assert f"resume=x belongs to a run on 3 classes, but these differ: {difference}. A run" in str(caught.value)

@@ -228,9 +228,9 @@ def test_a_run_is_resumed_on_the_same_part(trained: Path) -> None:
     path = str(trained / "checkpoints" / "last.ckpt")
     same = ("dataset.classes=[7,0,cyan spots]", "dataset.fraction=0.9")
     check_resumable(path, load_config(*same, "dataset.shots=2", "seed=3"))
-    with pytest.raises(CheckpointError, match=r"is of a run with dataset.shots=2, these settings say None"):
+    with pytest.raises(CheckpointError, match=r"belongs to a run with dataset.shots=2, but these settings say None"):
         check_resumable(path, load_config(*same))
-    with pytest.raises(CheckpointError, match=r"is of a run with dataset.subset_seed=3, these settings say 0"):
+    with pytest.raises(CheckpointError, match=r"belongs to a run with dataset.subset_seed=3, but these settings say 0"):
         check_resumable(path, load_config(*same, "dataset.shots=2"))
 
 

@@ -146,8 +146,8 @@ def check_same_classes(trained: Sequence[str], found: Sequence[str], resume: str
             label = next(label for label, name in enumerate(trained) if found[label] != name)
             difference = f"they are in another order: {label} was '{trained[label]}' and is '{found[label]}'"
         raise CheckpointError(
-            f"{resume} is of a run on {len(trained)} classes, and these are others: {difference}. Training goes on "
-            "only with the classes that it began with"
+            f"{resume} belongs to a run on {len(trained)} classes, but these differ: {difference}. A run can only "
+            "continue with the same classes"
         )
     _check_numbers(found, trained, True)
 

@@ -248,8 +248,8 @@ class WSOLDataModule(LightningDataModule):
         ):
             if now != before:
                 raise CheckpointError(
-                    f"{resume} stopped within epoch {place['epoch']}, and which images are left of it cannot be told: "
-                    f"{now} {what} (was {before}). Go on with what it was, or from a checkpoint of the end of an epoch"
+                    f"{resume} stopped within epoch {place['epoch']}, and it is unclear which images are left: {now} "
+                    f"{what} (was {before}). Continue with the old value, or from a checkpoint at the end of an epoch"
                 )
 
     @property

@@ -266,7 +266,7 @@ class TrainingLoader(DataLoader[Sample]):
         skip = min(steps, math.ceil(self._limit / self._accumulate) - 1) * self._accumulate
         if size != before or skip * size != trained:
             rank_zero_warn(
-                f"epoch {place['epoch']} goes on after {skip * size} of its {self._limit * size} images: the "
+                f"epoch {place['epoch']} continues after {skip * size} of its {self._limit * size} images: the "
                 f"checkpoint's run had trained on {trained}, in batches of {before}; they are of {size} now"
             )
         return skip

@@ -103,21 +103,23 @@ def check_resumable(path: str | Path, cfg: DictConfig) -> Checkpoint:
     for group, name in checkpoint.names().items():
         own = name_of(cfg, group)
         if own != name:
-            raise CheckpointError(f"resume={path} is of a run with {group}={name}, these settings say {own}")
+            raise CheckpointError(f"resume={path} belongs to a run with {group}={name}, but these settings say {own}")
     keys = ["fraction", "shots"]
     if not (cfg.dataset.fraction is None and cfg.dataset.shots is None):
         keys.append("subset_seed")
     for key in keys:
         saved, given = checkpoint.config["dataset"].get(key), cfg.dataset[key]
         if saved != given:
-            raise CheckpointError(f"resume={path} is of a run with dataset.{key}={saved}, these settings say {given}")
+            raise CheckpointError(
+                f"resume={path} belongs to a run with dataset.{key}={saved}, but these settings say {given}"
+            )
     if cfg.resume == "auto":
         changed = changed_settings(cfg, checkpoint)
         if changed:
             difference = ", ".join(f"{key}={values}" for key, values in changed.items())
             raise CheckpointError(
-                f"the run that '{path}' is of was begun with other settings: {difference}. Give the run another place "
-                f"with hydra.run.dir=DIR, or go on all the same with resume={path}"
+                f"the run of '{path}' was started with other settings: {difference}. Give this run another directory "
+                f"with hydra.run.dir=DIR, or continue that run with resume={path}"
             )
     return checkpoint
 

@@ -74,7 +74,7 @@ def one_run(task: Callable[[DictConfig, Path], Result]) -> Callable[[DictConfig,
                 raise
             raise TrainingError(
                 f"'{error.filename or folder}' cannot be written ({error.strerror}). What was there before is whole. "
-                "Make room and run the same command again: resume=auto goes on with a training from its last checkpoint"
+                "Make room and run the same command again: resume=auto continues a training from its last checkpoint"
             ) from error
 
     return run

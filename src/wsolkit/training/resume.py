@@ -82,12 +82,12 @@ def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModu
     limit = cfg.trainer.max_epochs
     if limit is not None and 0 <= limit < checkpoint.epochs:
         raise CheckpointError(
-            f"{resume} has come to epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
+            f"{resume} has reached epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
         )
     datamodule.check_position(cast(Place, checkpoint.place), resume)
     _check_earlier_version(resume, checkpoint, cfg)
     if changed:
-        rank_zero_warn(f"{resume} goes on with other settings: {_listed(changed)}")
+        rank_zero_warn(f"{resume} continues with other settings: {_listed(changed)}")
 
 
 def _check_weights(resume: str, checkpoint: Checkpoint, module: WSOLModule, changed: Mapping[str, str]) -> None:
@@ -97,7 +97,7 @@ def _check_weights(resume: str, checkpoint: Checkpoint, module: WSOLModule, chan
     if others:
         shapes = [f"{name} {_shape(own.get(name))} (was {_shape(saved.get(name))})" for name in others[:_FEW]]
         raise CheckpointError(
-            f"{resume} is of another model: {len(others)} of its weights differ, such as {', '.join(shapes)}. "
+            f"{resume} belongs to another model: {len(others)} of its weights differ, such as {', '.join(shapes)}. "
             f"{_as_it_was(changed)}"
         )
 
@@ -115,7 +115,7 @@ def _check_optimizer(resume: str, checkpoint: Checkpoint, module: WSOLModule, ch
     own = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     if saved and saved != own:
         raise CheckpointError(
-            f"{resume} has the state of an optimizer of other parameters: {_groups(own)} (was {_groups(saved)}). "
+            f"{resume} has the state of an optimizer with other parameters: {_groups(own)} (was {_groups(saved)}). "
             f"{_as_it_was(changed)}"
         )
     lacking = _state_of_one(module) - checkpoint.optimizer_state
@@ -151,8 +151,8 @@ def _check_earlier_version(resume: str, checkpoint: Checkpoint, cfg: DictConfig)
         now, before = cfg[group].get(key), checkpoint.config.get(group, {}).get(key)
         if now != before:
             raise CheckpointError(
-                f"{resume} is of an earlier version, which counted batches: {group}.{key}={now} (was {before}). Go on "
-                "with what it was"
+                f"{resume} comes from an earlier version, which counted batches: {group}.{key}={now} (was {before}). "
+                "Continue with the old value"
             )
 
 
@@ -206,7 +206,7 @@ class Continuation(Callback):
             group |= own | {"lr": own["initial_lr"] * factor}
         now = optimizer.param_groups[0]["lr"]
         if not math.isclose(now, before):
-            rank_zero_warn(f"the learning rate goes on at {now:.3g}; at the checkpoint it was {before:.3g}")
+            rank_zero_warn(f"the learning rate continues at {now:.3g}. At the checkpoint it was {before:.3g}")
 
 
 def _move(trainer: Trainer, taken: int) -> None:

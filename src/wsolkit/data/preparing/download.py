@@ -30,7 +30,7 @@ def download(archive: Archive, root: Path, progress: Progress) -> None:
     """
     assert archive.url is not None
     folder, path = root / STATE, root / archive.file
-    by_hand = f"get it from {archive.page} and put it there as '{path}', or run the same command again to go on"
+    by_hand = f"get it from {archive.page} and put it there as '{path}', or run the same command again to continue"
     if archive.size is not None and archive.size > shutil.disk_usage(folder).free:
         raise DataError(f"there is no room for '{archive.file}' of {archive.size:,} bytes on the disk of '{root}'")
     downloader = Resuming(folder / f"{archive.file}.part", f"Downloading {archive.file}", progress)
