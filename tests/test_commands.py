@@ -389,7 +389,7 @@ def test_sweep_over_checkpoints(trained: Path) -> None:
 
 def test_examples_must_exist(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="examples: the test split has no image 'x'; it has 'test/00000', for instance"
+        ConfigError, match="examples: the test split has no image 'x'. It has 'test/00000', for instance"
     ):
         train(config("examples=[x]"), tmp_path)
 

@@ -73,7 +73,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
         if not same:
             raise CheckpointError(
                 f"the exported program is not the model: logits differ by {logits:.2g} and maps by {maps:.2g} of the "
-                "largest value; nothing was written"
+                "largest value. Nothing was written"
             )
         draft.replace(output)
     except OSError as error:

@@ -267,7 +267,7 @@ class TrainingLoader(DataLoader[Sample]):
         if size != before or skip * size != trained:
             rank_zero_warn(
                 f"epoch {place['epoch']} continues after {skip * size} of its {self._limit * size} images: the "
-                f"checkpoint's run had trained on {trained}, in batches of {before}; they are of {size} now"
+                f"checkpoint's run had trained on {trained}, in batches of {before}, and now they have {size}"
             )
         return skip
 

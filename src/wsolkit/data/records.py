@@ -246,7 +246,7 @@ def decode_image(content: Path | bytes, exif: Exif, what: str) -> Image:
                 raise
             raise DataError(
                 f"{what} came as {len(content)} bytes in no format that Pillow knows: expected what an image file "
-                "holds, such as a JPEG or a PNG; pixels go in an array"
+                "holds, for example a JPEG or a PNG. Pass pixels as an array"
             ) from error
         with opened as image:
             return _decoded(image, content, exif, what)

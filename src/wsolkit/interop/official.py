@@ -80,7 +80,7 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
         mlp_ratio = state["blocks.0.mlp.fc1.bias"].numel() / embed_dim
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"not a released {method} model: entry {error} is missing; it has {', '.join(sorted(state)[:4])}, …"
+            f"not a released {method} model: entry {error} is missing. It has {', '.join(sorted(state)[:4])}, …"
         ) from error
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
@@ -100,7 +100,7 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
         num_blocks = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         if not num_blocks:
             raise CheckpointError(
-                "not a released scm model: it has no diffusion blocks, as entry layers.0.thred is of; is it ts_cam's?"
+                "not a released scm model: it has no diffusion blocks (entry layers.0.thred). Is it a ts_cam model?"
             )
         # The released model has 16 iterations in the first block, and 4 in the others.
         settings |= {"method.num_blocks": num_blocks, "method.iterations": ([16] + [4] * num_blocks)[:num_blocks]}

@@ -116,7 +116,7 @@ def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ())
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1) or list(known)[:1]
-            raise ConfigError(f"examples: the test split has no image '{name}'; it has '{close[0]}', for instance")
+            raise ConfigError(f"examples: the test split has no image '{name}'. It has '{close[0]}', for instance")
     return [known[name] for name in dict.fromkeys(names)]
 
 

@@ -39,7 +39,7 @@ _DIGITS = 4
 
 _LOCALIZED = (
     "Boxes for GT-known Loc, by the label's and by the predicted class's map, and for Top-1 and Top-5 Loc are drawn at "
-    "the threshold τ; it comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
+    "the threshold τ. It comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
     "MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, takes the best τ of the reported split."
 )
 _CLASSIFIED = "The images have neither boxes nor masks: classification is all that can be evaluated."

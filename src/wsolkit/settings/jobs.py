@@ -91,7 +91,7 @@ def read_job(folder: Path) -> Job | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError) as error:
-        raise JobError(f"'{path}' is damaged ({error}); delete it, and the job counts as not run") from error
+        raise JobError(f"'{path}' is damaged ({error}). Delete it, and the job counts as not run") from error
     if job.state == "running" and (silent or job.abandoned):
         job.state = "interrupted"
     if job.state == "finished" and not (folder / RESULT).is_file():

@@ -110,7 +110,7 @@ class Evaluator(Callback):
             raise TrainingError(
                 f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
                 f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "
-                "trainer.precision=32-true, or another checkpoint; allow_not_finite=true accepts such results"
+                "trainer.precision=32-true, or another checkpoint. allow_not_finite=true accepts these results"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

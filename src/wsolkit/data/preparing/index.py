@@ -88,7 +88,7 @@ class Indexed:
         if isinstance(found, str):
             self.warn(
                 f"the index '{self.path}' is not used for the {split} split: {found}. Run python -m wsolkit.prepare "
-                "again; the data set's own files are read instead"
+                "again. The data set's own files are read instead"
             )
             return self.read(split)
         return found
@@ -125,7 +125,7 @@ def write_index(
             for found in records.values():
                 file.write_batch(_batch(found, schema))
     except OSError as error:
-        raise DataError(f"the index '{path}' cannot be written ({error}); set another dataset.index=FILE") from error
+        raise DataError(f"the index '{path}' cannot be written ({error}). Set another dataset.index=FILE") from error
     return records
 
 
