@@ -19,7 +19,7 @@ def synchronise(network: nn.Module) -> None:
 
 
 def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
-    """Feature map [B, D, H, W] → normalised over B, H, W of all processes, whose batches are equally large."""
+    """Normalise a feature map [B, D, H, W] over B, H, W of all processes, whose batches are equally large."""
     if not (layer.training and distributed.is_initialized()):
         return alone(feature)
     processes = distributed.get_world_size()
@@ -28,7 +28,7 @@ def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: 
     centred = values - mean[:, None, None]
     variance = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / processes
     count = processes * feature.numel() // feature.shape[1]
-    with torch.no_grad():  # as PyTorch does; no layer of timm is without running statistics
+    with torch.no_grad():  # PyTorch does the same. All layers of timm have running statistics.
         layer.num_batches_tracked += 1  # type: ignore[assignment, operator]
         layer.running_mean.lerp_(mean, layer.momentum)  # type: ignore[union-attr, arg-type]
         layer.running_var.lerp_(variance * count / (count - 1), layer.momentum)  # type: ignore[union-attr, arg-type]
@@ -38,7 +38,7 @@ def _forward(layer: nn.BatchNorm2d, alone: Callable[[Tensor], Tensor], feature: 
 
 
 class _Sum(torch.autograd.Function):
-    """Over processes; a gradient is the sum of those of all processes, too."""
+    """Sums over processes. Its gradient is the sum of the gradients of all processes, too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -373,7 +373,7 @@ class Evil:
         (b"junk\n", r"cannot be read, perhaps it was cut short \(KeyError\)"),
         (b"no checkpoint", "holds something else than tensors and plain containers, or is damaged"),
         ({"state_dict": {}}, "is not a checkpoint of wsolkit"),
-        ({"state_dict": Evil()}, r"holds pickled code \(posix.system\), or is damaged; it is not read"),
+        ({"state_dict": Evil()}, r"holds pickled code \(posix.system\), or is damaged. It is not read"),
     ],
 )
 def test_broken_checkpoints(content: Any, message: str, in_tmp: Path) -> None:
@@ -390,7 +390,7 @@ def test_checkpoint_with_a_wrong_byte_among_its_weights_is_damaged(shapes_checkp
     content = bytearray(shapes_checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"x\.ckpt' is damaged: a part of it has not the check sum"):
+    with pytest.raises(CheckpointError, match=r"x\.ckpt' is damaged: a part of it does not have the checksum"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -223,7 +223,7 @@ def test_compiled_run_leaves_the_checkpoint_of_any_other(tmp_path: Path, monkeyp
     done = command("evaluate", *given, cwd=tmp_path, environment=nothing)
     assert done.returncode == 1
     assert "error: compile: torch.compile failed (" in done.stderr
-    assert "set compile=false" in done.stderr
+    assert "Set compile=false" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -184,7 +184,7 @@ def test_file_is_not_overwritten_unless_told(
     arguments = (f"checkpoint={checkpoint}", "output=model.pt2", "protocol=sat", "dataset.resize=72")
     (tmp_path / "model.pt2").write_text("mine")
     assert export(*arguments, cwd=tmp_path) == 1
-    assert "'model.pt2' is there already: add overwrite=true" in capsys.readouterr().err
+    assert "'model.pt2' exists already: add overwrite=true" in capsys.readouterr().err
     assert (tmp_path / "model.pt2").read_text() == "mine"
     assert export(*arguments, "overwrite=true", cwd=tmp_path) == 0
     extra = {"wsolkit.json": ""}

@@ -278,7 +278,7 @@ def test_method_is_required_and_files_are_kept(tmp_path: Path, capsys: pytest.Ca
     assert "You must specify 'method'" in capsys.readouterr().err
     (tmp_path / "best_loc.ckpt").write_text("mine")
     assert imported(path, "sat") == 1
-    assert "'best_loc.ckpt' is there already: add overwrite=true" in capsys.readouterr().err
+    assert "'best_loc.ckpt' exists already: add overwrite=true" in capsys.readouterr().err
     assert (tmp_path / "best_loc.ckpt").read_text() == "mine"
 
 
@@ -298,5 +298,5 @@ def test_released_width_names_the_backbone(tmp_path: Path) -> None:
 
 def test_training_does_not_go_on_from_it(tmp_path: Path) -> None:
     assert imported(released("sat", tmp_path), "sat") == 0
-    with pytest.raises(CheckpointError, match="was imported: it holds a model, and no training that could go on"):
+    with pytest.raises(CheckpointError, match="was imported. It holds a model, and no training that could continue"):
         check_resumable(tmp_path / "best_loc.ckpt", load_config("method=sat"))

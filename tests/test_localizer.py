@@ -409,10 +409,10 @@ def test_of_bool_true_is_white(form: Any) -> None:
     [
         (
             "gone.png",
-            "image 'gone.png' does not exist: expected the path of an image file; a relative one begins in '/",
+            "image 'gone.png' does not exist: expected the path of an image file. A relative path starts in '/",
         ),
         ("iVBORw0KGgo" * 1000, "iVBORw0KGgo' does not exist"),
-        (Path(__file__).parent, "/tests' is a folder: expected an image file; give its images as a list of paths"),
+        (Path(__file__).parent, "/tests' is a folder: expected an image file. Pass its images as a list of paths"),
         (__file__, "cannot be decoded"),
         (b"<html>", "an image came as 6 bytes in no format that Pillow knows: expected what an image file holds"),
         (encoded("png")[:200], "an image cannot be decoded ("),
@@ -479,8 +479,8 @@ def test_wrong_calls_are_named(settings: dict[str, Any], message: str, localizer
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "cuda:77"}, "device=cuda:77: not to be had here"),
-        ({"device": "abacus"}, "device=abacus: not to be had here"),
+        ({"device": "cuda:77"}, "device=cuda:77: not available here"),
+        ({"device": "abacus"}, "device=abacus: not available here"),
         ({"precision": "8"}, "precision='8': expected one of 32-true, bf16-mixed, 16-mixed"),
         ({"protocol": "mine"}, "there is no protocol 'mine'"),
     ],
@@ -512,7 +512,7 @@ def edited(checkpoint: Path, path: Path, **changes: Any) -> Path:
 
 def test_another_version_is_said_to_be_one(checkpoint: Path, tmp_path: Path) -> None:
     path = edited(checkpoint, tmp_path / "x.ckpt", version="0.0.3")
-    with pytest.warns(UserWarning, match=f"was written by wsolkit 0.0.3, this is {wsolkit.__version__}"):
+    with pytest.warns(UserWarning, match=f"was written by wsolkit 0.0.3, and this is {wsolkit.__version__}"):
         Localizer.from_checkpoint(path, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -576,7 +576,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"wsolkit": Evil()}, "holds pickled code (exec), or is damaged; it is not read"),
+        ({"wsolkit": Evil()}, "holds pickled code (exec), or is damaged. It is not read"),
         ({"a.weight": torch.zeros(1)}, "found 1 tensors alone, such as a.weight"),
         ({"state_dict": {}, "epoch": 1}, "found a file of another program, with the entries state_dict, epoch"),
         ([1], "found a list"),

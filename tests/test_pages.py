@@ -32,7 +32,7 @@ from tests.data.test_folder import write_folder
 from tests.fresh import FRESH, draw_no_report
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
-from wsolkit import config, load_config
+from wsolkit import load_config
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.conf import given_overrides

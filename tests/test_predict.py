@@ -483,11 +483,11 @@ def test_wrong_tables_of_classes_are_named(content: bytes, message: str, tmp_pat
         (["WHOLE", "threshold=2"], "threshold=2: expected a number from 0 to less than 1"),
         (["WHOLE", "select=some"], "select='some': Input should be 'largest' or 'all'"),
         (["WHOLE", "batch_size=0"], "batch_size=0: expected 1 or more"),
-        (["WHOLE", "device=abacus"], "device=abacus: not to be had here"),
+        (["WHOLE", "device=abacus"], "device=abacus: not available here"),
         (["WHOLE", "precision=8"], "precision=8: Input should be"),
         (["WHOLE", "protocol=mine"], "there is no protocol 'mine'; choose from: maxboxacc"),
         (["WHOLE", "protocol.maxboxacc.component=round"], "component='round': Input should be"),
-        (["WHOLE", "method=sat"], "method=sat: the checkpoint's method is ts_cam; leave the setting out"),
+        (["WHOLE", "method=sat"], "method=sat: the checkpoint's method is ts_cam. Leave the setting out"),
         (["WHOLE", "tresholds=1"], "there is no setting 'tresholds' (did you mean 'threshold'?)"),
     ],
 )

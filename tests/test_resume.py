@@ -179,7 +179,7 @@ def test_damaged_checkpoint_is_passed_over(
 
 
 def test_changed_settings_are_named(unbroken: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"was begun with other settings: optimizer.lr=0.5 \(was 0.001\). Give"):
+    with pytest.raises(CheckpointError, match=r"was started with other settings: optimizer.lr=0.5 \(was 0.001\). Give"):
         train(config(*SETTINGS, "optimizer.lr=0.5"), unbroken)
 
 
@@ -221,7 +221,7 @@ def steps(folder: Path, *settings: str, stop_at: int | None = None) -> list[tupl
 def test_run_goes_on_in_batches_of_another_size(within: Path, tmp_path: Path) -> None:
     """24 of 48 images were trained on: with the next whole batch, at the schedule's rate there, in the same epoch."""
     with pytest.warns(
-        UserWarning, match="epoch 1 goes on after 32 of its 48 images: the checkpoint's run had trained on"
+        UserWarning, match="epoch 1 continues after 32 of its 48 images: the checkpoint's run had trained on"
     ):
         seen = steps(tmp_path, f"resume={within}", "dataset.batch_size=16")
     assert seen == [(1, 2, 16, 0.552), (2, 0, 16, 0.345), (2, 1, 16, 0.165), (2, 2, 16, 0.043)]
@@ -230,7 +230,7 @@ def test_run_goes_on_in_batches_of_another_size(within: Path, tmp_path: Path) ->
 
 
 def test_optimizer_takes_the_settings_of_today(within: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"goes on with other settings: optimizer.lr=0.01 \(was 0.001\)"):
+    with pytest.warns(UserWarning, match=r"continues with other settings: optimizer.lr=0.01 \(was 0.001\)"):
         seen = steps(tmp_path, f"resume={within}", "optimizer.lr=0.01", "trainer.accumulate_grad_batches=2", stop_at=10)
     assert seen == [(1, 6, 4, 6.545), (1, 7, 4, 6.545)]
 
@@ -253,22 +253,25 @@ def test_run_that_max_steps_ended_goes_on_with_the_next_epoch(within: Path, tmp_
             "+optimizer.amsgrad=true",
             "has the state of another optimizer, without max_exp_avg_sq. Settings that differ: ",
         ),
-        ("trainer.max_epochs=1", "has come to epoch 2, and trainer.max_epochs=1: expected as many or more"),
+        ("trainer.max_epochs=1", "has reached epoch 2, and trainer.max_epochs=1: expected as many or more"),
         (
             "dataset.image_size=32",
             "such as network.backbone.network.pos_embed 1×17×128 (was 1×65×128). Settings that differ",
         ),
         (
             "seed=5",
-            "stopped within epoch 1, and which images are left of it cannot be told: 5 as the seed of their order",
+            "stopped within epoch 1, and it is unclear which images are left: 5 as the seed of their order",
         ),
-        ("dataset.records.sizes.train=40", "cannot be told: 40 training images (was 48). Go on with what it was"),
+        (
+            "dataset.records.sizes.train=40",
+            "which images are left: 40 training images (was 48). Continue with the old value",
+        ),
         (
             "dataset.classes=[7,1,0]",
-            "is of a run on 8 classes, and these are others: the data set lacks 'blue spots', 'yell",
+            "belongs to a run on 8 classes, but these differ: the data set lacks 'blue spots', 'yell",
         ),
-        ("dataset.shots=2", "is of a run with dataset.shots=None, these settings say 2"),
-        ("backbone=deit_tiny", "is of a run with backbone=vit_micro, these settings say deit_tiny"),
+        ("dataset.shots=2", "belongs to a run with dataset.shots=None, but these settings say 2"),
+        ("backbone=deit_tiny", "belongs to a run with backbone=vit_micro, but these settings say deit_tiny"),
     ],
 )
 def test_what_cannot_go_on_is_named(settings: str, message: str, within: Path, tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_earlier_versions_go_on_in_their_batches(within: Path, tmp_path: Path) -
     torch.save(content, tmp_path / "early.ckpt")
     seen = steps(tmp_path / "run", f"resume={tmp_path / 'early.ckpt'}", stop_at=10)
     assert seen == [(1, 3, 8, 0.655)]
-    with pytest.raises(CheckpointError, match=r"which counted batches: dataset.batch_size=16 \(was 8\). Go on with"):
+    with pytest.raises(CheckpointError, match=r"which counted batches: dataset.batch_size=16 \(was 8\). Continue with"):
         steps(tmp_path / "other", f"resume={tmp_path / 'early.ckpt'}", "dataset.batch_size=16")
 
 

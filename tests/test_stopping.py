@@ -159,7 +159,7 @@ def stop(
     assert read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt").step in saved
     (said,) = done.stderr.strip().splitlines()
     assert said.startswith("interrupted: " if number == signal.SIGINT else "stopped by SIGTERM: ")
-    assert " as 'run/checkpoints/last.ckpt'; go on with python -m wsolkit.train method=sat" in said
+    assert " as 'run/checkpoints/last.ckpt'. Continue with python -m wsolkit.train method=sat" in said
     assert said.endswith(" resume=auto hydra.run.dir=run")
 
 
@@ -228,7 +228,7 @@ def test_others_end_with_a_killed_process(rank: str, tmp_path: Path) -> None:
     assert done.returncode == (1 if rank == "1" else -signal.SIGKILL), done.stderr
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     named = "process 1 of 2, counted from 0, was killed by SIGKILL" if rank == "1" else "process 0 was killed"
-    assert said.startswith(f"error: {named}, often because the machine's memory is full; the others end, too.")
+    assert said.startswith(f"error: {named}, often because the machine's memory is full. The others end, too.")
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_evaluation_stops(processes: int, shapes_checkpoint: Path, tmp_path: Pat
     before = functools.partial(interrupt_evaluation, signal.SIGINT)
     done = begin(tmp_path, *settings, processes=processes, before=before, name="evaluate").finish(600)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.strip() == "interrupted: nothing is kept; the same command begins anew"
+    assert done.stderr.strip() == "interrupted: nothing is kept, and the same command starts anew"
 
 
 def interrupt_evaluation(number: int) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from wsolkit.localizer import Localizer, Prediction
     from wsolkit.settings.compose import load_config
 
-# Loaded on first use, so that `--help` and `--cfg job` answer without importing torch.
+# These load on first use, so that `--help` and `--cfg job` answer without importing torch.
 _HOME = {
     "load_config": "wsolkit.settings.compose",
     "build_module": "wsolkit.build",

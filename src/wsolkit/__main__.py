@@ -1,4 +1,7 @@
-"""`wsolkit COMMAND …` does what `python -m wsolkit.COMMAND …` does. Imports nothing until a command is known."""
+"""`wsolkit COMMAND …` does the same as `python -m wsolkit.COMMAND …`.
+
+It imports nothing until it knows the command.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ COMMANDS: Mapping[str, Mapping[str, str]] = {
 
 
 def overview() -> str:
-    """What `wsolkit --help` prints."""
+    """Return what `wsolkit --help` prints."""
     lines = ["Usage: wsolkit COMMAND [SETTING=VALUE ...]"]
     for purpose, commands in COMMANDS.items():
         lines += ["", f"{purpose}:", *(f"  {name:<18} {text}" for name, text in commands.items())]
@@ -41,7 +44,7 @@ def main() -> None:
     if given in ("--help", "-h", "help"):
         try:
             print(overview(), flush=True)
-        except BrokenPipeError:  # of `wsolkit --help | head`
+        except BrokenPipeError:  # For example, from `wsolkit --help | head`.
             from wsolkit.system.signals import leave_without_reader
 
             leave_without_reader()
@@ -59,7 +62,7 @@ def main() -> None:
         print(f"error: there is no command '{given}'{hint}; choose from: {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
-    # As `python -m` would: a process that DDP starts for another device then finds the command again.
+    # This acts like `python -m`, so a process that DDP starts for another device finds the command again.
     runpy.run_module(f"wsolkit.{name}", run_name="__main__", alter_sys=True)
 
 

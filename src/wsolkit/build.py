@@ -1,4 +1,4 @@
-"""From settings to objects: the module, the datamodule, the trainer."""
+"""Build the module, the datamodule and their parts from settings."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from wsolkit.training.optimization import Optimization
 
 
 def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:
-    """The data set of `cfg.dataset`, normalised for the backbone.
+    """Build the data set of `cfg.dataset`, normalised for the backbone.
 
     Args:
-        cfg: settings.
-        model_classes: classes of the model that is evaluated on it, see `WSOLDataModule`.
+        cfg: the settings.
+        model_classes: the classes of the model that is evaluated on it, see `WSOLDataModule`.
 
     Raises:
-        ConfigError: a setting is wrong. Files are read in `setup`, which raises DataError.
+        ConfigError: a setting is wrong. `setup` reads the files, and raises DataError.
 
     >>> from wsolkit import build_datamodule, load_config
     >>> datamodule = build_datamodule(load_config("dataset=shapes"))
@@ -56,7 +56,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
         **settings,
         mean=mean,
         std=std,
-        seed=cfg.get("seed", 0),  # commands that draw nothing have no seed
+        seed=cfg.get("seed", 0),  # Commands that draw nothing have no seed.
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
     )
@@ -64,24 +64,24 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
 
 
 def build_records(cfg: DictConfig) -> Callable[[Split], Records]:
-    """What reads a split of `cfg.dataset` from its official files."""
+    """Return a function that reads a split of `cfg.dataset` from its official files."""
     read: Callable[[Split], Records] = built(cfg.dataset.records)
     return read
 
 
 def _indexed(cfg: DictConfig) -> Callable[[Split], Records]:
-    """The same, from the data set's index where it has one that fits."""
+    """Return a function that reads a split from the data set's index if it has a valid one, or else from the files."""
     node, read = plain(cfg)["dataset"], build_records(cfg)
     if node.get("index") is None:
         return read
     return Indexed(read, node["records"], Path(node["root"]), Path(node["index"]), rank_zero_warn)
 
 
-_NO_PROTOCOLS = ("epochs", "norms")  # what else metrics.json has numbers of
+_NO_PROTOCOLS = ("epochs", "norms")  # metrics.json also has numbers under these names.
 
 
 def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
-    """The protocols of `cfg.protocol` by name.
+    """Build the protocols of `cfg.protocol` by name.
 
     Raises:
         ConfigError: a rule is wrong.
@@ -101,7 +101,7 @@ def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
                 f"dataset.image_size={seen[0]} and dataset.resize={seen[1]}: change those instead"
             )
         if "/" in str(name) or name in _NO_PROTOCOLS:
-            raise ConfigError(f"protocol.{name}: numbers are named <protocol>/<metric>: choose a name other than that")
+            raise ConfigError(f"protocol.{name}: metrics are named <protocol>/<metric>, so choose another name")
         protocols[str(name)] = protocol
     if not protocols:
         raise ConfigError("protocol=[]: name one or more, such as protocol=[maxboxacc]")
@@ -109,14 +109,15 @@ def build_protocols(cfg: DictConfig) -> dict[str, Protocol]:
 
 
 def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
-    """The method of `cfg.method`, ready for Lightning's Trainer: with an optimizer, a schedule and an evaluation.
+    """Build the method of `cfg.method` with an optimizer, a schedule and an evaluation, ready for Lightning's Trainer.
 
     Args:
-        cfg: settings as from `load_config`.
+        cfg: the settings, as `load_config` returns them.
         class_names: see `build_model`.
 
     Raises:
-        ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+        ConfigError: a setting is wrong.
+        CheckpointError: the backbone's weights do not fit.
 
     >>> import torch
     >>> from wsolkit import build_module, load_config
@@ -135,26 +136,27 @@ def attach_training(cfg: DictConfig, module: WSOLModule) -> WSOLModule:
 
 
 def build_optimization(cfg: DictConfig) -> Optimization:
-    """The optimizer of `cfg.optimizer` under the schedule of `cfg.schedule`."""
+    """Build the optimizer of `cfg.optimizer` with the schedule of `cfg.schedule`."""
     create = functools.partial(locate(cfg.optimizer._target_, "optimizer."), **arguments(cfg.optimizer))
     return Optimization(create, built(cfg.schedule))
 
 
 def build_evaluator(cfg: DictConfig, module: WSOLModule) -> Evaluator:
-    """What evaluates a module under the protocols of `cfg.protocol`."""
+    """Build the callback that evaluates a module under the protocols of `cfg.protocol`."""
     return Evaluator(Evaluation(build_protocols(cfg), len(module.description.class_names)))
 
 
 def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:
-    """The method of `cfg.method` on the backbone of `cfg.backbone`, to localize with: no optimizer, no evaluation.
+    """Build the method of `cfg.method` on the backbone of `cfg.backbone`, without an optimizer or an evaluation.
 
     Args:
-        cfg: settings as from `load_config`.
-        class_names: names of the classes by label; None: as many unnamed ones as `dataset.num_classes`, or those of
-            the data set, or of its part that `dataset.classes` keeps.
+        cfg: the settings, as `load_config` returns them.
+        class_names: the names of the classes by label. None takes as many numbers as `dataset.num_classes`, or the
+            names in the data set, or in the part of it that `dataset.classes` keeps.
 
     Raises:
-        ConfigError: a setting is wrong. CheckpointError: the backbone's weights do not fit.
+        ConfigError: a setting is wrong.
+        CheckpointError: the backbone's weights do not fit.
     """
     check_config(cfg)
     if class_names is None:
@@ -176,7 +178,7 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
 
 
 def _optimization(cfg: DictConfig) -> tuple[Any, Any]:
-    """Return what makes the optimizer of `cfg.optimizer`, and the schedule; None for a command that trains nothing."""
+    """Return a function that makes the optimizer, and the schedule. Both are None for a command that trains nothing."""
     if "optimizer" not in cfg:
         return None, None
     optimizer = locate(cfg.optimizer._target_, "optimizer.")
@@ -184,10 +186,10 @@ def _optimization(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def compile_network(network: Network, **options: Any) -> None:
-    """Have `torch.compile` compile the passes of a network, at the first of each; names of weights stay.
+    """Make `torch.compile` compile each pass of a network when it first runs. The names of the weights stay.
 
     Args:
-        options: of `torch.compile`.
+        options: the options of `torch.compile`.
     """
     for name in network.passes:
         setattr(network, name, torch.compile(getattr(network, name), **options))
@@ -197,7 +199,7 @@ def _compilation(setting: object) -> dict[str, Any]:
     if setting is True:
         return {}
     if setting == "max-autotune":
-        # Not with CUDA graphs: boxes are drawn from a batch's maps while the next, which would overwrite them, is made.
+        # CUDA graphs would overwrite the maps of a batch with those of the next one, while its boxes are drawn.
         return {"mode": "max-autotune-no-cudagraphs"}
     raise ConfigError(f"compile={setting}: expected false, true or max-autotune")
 
@@ -219,7 +221,7 @@ def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -
 
 
 def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
-    """The post-process of `cfg.postprocess`, or None, as an argument of a method that takes one."""
+    """Return the post-process of `cfg.postprocess`, or None, as an argument of a method that accepts one."""
     node = cfg.get("postprocess")
     if "postprocess" in accepted(method)[0]:
         return {"postprocess": locate(node._target_, "postprocess.")(**arguments(node)) if node else None}

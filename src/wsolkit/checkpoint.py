@@ -1,8 +1,8 @@
 """Read checkpoints.
 
-A checkpoint may come from anywhere, and a setting named `_target_` makes code run. So a checkpoint says only the names
-of its method, backbone and data set, which must be YAML files of this installation, and plain values for the settings
-that those files have.
+A checkpoint may come from anywhere, and a setting named `_target_` runs code. A checkpoint therefore only stores the
+names of its method, backbone and data set, which must be YAML files of this installation. It also stores plain values
+for the settings in those files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from wsolkit.errors import CheckpointError
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every part of a checkpoint has the check sum that was written with it."""
+    """Say whether every part of a checkpoint has the checksum that was written with it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # damaged bytes make the reader fail in any way
+    except Exception:  # The reader may fail in any way on damaged bytes.
         return False
 
 
@@ -38,13 +38,14 @@ GROUPS = ("method", "backbone", "dataset", "postprocess")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds beside the trainer's state.
+    """The content of a checkpoint, without the trainer's state.
 
-    config: settings of its run, resolved; class_names: by label; version: of wsolkit; thresholds: τ that validation
-    selected, as `<protocol>/<condition>`, {} where there were no boxes; metrics: numbers of its last validation;
-    mean, std: of the network's input, () in early checkpoints; optimizer: settings of its groups of parameters;
-    optimizer_state: what it remembers of each parameter, by name; place: where in the training images it is, see
-    `wsolkit.data.dataset.Place`; epochs: how many it has begun.
+    config: the resolved settings of its run; class_names: the names by label; version: the version of wsolkit;
+    thresholds: the τ that validation selected, as `<protocol>/<condition>`, or {} without boxes; metrics: the numbers
+    of its last validation; mean, std: the normalisation of the network's input, () in early checkpoints; optimizer: the
+    settings of its parameter groups; optimizer_state: the names of what it remembers of each parameter; place: the
+    position in the training images, see `wsolkit.data.dataset.Place`; epochs: the number of epochs that the run has
+    begun.
     """
 
     path: Path
@@ -63,10 +64,10 @@ class Checkpoint:
     epochs: int = 0
 
     def load_into(self, module: torch.nn.Module) -> None:
-        """Give a module the weights.
+        """Load the weights into a module.
 
         Raises:
-            CheckpointError: they are another model's.
+            CheckpointError: they belong to another model.
         """
         try:
             module.load_state_dict(self.state_dict)
@@ -74,33 +75,33 @@ class Checkpoint:
             raise CheckpointError(f"'{self.path}' does not fit the model it names: {error}") from error
 
     def names(self) -> dict[str, str]:
-        """Names of the method, backbone, data set and post-process it was trained with; "none" for none."""
+        """Return the names of the method, backbone, data set and post-process of its training, or "none" for none."""
         return choices(self.config)
 
     @property
     def protocol(self) -> str:
-        """Name of the first protocol that it was evaluated under."""
+        """Return the name of the first protocol of its evaluation."""
         return str(next(iter(self.config.get("protocol") or ["maxboxacc"])))
 
 
 def choices(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
-    """Names of what settings take from the groups that make a model; "none" for nothing."""
+    """Return the names that settings choose in the groups of a model, or "none" for no choice."""
     return {group: name_of(config, group) for group in GROUPS}
 
 
 def name_of(config: Mapping[str, Any] | DictConfig, group: str) -> str:
-    """The name of what settings take from a group; "none" for nothing."""
+    """Return the name that settings choose in a group, or "none" for no choice."""
     node = config.get(group)
     return str(node["name"]) if node else "none"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of `python -m wsolkit.train`, without executing anything in it.
+    """Read a checkpoint of `python -m wsolkit.train`, without running any code in it.
 
-    Warns where it is of another version of wsolkit.
+    It warns if another version of wsolkit wrote the checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another program, or holds pickled code.
+        CheckpointError: the file is missing, damaged, written by another program, or holds pickled code.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,13 +111,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Not torch.serialization.get_unsafe_globals_in_checkpoint, which cannot read PyTorch's older format.
+        # torch.serialization.get_unsafe_globals_in_checkpoint cannot read PyTorch's older format.
         code = re.search(r"GLOBAL (\S+)", str(error))
         found = f"pickled code ({code[1]})" if code else "something else than tensors and plain containers"
         raise CheckpointError(
-            f"'{path}' holds {found}, or is damaged; it is not read, since that could run anything on this machine"
+            f"'{path}' holds {found}, or is damaged. It is not read, since that could run anything on this machine"
         ) from error
-    except Exception as error:  # damaged bytes make the reader fail in any way
+    except Exception as error:  # The reader may fail in any way on damaged bytes.
         named = isinstance(error, RuntimeError | EOFError | OSError) and str(error)
         reason = str(error).split(". ")[0] if named else type(error).__name__
         raise CheckpointError(f"'{path}' cannot be read, perhaps it was cut short ({reason})") from error
@@ -126,22 +127,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"'{path}' is not a checkpoint of wsolkit: expected one from `python -m wsolkit.train`, found "
             f"{_described(content)}"
         )
-    if zipfile.is_zipfile(path) and not is_whole(path):  # PyTorch's reader looks at no check sums
-        raise CheckpointError(f"'{path}' is damaged: a part of it has not the check sum that was written with it")
+    if zipfile.is_zipfile(path) and not is_whole(path):  # PyTorch's reader ignores checksums.
+        raise CheckpointError(f"'{path}' is damaged: a part of it does not have the checksum that was written with it")
     try:
         checkpoint = _checked(path, content, own)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is a damaged checkpoint of wsolkit ({_first_line(error)})") from error
     if checkpoint.version != wsolkit.__version__:
         warnings.warn(
-            f"'{path}' was written by wsolkit {checkpoint.version}, this is {wsolkit.__version__}: if its results are "
-            "not those of then, use that version",
+            f"'{path}' was written by wsolkit {checkpoint.version}, and this is {wsolkit.__version__}. If its results "
+            "have changed since then, use that version",
             stacklevel=1,
         )
     return checkpoint
 
 
-# Fields of a checkpoint, beside the trainer's state, and their types; early checkpoints lack the last four.
+# These are the fields beside the trainer's state, with their types. Early checkpoints lack the last four.
 _FIELDS: Mapping[str, Any] = {
     "config": dict[str, Any],
     "class_names": list[str],
@@ -156,10 +157,10 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def _checked(path: Path, content: Mapping[str, Any], own: Mapping[str, Any]) -> Checkpoint:
-    """Take the fields of a checkpoint that are of their types.
+    """Return the fields of a checkpoint, after checking their types.
 
     Raises:
-        TypeError, ValueError: a field is missing, or its content is not what a run of wsolkit writes.
+        TypeError, ValueError: a field is missing, or holds what no run of wsolkit writes.
     """
     if not isinstance(own, dict):
         raise TypeError(f"its field 'wsolkit' is a {type(own).__name__}")
@@ -190,7 +191,7 @@ def _checked(path: Path, content: Mapping[str, Any], own: Mapping[str, Any]) -> 
     return checkpoint
 
 
-# Names go into Hydra's grammar, where a path or a list would mean another file, and null nothing at all.
+# Hydra's grammar would read a path or a list as another file, and null as nothing.
 _PLAIN_NAME = re.compile(r"(?!null$)[A-Za-z0-9_-]+", re.IGNORECASE)
 
 
@@ -203,7 +204,7 @@ def _check_type(name: str, value: object, kind: Any) -> None:
 
 
 def _check_plain(value: object, where: str) -> None:
-    """Check that settings hold nothing but dictionaries, lists and scalars."""
+    """Check that settings hold only dictionaries, lists and scalars."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -221,10 +222,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _training(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides how a run can go on from a checkpoint; {} where it holds a model alone.
+    """Return what decides how a run can continue from a checkpoint, or {} if it only holds a model.
 
     Raises:
-        TypeError: the trainer's state is not what Lightning writes.
+        TypeError: the trainer's state is not in Lightning's format.
     """
     if "loops" not in content or not content.get("optimizer_states"):
         return {}
@@ -250,7 +251,7 @@ def _training(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(content: object) -> str:
-    """What a file holds that is not ours, in a few words."""
+    """Say in a few words what a foreign file holds."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
     keys = ", ".join(list(map(str, content))[:4])

@@ -1,7 +1,6 @@
-"""python -m wsolkit.dashboard DIR: a W&B workspace that shows what the runs in a directory have logged, in order.
+"""python -m wsolkit.dashboard DIR: make a W&B workspace that shows what the runs in a directory have logged.
 
-Its panels name keys that those runs have and no others. Needs the extra `dashboard`; imports neither torch nor
-Lightning.
+Its panels only name keys that these runs have. It needs the extra `dashboard`, and imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SERIES = {"method/semantic_weight_": "λ of each block", "method/threshold_": "
 
 @dataclass
 class Settings:
-    """See conf/dashboard.yaml."""
+    """The settings of conf/dashboard.yaml."""
 
     directory: str
     entity: str | None
@@ -46,10 +45,10 @@ class Settings:
 
 
 def dashboard(cfg: DictConfig, _: Path) -> None:
-    """Build the workspace for the runs in `cfg.directory`, say what is in it, and save it in W&B.
+    """Build the workspace for the runs in `cfg.directory`, print its panels, and save it in W&B.
 
     Raises:
-        ConfigError: the extra is missing, there is no run, or W&B does not take the workspace.
+        ConfigError: the extra is missing, there is no run, or W&B does not accept the workspace.
     """
     if find_spec("wandb_workspaces") is None:
         raise ConfigError("the dashboard needs another package: pip install 'wsolkit[dashboard]'")
@@ -70,13 +69,13 @@ def dashboard(cfg: DictConfig, _: Path) -> None:
             workspace.save()
     except (wandb.Error, requests.RequestException, ValueError) as error:
         raise ConfigError(
-            f"W&B does not take the dashboard ({str(error).splitlines()[0]}): are entity={entity} and "
+            f"W&B does not accept the dashboard ({str(error).splitlines()[0]}): are entity={entity} and "
             f"project={cfg.project} right, is there a run in it, and are you logged in (wandb login)?"
         ) from error
 
 
 def logged_keys(directory: Path) -> set[str]:
-    """Keys under which runs in a directory and below it have logged, or log with logger=wandb.
+    """Return the keys under which runs in a directory and below it have logged, or log with logger=wandb.
 
     Raises:
         ConfigError: there is no run, or one cannot be read.
@@ -98,7 +97,7 @@ def logged_keys(directory: Path) -> set[str]:
 
 
 def _keys_of_a_run(folder: Path) -> set[str]:
-    from wsolkit.reporting.charts import charts  # with Matplotlib
+    from wsolkit.reporting.charts import charts  # It loads Matplotlib.
 
     keys = {name for name in read_log(folder / _LOG).columns if "/" in name}
     if OmegaConf.load(folder / _SETTINGS).num_examples > 0:
@@ -118,12 +117,12 @@ def _keys_of_a_run(folder: Path) -> set[str]:
 
 
 def build_workspace(keys: Iterable[str], entity: str, project: str, name: str, *, grouped: bool) -> Workspace:
-    """The workspace, not saved.
+    """Build the workspace without saving it.
 
     Args:
-        keys: what has been logged.
-        entity, project: where its runs are.
-        name: of the view.
+        keys: the logged keys.
+        entity, project: the place of its runs.
+        name: the name of the view.
         grouped: whether runs of a method and data set are averaged.
     """
     import wandb_workspaces.workspaces as ws
@@ -136,7 +135,7 @@ def build_workspace(keys: Iterable[str], entity: str, project: str, name: str, *
 
 
 def _panels(keys: list[str]) -> Mapping[str, list[Any]]:
-    """Panels by section, in the order in which people look at them."""
+    """Return the panels by section, in the order in which people look at them."""
     import wandb_workspaces.reports.v2 as wr
 
     def line(title: str, *y: str, x: str = _STEP) -> Any:
@@ -146,7 +145,7 @@ def _panels(keys: list[str]) -> Mapping[str, list[Any]]:
         return [key for key in keys if key.startswith(prefix)]
 
     def headlines(stage: str) -> list[str]:
-        """Of the method under each protocol, not of baselines."""
+        """Return the keys of the method under each protocol, without those of baselines."""
         found = [key for key in within(f"{stage}/") if key.count("/") == 2 and key.rpartition("/")[2] in _HEADLINES]
         return sorted(found, key=lambda key: (key.split("/")[1], _HEADLINES.index(key.rpartition("/")[2])))
 
@@ -177,7 +176,7 @@ def _panels(keys: list[str]) -> Mapping[str, list[Any]]:
 
 
 def _curves(table: str) -> Any:
-    """The plot that the run logged, of all runs."""
+    """Return the plot that the run logged, for all runs."""
     import wandb_workspaces.reports.v2 as wr
 
     chart = wr.CustomChart.from_table(
@@ -190,12 +189,12 @@ def _curves(table: str) -> Any:
 
 
 def _titled(key: str) -> str:
-    """A panel's title: the key without its section."""
+    """Return a panel's title: the key without its section."""
     return key.partition("/")[2].removesuffix("_step")
 
 
 def main() -> None:
-    """Entry point of the command: its first argument that is no setting is the directory."""
+    """Run the command. Its first argument that is not a setting is the directory."""
     name_directory()
     run_command("dashboard", dashboard)
 

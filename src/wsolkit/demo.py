@@ -1,7 +1,7 @@
-"""python -m wsolkit.demo checkpoint=PATH: a page in the browser to try a trained model on.
+"""python -m wsolkit.demo checkpoint=PATH: try a trained model on a page in the browser.
 
-Drop an image, choose a class and a threshold, and see score map, box and mask change. This machine serves the page, to
-itself alone unless `host` says otherwise, and nothing is asked of any other.
+Drop an image, choose a class and a threshold, and see how the score map, the box and the mask change. This machine
+serves the page to itself alone, unless `host` says otherwise. It sends no request to any other machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings(PredictionSettings):
-    """See conf/demo.yaml."""
+    """The settings of conf/demo.yaml."""
 
     source: str | None
     host: str
@@ -38,7 +38,7 @@ class Settings(PredictionSettings):
 
 
 def demo(cfg: DictConfig, _: Path) -> None:
-    """Serve the page of `cfg.checkpoint` until Ctrl-C, or until the process is asked to end."""
+    """Serve the page of `cfg.checkpoint` until Ctrl-C or a signal ends the process."""
     import numpy as np
     from omegaconf import OmegaConf
 
@@ -59,9 +59,11 @@ def demo(cfg: DictConfig, _: Path) -> None:
     base, names = (Path(), []) if cfg.source is None else find_images(cfg.source, Path(os.devnull))
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
     threshold = used_threshold(localizer, cfg.threshold, given=False)
-    localizer(np.zeros((8, 8, 3), np.uint8))  # the first image takes longest, and nobody should wait for it
+    # The first image takes longest, so the command runs one before a user waits for it.
+    localizer(np.zeros((8, 8, 3), np.uint8))
     with listen(cfg.host, cfg.port) as listening, TemporaryDirectory(prefix="wsolkit_demo_") as folder:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read by Gradio's imports
+        # Gradio reads these when it is imported.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         from wsolkit.serving.page import build_app
 
         app = build_app(localizer, threshold, cfg.select, [base / name for name in names], cfg.host, list(cfg.hosts))
@@ -74,17 +76,17 @@ def demo(cfg: DictConfig, _: Path) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a port; 0: any that is free.
+    """Open a port. Port 0 stands for any free port.
 
     Raises:
-        ConfigError: it is taken, or there is no such host or port.
+        ConfigError: the port is taken, or the host or the port does not exist.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]
         raise ConfigError(
-            f"host={host}, port={port}: the page cannot be served there ({reason}); port=0 takes any port that is free"
+            f"host={host}, port={port}: the page cannot be served there ({reason}). port=0 takes any free port"
         ) from error
 
 
@@ -94,12 +96,12 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):  # raised once the server has ended
+    with suppress(KeyboardInterrupt):  # It is raised once the server has ended.
         server.run(sockets=[listening])
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command_on_checkpoint("demo", demo)
 
 

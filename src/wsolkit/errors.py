@@ -1,4 +1,4 @@
-"""What can go wrong through a user's input; each message says what was expected, what came and what to do."""
+"""Errors that a user can cause. Each message says what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 
 
 class WsolkitError(Exception):
-    """Base of every error a user can cause and mend; commands print its message alone and exit with 1."""
+    """The base of every error that a user can cause and fix. Commands print its message alone and exit with 1."""
 
     def __init__(self, message: str = "") -> None:
-        # PyTorch raises an error of a loader's process anew, with that process's traceback before the message.
+        # PyTorch raises an error of a loader's process again, with that process's traceback before the message.
         found = re.fullmatch(r"Caught \w+ in .+?\nOriginal Traceback .+?\n[\w.]+Error: (.+)", message, re.DOTALL)
         super().__init__(found[1].strip() if found else message)
 
 
 class ConfigError(WsolkitError, ValueError):
-    """A setting is unknown, missing, of a wrong type or does not fit another."""
+    """A setting is unknown, missing, has a wrong type or does not fit another setting."""
 
 
 class DataError(WsolkitError, ValueError):
-    """A file of a data set is missing, unreadable or contradicts another."""
+    """A file of a data set is missing, unreadable or contradicts another file."""
 
 
 class CheckpointError(WsolkitError, ValueError):
@@ -27,11 +27,11 @@ class CheckpointError(WsolkitError, ValueError):
 
 
 class TrainingError(WsolkitError, RuntimeError):
-    """Training cannot go on: a loss is not finite, memory is full, a loader's process died."""
+    """Training cannot continue: a loss is not finite, the memory is full, or a loader's process died."""
 
 
 class BusyError(WsolkitError, RuntimeError):
-    """Another process is at work in a folder that only one may write to."""
+    """Another process works in a folder that only one process may write to."""
 
 
 class JobError(WsolkitError, RuntimeError):

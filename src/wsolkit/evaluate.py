@@ -1,8 +1,8 @@
-"""python -m wsolkit.evaluate: evaluate a trained model, or score maps that another program saved, and report.
+"""python -m wsolkit.evaluate: evaluate a trained model, or score maps from another program, and write a report.
 
-checkpoint=PATH: method, backbone and data set are the checkpoint's. Another data set (`dataset=…`), another place for
-it (`dataset.root=…`) or other protocols (`protocol=…`) can be given; `save_maps=DIR` writes the maps.
-score_maps=DIR dataset=…: the maps are read from files.
+With checkpoint=PATH, the method, the backbone and the data set come from the checkpoint. `dataset=…` sets another data
+set, `dataset.root=…` another folder, and `protocol=…` other protocols. `save_maps=DIR` writes the maps. With
+score_maps=DIR dataset=…, the command reads the maps from files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings(EvaluationSettings):
-    """See conf/evaluate.yaml."""
+    """The settings of conf/evaluate.yaml."""
 
     checkpoint: str | None
     score_maps: str | None
@@ -45,7 +45,7 @@ class Settings(EvaluationSettings):
 
 @one_run
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Evaluate a checkpoint or a folder of score maps and report into a run directory; returns the metrics."""
+    """Evaluate a checkpoint or a folder of score maps, and write a report into a run directory. Return the metrics."""
     if cfg.score_maps is not None:
         return evaluate_score_maps(cfg, folder)
     if cfg.checkpoint is None:
@@ -74,7 +74,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     lightning.seed_everything(cfg.seed, verbose=False)
     warn_of_numbers(checkpoint.class_names, checkpoint.path)
     datamodule = build_datamodule(cfg, checkpoint.class_names)
-    datamodule.read("val", "test")  # a broken data set is named before anything is built
+    datamodule.read("val", "test")  # This names a broken data set before the command builds anything.
     report = Report.of(cfg, folder, datamodule.dataset("test"), title(cfg, checkpoint.config), method_name(cfg))
     module = build_model(cfg, checkpoint.class_names)
     checkpoint.load_into(module)
@@ -87,7 +87,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
             save_config(cfg, folder)
         if datamodule.held_out:
             evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
-            trainer.validate(module, datamodule, verbose=False)  # selects the thresholds
+            trainer.validate(module, datamodule, verbose=False)  # The validation selects the thresholds.
         evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
@@ -99,7 +99,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def _writer(folder: ScoreMaps | None, dataset: WSOLDataset) -> Callable[[EvaluationBatch, list[Tensor]], None] | None:
-    """What writes the maps of a split's batches to files."""
+    """Return a function that writes the maps of a split's batches to files, or None without a folder."""
     if folder is None:
         return None
 
@@ -122,7 +122,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.system.libraries import quieten_libraries
 
     if cfg.checkpoint is not None or cfg.save_maps is not None:
-        raise ConfigError("score_maps=… evaluates maps from files: it goes with neither checkpoint=… nor save_maps=…")
+        raise ConfigError("score_maps=… evaluates maps from files. It goes with neither checkpoint=… nor save_maps=…")
     check_config(cfg, Settings)
     quieten_libraries()
     protocols = build_protocols(cfg)
@@ -131,7 +131,8 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule = build_datamodule(cfg)
     datamodule.read("val", "test")
     test = datamodule.dataset("test")
-    examples = choose_examples(test, cfg.num_examples, cfg.examples)  # named now, or an error
+    # This names a missing image before the evaluation.
+    examples = choose_examples(test, cfg.num_examples, cfg.examples)
     class_names = list(test.records.classes)
     evaluation = Evaluation(protocols, len(class_names))
     if datamodule.held_out:
@@ -152,7 +153,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def _read(evaluation: Evaluation, maps: ScoreMaps, batch: EvaluationBatch, dataset: WSOLDataset) -> list[Tensor]:
-    """The maps of a batch."""
+    """Read the maps of a batch."""
     import torch
 
     names, sizes = map(dataset.records.name, batch["index"].tolist()), evaluation.map_sizes(batch)
@@ -160,7 +161,7 @@ def _read(evaluation: Evaluation, maps: ScoreMaps, batch: EvaluationBatch, datas
 
 
 def _count(evaluation: Evaluation, maps: ScoreMaps, datamodule: WSOLDataModule, split: Split, shown: bool) -> None:
-    """Count the maps of a split."""
+    """Update the metrics with the maps of a split."""
     from rich.progress import track
 
     loader = datamodule.val_dataloader() if split == "val" else datamodule.test_dataloader()
@@ -169,7 +170,7 @@ def _count(evaluation: Evaluation, maps: ScoreMaps, datamodule: WSOLDataModule, 
 
 
 def _localize(evaluation: Evaluation, maps: ScoreMaps, dataset: WSOLDataset) -> Localize:
-    """What gives the report its maps: files, without a predicted class."""
+    """Return a function that gives the report its maps from files, without a predicted class."""
     first = next(iter(evaluation.protocols.values()))
 
     def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
@@ -179,9 +180,9 @@ def _localize(evaluation: Evaluation, maps: ScoreMaps, dataset: WSOLDataset) -> 
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command_on_checkpoint(
-        "evaluate", evaluate, with_protocol=False, stopped="nothing is kept; the same command begins anew"
+        "evaluate", evaluate, with_protocol=False, stopped="nothing is kept, and the same command starts anew"
     )
 
 

@@ -1,7 +1,8 @@
-"""python -m wsolkit.export checkpoint=PATH output=model.onnx: a trained model as a file that runs without wsolkit.
+"""python -m wsolkit.export checkpoint=PATH output=model.onnx: write a trained model as a file that needs no wsolkit.
 
-The file takes normalised images and gives logits and raw score maps, and carries what is needed to use them: class
-names, normalisation, input size, threshold and the rules by which maps become boxes. See `wsolkit.interop.programs`.
+The file takes normalised images and returns logits and raw score maps. It also contains what users of the model need:
+class names, normalisation, input size, threshold, and the rules that turn maps into boxes. See
+`wsolkit.interop.programs`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 
 @dataclass
 class Settings:
-    """See conf/export.yaml."""
+    """The settings of conf/export.yaml."""
 
     checkpoint: str
     output: str
@@ -53,7 +54,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     quieten_libraries()
     output = Path(cfg.output)
     form = file_format(output, cfg.format)
-    check_place(output, cfg.overwrite)
+    check_output(output, cfg.overwrite)
     if cfg.method.get("semantic_level") or cfg.method.get("attention_level"):
         raise ConfigError(
             "SCM's diffusion blocks are for training, and are left out of the file: add method.semantic_level=0 "
@@ -72,7 +73,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
         if not same:
             raise CheckpointError(
                 f"the exported program is not the model: logits differ by {logits:.2g} and maps by {maps:.2g} of the "
-                "largest value; nothing was written"
+                "largest value. Nothing was written"
             )
         draft.replace(output)
     except OSError as error:
@@ -84,7 +85,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
 
 
 def file_format(output: Path, given: str | None) -> str:
-    """The format of a file, as given or by its ending.
+    """Return the format of a file, as given or by its ending.
 
     Raises:
         ConfigError: the two contradict each other, or neither says it.
@@ -97,23 +98,24 @@ def file_format(output: Path, given: str | None) -> str:
     return given or str(by_ending)
 
 
-def check_place(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
     """Check that a file may be written.
 
     Raises:
-        ConfigError: there is one already, or no folder for it.
+        ConfigError: the file exists already, or its folder does not.
     """
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"output: expected the name of a file in a folder that exists, got '{output}'")
     if output.exists() and not overwrite:
-        raise ConfigError(f"output: '{output}' is there already: add overwrite=true, or give another name")
+        raise ConfigError(f"output: '{output}' exists already: add overwrite=true, or give another name")
 
 
 def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
-    """What goes into the file beside the program: all that is needed to get from an image to a box.
+    """Describe what a user of the program needs to get from an image to a box.
 
-    Images are resized to `resize`, whatever their aspect ratio, and the central `image_size` is cut out; `protocol` has
-    the rules, see `wsolkit.localization.protocol`; `threshold` is its τ; `exif`: whether images are turned upright.
+    Images are resized to `resize`, whatever their aspect ratio, and the central `image_size` is cut out. `protocol` has
+    the rules, see `wsolkit.localization.protocol`, and `threshold` is its τ. `exif` says whether images are turned
+    upright.
     """
     rules = localizer.rules
     return {
@@ -134,7 +136,7 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command_on_checkpoint("export", export)
 
 

@@ -1,7 +1,7 @@
-"""python -m wsolkit.import_checkpoint source=FILE method=sat: a paper's released file as a checkpoint of wsolkit.
+"""python -m wsolkit.import_checkpoint source=FILE method=sat: turn a paper's released file into a wsolkit checkpoint.
 
-TS-CAM's, SCM's and SAT's files are read, as their training leaves them, or the state dict alone. Nothing in them is
-executed, see `wsolkit.interop.foreign`.
+It reads files of TS-CAM, SCM and SAT, as their training leaves them, or the state dict alone. It runs no code in them,
+see `wsolkit.interop.foreign`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsolkit.errors import ConfigError, DataError
-from wsolkit.export import check_place
+from wsolkit.export import check_output
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.command import run_command
 from wsolkit.settings.overrides import escaped
@@ -28,7 +28,7 @@ METHODS = ("ts_cam", "scm", "sat")
 
 @dataclass
 class Settings:
-    """See conf/import_checkpoint.yaml."""
+    """The settings of conf/import_checkpoint.yaml."""
 
     source: str
     output: str
@@ -60,10 +60,10 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
     if numbered:
         cfg.dataset.root = "."
     check_config(cfg, Settings)
-    check_place(output, cfg.overwrite)
+    check_output(output, cfg.overwrite)
     found = read_foreign(source, cfg.trust)
     given, cfg = cfg, fitted(cfg, found.state_dict, cfg.num_heads)
-    cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # the papers'
+    cfg.dataset.resize = cfg.dataset.image_size * 256 // 224  # The papers use this value.
     names = class_names(given, cfg.dataset.num_classes, numbered)
     module = build_official(cfg, found.state_dict, names)
     content: dict[str, Any] = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
@@ -80,10 +80,10 @@ def import_checkpoint(cfg: DictConfig, folder: Path) -> None:
 
 
 def class_names(cfg: DictConfig, count: int, numbered: bool) -> list[str]:
-    """Names of a model's classes, from a file, from the data set, or numbers.
+    """Return the names of a model's classes, from a file or the data set, or as numbers.
 
     Raises:
-        DataError: there are not as many as the model has, or they cannot be read.
+        DataError: their number differs from the model's, or they cannot be read.
     """
     if cfg.classes is not None:
         from wsolkit.data.files import read_lines
@@ -102,7 +102,7 @@ def class_names(cfg: DictConfig, count: int, numbered: bool) -> list[str]:
 
 
 def thresholds(found: Foreign, method: str) -> dict[str, float]:
-    """The τ that SAT's training selects and stores; it counts where the paper gives none for the data set."""
+    """Return the τ that SAT's training selects and stores. It counts if the paper gives none for the data set."""
     best = found.others.get("best_thr")
     if method != "sat" or not isinstance(best, float) or not 0 < best < 1:
         return {}
@@ -110,7 +110,7 @@ def thresholds(found: Foreign, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point of the command: the protocol named like the method comes before the user's settings."""
+    """Run the command, with the protocol named like the method before the user's settings."""
     method = [argument.removeprefix("method=") for argument in sys.argv[1:] if argument.startswith("method=")]
     if method and method[-1] in METHODS:
         sys.argv.insert(1, f"protocol=[{method[-1]}]")

@@ -1,11 +1,11 @@
-"""A trained model at work: images in, boxes, masks, classes and scores out.
+"""Localize objects with a trained model: from images to boxes, masks, classes and scores.
 
     localizer = wsolkit.Localizer.from_checkpoint("best.ckpt")
     found = localizer("bird.jpg")
     found.label, found.score, found.boxes, found.mask, found.score_map
     found.plot().savefig("bird.png")
 
-Boxes are those that an evaluation under the same protocol draws, carried over to the pixels of the original image.
+The boxes are the same that an evaluation under the same protocol draws, in pixels of the original image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.system.names import shortened
 from wsolkit.types import Boxes, EvaluationBatch, Exif, Image, Select
 
-# What takes long to import comes when it is used, so that `from wsolkit import Localizer` is quick.
+# Slow imports come when they are used, so that `from wsolkit import Localizer` is quick.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from omegaconf import DictConfig
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 
 
 class BinaryFile(Protocol):
-    """A file that is open for reading in binary mode, or what stands for one, such as an upload."""
+    """A file that is open for reading in binary mode, or an object with the same method, for example an upload."""
 
     def read(self) -> bytes:
-        """What is left to read."""
+        """Return what is left to read."""
 
 
 ImageLike = str | Path | bytes | bytearray | memoryview | BinaryFile | PIL.Image.Image | npt.NDArray[Any] | Tensor
-"""An image comes as
+"""An image in one of these forms:
 
 - the path of a file;
-- what a file holds: bytes, or a file that is open in binary mode, which is read from where it stands;
+- the content of a file: bytes, or a file that is open in binary mode and is read from its current position;
 - a PIL image in any mode;
-- pixels: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. C is 1, 3 or 4, and the last of 4 channels is
-  opacity, which is left out. They are uint8, uint16, bool, or floating point from 0 to 1: see
+- pixels: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]. C is 1, 3 or 4. The last of 4 channels is
+  opacity, and is ignored. The type is uint8, uint16, bool, or floating point from 0 to 1, see
   wsolkit/data/decoding.py.
 """
 
@@ -63,16 +63,17 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 _BATCH_SIZE = 32
 _MAX_SIDE = 32767
-_LONGEST = 200  # characters of a path in an error
+_LONGEST = 200  # An error shows this many characters of a path.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """Where an image shows a class, in pixels of that image as it was read: upright, unless the localizer ignores EXIF.
+    """Where an image shows a class, in pixels of the image as it was read. That is upright, unless EXIF is ignored.
 
-    label, label_index: name and number of the class; score: its probability, in [0, 1]; boxes [n, 4]: x0, y0, x1, y1,
-    both corners inside, n = 0 where nothing is above the threshold; score_map [H, W] in [0, 1]; regions [H, W]: 0
-    outside, i + 1 in the object of box i; threshold: τ of the boxes; image [H, W, 3], None if it was not kept.
+    label, label_index: the name and the number of the class; score: its probability, in [0, 1]; boxes [n, 4]: x0, y0,
+    x1, y1 with both corners inside, n = 0 if nothing is above the threshold; score_map [H, W]: in [0, 1]; regions [H,
+    W]: 0 outside, i + 1 in the object of box i; threshold: the τ of the boxes; image [H, W, 3]: None if it was not
+    kept.
     """
 
     label: str
@@ -86,11 +87,11 @@ class Prediction:
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """Where the objects are: bool [H, W]."""
+        """Return the mask of the objects, bool [H, W]."""
         return self.regions > 0
 
     def plot(self) -> Figure:
-        """The image, and the same under the score map with boxes, side by side."""
+        """Draw the image beside the same image under the score map with boxes."""
         from wsolkit.reporting.overlay import prediction_figure
 
         title = f"{self.label}, {self.score:.2f}"
@@ -104,10 +105,10 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RawMap:
-    """What the network makes of an image for one class: all that boxes at any threshold are drawn from.
+    """The network's result for an image and one class, from which boxes at any threshold can be drawn.
 
-    label, label_index, score: as in `Prediction`; raw [h, w]: the score map at the network's resolution; image
-    [H, W, 3].
+    label, label_index, score: as in `Prediction`; raw [h, w]: the score map at the network's resolution; image [H, W,
+    3].
     """
 
     label: str
@@ -121,19 +122,21 @@ class Localizer:
     """A trained model that finds the object of a class in images.
 
     Attributes:
-        class_names: by label.
+        class_names: the names of the classes by label.
         method, backbone: their names.
-        protocol, rules: name and rules of the evaluation by which maps become boxes.
-        threshold: τ of the boxes, unless a call gives another. Validation may have selected another for given classes
-            than for predicted ones: this is that of predicted ones, and each prediction says its own.
-        threshold_origin: where it comes from: "protocol": the paper says it; "validation": it was best there;
-            "default": validation had no boxes to select one by, and 0.3 is taken.
-        image_size: side of the network's input; mean, std: by which it is normalised.
-        metrics: numbers of the last validation before the checkpoint was written, in percent.
-        version: of wsolkit, which wrote the checkpoint.
-        device: on which the network is.
-        exif: "apply": files and PIL images are turned upright, as their EXIF orientation says; "ignore": they are read
-            as they are stored. It may be changed.
+        protocol, rules: the name and the rules of the evaluation that turns maps into boxes.
+        threshold: the τ of the boxes, unless a call gives another one. Validation may have selected different values
+            for given and for predicted classes. This is the one for predicted classes. Each prediction has the one it
+            used.
+        threshold_origin: the origin of the threshold: "protocol" if the paper states it, "validation" if it was best
+            there, or "default" for 0.3, if validation had no boxes to select it.
+        image_size: the side length of the network's input.
+        mean, std: the normalisation of the network's input.
+        metrics: the numbers of the last validation before the checkpoint was written, in percent.
+        version: the version of wsolkit that wrote the checkpoint.
+        device: the device of the network.
+        exif: "apply" turns files and PIL images upright, as their EXIF orientation says. "ignore" reads them as they
+            are stored. You may change it.
 
     >>> from wsolkit import Localizer
     >>> localizer = Localizer.from_checkpoint("best.ckpt", device="cpu")
@@ -155,19 +158,21 @@ class Localizer:
         exif: Exif | None = None,
         config_dir: str | Path | None = None,
     ) -> Localizer:
-        """Build the model of a checkpoint of `python -m wsolkit.train`; nothing that is in it is executed.
+        """Build the model of a checkpoint of `python -m wsolkit.train`, without running any code in it.
 
         Args:
-            path: of the checkpoint.
-            device: "auto": a GPU if there is one; or PyTorch's name, such as "cpu" or "cuda:1".
-            protocol: by whose rules maps become boxes, see conf/protocol; None: the first one of its training.
-            precision: as Lightning has it.
-            exif: see the attribute; None: "apply", unless the model was trained with dataset.exif=ignore.
-            config_dir: the folder of your own YAML files that the model was trained with, as `--config-dir` named it.
-                What they name as a `_target_` runs, so name a folder that you trust.
+            path: the path of the checkpoint.
+            device: "auto" takes a GPU if there is one. Otherwise, PyTorch's name, for example "cpu" or "cuda:1".
+            protocol: the protocol that turns maps into boxes, see conf/protocol. None takes the first one of the
+                training.
+            precision: as in Lightning.
+            exif: see the attribute. None means "apply", unless the model was trained with dataset.exif=ignore.
+            config_dir: the folder of your own YAML files that the model was trained with, as for `--config-dir`. Code
+                that they name as a `_target_` runs, so name a folder that you trust.
 
         Raises:
-            CheckpointError: it cannot be read, or its model cannot be built. ConfigError: a setting is wrong.
+            CheckpointError: it cannot be read, or its model cannot be built.
+            ConfigError: a setting is wrong.
         """
         from wsolkit.checkpoint import read_checkpoint
         from wsolkit.settings.compose import load_config
@@ -180,7 +185,8 @@ class Localizer:
         of_model = {group: name for group, name in names.items() if group != "dataset"}
         check_known(checkpoint.path, of_model, config_dir, 'config_dir="FOLDER"')
         groups = [f"{group}={name}" for group, name in names.items()]
-        if not (CONF / "dataset" / f"{names['dataset']}.yaml").is_file():  # one's own, of which nothing is read
+        # The data set is the user's own, and nothing of it is read.
+        if not (CONF / "dataset" / f"{names['dataset']}.yaml").is_file():
             groups += ["dataset=folder", "dataset.root=."]
         cfg = load_config(*groups, f"protocol=[{protocol or checkpoint.protocol}]", config_dir=config_dir)
         quieten_libraries()
@@ -189,7 +195,7 @@ class Localizer:
     def __init__(
         self, cfg: DictConfig, checkpoint: Checkpoint, device: str, precision: Precision, exif: Exif | None = None
     ) -> None:
-        """Build the model of restored settings; `from_checkpoint` is for everybody else."""
+        """Build the model of restored settings. Most users call `from_checkpoint` instead."""
         from wsolkit.build import build_model, build_protocols
         from wsolkit.data.transforms import Transform
 
@@ -216,17 +222,17 @@ class Localizer:
 
     @property
     def module(self) -> WSOLModule:
-        """The model itself, for a look inside: its `network`, its `localize`, its `inside`."""
+        """Return the model itself, to use its `network`, its `localize` or its `inside`."""
         return self._module
 
     @property
     def threshold(self) -> float:
-        """See the class."""
+        """Return the threshold, see the class."""
         return used_threshold(self, None, given=False)
 
     @property
     def threshold_origin(self) -> Literal["protocol", "validation", "default"]:
-        """See the class."""
+        """Return the origin of the threshold, see the class."""
         if self.rules.threshold is not None:
             return "protocol"
         return "default" if self._thresholds["gt_known_loc_predicted_class"] is None else "validation"
@@ -278,22 +284,23 @@ class Localizer:
         threshold: float | None = None,
         select: Select = "largest",
     ) -> Prediction | list[Prediction] | list[list[Prediction]]:
-        """Find the object in an image, or in each of a list.
+        """Find the object in an image, or in each image of a list.
 
         Args:
-            images: one, or a list; see `ImageLike`.
-            classes: names or numbers of the classes to look for: one for all images, or one for each; a name goes
-                before a number; None: the predicted ones.
-            top_k: the most probable classes of each image, as a list, the most probable one first.
-            threshold: τ in [0, 1); None: that of the protocol or the checkpoint, see `threshold`.
-            select: one box, or one around each component above the threshold.
+            images: one image or a list, see `ImageLike`.
+            classes: the names or numbers of the classes to look for: one for all images, or one for each. A name takes
+                precedence over a number. None means the predicted classes.
+            top_k: the number of most probable classes of each image. The result is then a list, most probable first.
+            threshold: τ in [0, 1). None takes that of the protocol or the checkpoint, see `threshold`.
+            select: "largest" for one box, or "all" for a box around each component above the threshold.
 
         Returns:
-            a `Prediction`; for a list of images a list; with `top_k` a list for each image.
+            a `Prediction`, or a list of them for a list of images. With `top_k`, each image has a list.
 
         Raises:
-            DataError: an image cannot be read. ConfigError: another argument is wrong. CheckpointError: the network
-                gives logits or score maps that are not finite.
+            DataError: an image cannot be read.
+            ConfigError: another argument is wrong.
+            CheckpointError: the network gives logits or score maps that are not finite.
         """
         from wsolkit.data.dataset import evaluation_batch
 
@@ -318,19 +325,23 @@ class Localizer:
         return results[0] if single else results
 
     def raw_maps(self, image: ImageLike, classes: Sequence[str | int] | None = None, top_k: int = 1) -> list[RawMap]:
-        """Run the network on an image, and leave the boxes to `at_threshold`.
+        """Run the network on an image without drawing boxes, which `at_threshold` does.
 
         Args:
-            classes: names or numbers of the classes to look for; None: the `top_k` most probable ones, in this order.
+            image: see `ImageLike`.
+            classes: the names or numbers of the classes to look for. None means the `top_k` most probable ones, in
+                order.
+            top_k: the number of classes, if `classes` is None.
 
         Raises:
-            DataError: the image cannot be read. ConfigError: another argument is wrong.
+            DataError: the image cannot be read.
+            ConfigError: another argument is wrong.
         """
         labels = None if classes is None else [class_label(self.class_names, name) for name in classes]
         return raw_maps_of_labels(self, image, labels, top_k)
 
     def at_threshold(self, found: RawMap, threshold: float | None = None, select: Select = "largest") -> Prediction:
-        """What a map of `raw_maps` holds above a threshold; see `__call__`."""
+        """Draw the boxes of a map from `raw_maps` at a threshold, see `__call__`."""
         check_request(self, 1, select)
         tau = used_threshold(self, threshold, given=False)
         height, width = found.image.shape[:2]
@@ -340,7 +351,12 @@ class Localizer:
     def _forward(
         self, batch: EvaluationBatch, labels: Sequence[Sequence[int]] | None, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes [B, K], given or the most probable, their probabilities [B, K], and raw score maps [B, K, h, w]."""
+        """Run the network on a batch.
+
+        Returns:
+            the classes [B, K], given or most probable, their probabilities [B, K], and their raw score maps [B, K, h,
+            w].
+        """
         from wsolkit.localization.inputs import network_input, ten_crop_probabilities
 
         weights = next(self._module.parameters())
@@ -350,20 +366,20 @@ class Localizer:
         with torch.inference_mode(), self._autocast:
             pooled = ten_crop_probabilities(batch, self._module) if self._ten_crop else None
 
-            def choose(logits: Tensor) -> Tensor:
+            def classes_of(logits: Tensor) -> Tensor:
                 if labels is not None:
                     return torch.tensor(labels, device=logits.device)
                 return (logits if pooled is None else pooled).topk(top_k, dim=1).indices
 
-            logits, maps = self._module.localize(image, choose)
+            logits, maps = self._module.localize(image, classes_of)
             probabilities = logits.float().softmax(dim=1) if pooled is None else pooled
-            classes = choose(logits)
+            classes = classes_of(logits)
             return classes.cpu(), probabilities.gather(1, classes).cpu(), maps
 
     def _maps_and_levels(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], tau: float
     ) -> Iterator[tuple[npt.NDArray[np.float32], Levels]]:
-        """Localization maps, and their levels at τ, of raw maps [B, K, h, w], of image after image."""
+        """Yield the localization maps and their levels at τ, image by image, from raw maps [B, K, h, w]."""
         rules, at = self.rules, np.array([tau])
         parts: Iterable[tuple[Tensor, tuple[int, int] | None]] = [(raw.flatten(0, 1), None)]
         if rules.frame == "original":
@@ -372,7 +388,7 @@ class Localizer:
             if size is not None and max(size) > _MAX_SIDE:
                 raise DataError(
                     f"an image of {size[1]}×{size[0]} pixels: protocol {self.protocol} draws boxes at the image's "
-                    f"size, up to {_MAX_SIDE} pixels a side; choose another protocol"
+                    f"size, up to {_MAX_SIDE} pixels a side. Choose another protocol"
                 )
             with torch.inference_mode():
                 score_maps = rules.localization_maps(maps, size)
@@ -391,7 +407,7 @@ class Localizer:
         select: Select,
         image: Image | None,
     ) -> Prediction:
-        """What a localization map holds above τ, in pixels of its image."""
+        """Draw the boxes of a localization map at τ, in pixels of its image."""
         from wsolkit.localization.boxes import regions
 
         found = regions(levels, self.rules.box_rule, select)
@@ -424,7 +440,7 @@ class Localizer:
 
 
 def samples(localizer: Localizer, records: Records) -> WSOLDataset:
-    """Samples of images, transformed as the evaluation of a localizer's model does."""
+    """Make samples of images, transformed as in the evaluation of a localizer's model."""
     from wsolkit.data.dataset import WSOLDataset
 
     return WSOLDataset(records, localizer._transform, 0, localizer._uncropped)
@@ -439,14 +455,16 @@ def predictions(
     select: Select,
     images: Sequence[Image] | None = None,
 ) -> Iterator[list[Prediction]]:
-    """Predictions of a batch of `samples`, image by image, so that few large maps are in memory at a time.
+    """Yield the predictions of a batch of `samples` image by image, so that only a few large maps are in memory.
 
-    There are none for an image whose logits or score maps are not finite.
+    An image has none if its logits or score maps are not finite.
 
     Args:
-        labels: whose maps, one for each image; None: of the `top_k` most probable classes.
-        threshold, select: see `Localizer.__call__`.
-        images: kept in the predictions.
+        localizer: the model.
+        batch: the samples.
+        labels: one class for each image, or None for the `top_k` most probable classes.
+        top_k, threshold, select: see `Localizer.__call__`.
+        images: the images, which the predictions keep.
     """
     check_request(localizer, top_k, select)
     tau = used_threshold(localizer, threshold, given=labels is not None)
@@ -465,7 +483,7 @@ def predictions(
 def raw_maps_of_labels(
     localizer: Localizer, image: ImageLike, labels: Sequence[int] | None, top_k: int = 1
 ) -> list[RawMap]:
-    """`Localizer.raw_maps` of classes that are given as labels, whatever they are called."""
+    """Run `Localizer.raw_maps` for classes that are given as labels, whatever their names are."""
     from wsolkit.data.dataset import evaluation_batch
 
     check_request(localizer, top_k, "largest")
@@ -484,7 +502,7 @@ def check_request(localizer: Localizer, top_k: int, select: Select) -> None:
     """Check what a localizer is asked for.
 
     Raises:
-        ConfigError: it is not to be had.
+        ConfigError: it cannot do this.
     """
     count = len(localizer.class_names)
     if not 1 <= top_k <= count:
@@ -494,11 +512,12 @@ def check_request(localizer: Localizer, top_k: int, select: Select) -> None:
 
 
 def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -> float:
-    """The threshold τ that a localizer draws boxes at, on the protocol's grid where the grid has it.
+    """Return the threshold τ at which a localizer draws boxes, rounded to the protocol's grid if the grid has it.
 
     Args:
-        threshold: the user's; None: the localizer's own.
-        given: whether classes are given, not predicted: validation may have selected another τ for these.
+        localizer: the model.
+        threshold: the user's threshold, or None for the localizer's own.
+        given: whether classes are given and not predicted. Validation may have selected another τ for given classes.
 
     Raises:
         ConfigError: it is not in [0, 1).
@@ -517,7 +536,7 @@ def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Images in memory, as records."""
+    """Images in memory that act as records."""
 
     classes: Sequence[str]
     pictures: Sequence[Image]
@@ -546,19 +565,21 @@ class _Pictures:
 
 
 def _is_one(images: object) -> bool:
-    """Whether something is meant as one image: it is in a form of `ImageLike`, or it is no series of images."""
+    """Say whether an object is one image: it has a form of `ImageLike`, or it cannot be a list of images."""
     form = (str, Path, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray, Tensor, Mapping)
     return isinstance(images, form) or hasattr(images, "read") or not isinstance(images, Iterable)
 
 
 def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
-    """Pixels [H, W, 3] uint8 of an image in any of the forms of `ImageLike`.
+    """Return the pixels [H, W, 3] uint8 of an image in any form of `ImageLike`.
 
     Args:
-        what: names an image in errors that has no path.
+        image: the image.
+        exif: whether to turn it as its EXIF orientation says.
+        what: names an image without a path in errors.
 
     Raises:
-        DataError: it cannot be read, or is in none of them.
+        DataError: it cannot be read, or has none of these forms.
     """
     from wsolkit.data.decoding import decoding, rgb, to_8_bits
     from wsolkit.data.records import decode_image
@@ -575,7 +596,7 @@ def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
         if isinstance(image, PIL.Image.Image):
             return rgb(image, exif, what)
         if not hasattr(image, "__array__"):
-            raise DataError(f"{what} came as {type(image).__name__}: expected {_FORMS}; several images go in a list")
+            raise DataError(f"{what} came as {type(image).__name__}: expected {_FORMS}. Pass several images as a list")
         pixels = _array(image) if isinstance(image, Tensor) else np.asarray(image)
     if isinstance(image, Tensor) and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] → [H, W, C]
@@ -585,7 +606,7 @@ def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
         kind, form = ("a tensor", "[C, H, W]") if isinstance(image, Tensor) else ("an array", "[H, W, C]")
         raise DataError(
             f"{what} came as {kind} of shape {tuple(np.shape(image))}: expected [H, W] or {form} with C = 1, 3 or "
-            "4; several images go in a list"
+            "4. Pass several images as a list"
         )
     levels = to_8_bits(pixels[..., :3], f"{what} came as")
     return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
@@ -594,19 +615,19 @@ def as_rgb(image: ImageLike, exif: Exif, what: str = "an image") -> Image:
 def _check_file(path: Path) -> None:
     try:
         there, is_folder = path.exists(), path.is_dir()
-    except OSError:  # the name is too long for a file: encoded pixels, perhaps
+    except OSError:  # The name is too long for a file. It may be encoded pixels.
         there = is_folder = False
     if is_folder:
-        raise DataError(f"image '{path}' is a folder: expected an image file; give its images as a list of paths")
+        raise DataError(f"image '{path}' is a folder: expected an image file. Pass its images as a list of paths")
     if not there:
         raise DataError(
-            f"image '{shortened(str(path), _LONGEST)}' does not exist: expected the path of an image file; a relative "
-            f"one begins in '{Path.cwd()}'"
+            f"image '{shortened(str(path), _LONGEST)}' does not exist: expected the path of an image file. A relative "
+            f"path starts in '{Path.cwd()}'"
         )
 
 
 def _content(file: BinaryFile, what: str) -> bytes:
-    """What a file holds, from where it stands."""
+    """Return the rest of a file, from its current position."""
     from wsolkit.data.decoding import decoding
 
     with decoding(what):
@@ -614,7 +635,7 @@ def _content(file: BinaryFile, what: str) -> bytes:
     if not isinstance(content, bytes | bytearray | memoryview):
         raise DataError(
             f"{what} came as a file whose read() gives {type(content).__name__}: expected bytes. Open a file with "
-            "mode 'rb'; of a file that is to be awaited, give the bytes"
+            "mode 'rb'. If read() has to be awaited, pass the bytes"
         )
     if not content:
         raise DataError(f"{what} came as a file with nothing left to read: go back to its beginning with seek(0)")
@@ -623,12 +644,12 @@ def _content(file: BinaryFile, what: str) -> bytes:
 
 def _array(image: Tensor) -> npt.NDArray[Any]:
     pixels = image.detach().cpu()
-    half = pixels.is_floating_point() and pixels.itemsize < 4  # numpy has no bfloat16
+    half = pixels.is_floating_point() and pixels.itemsize < 4  # NumPy has no bfloat16.
     return np.asarray(pixels.float() if half else pixels)
 
 
 def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
-    """A module with a checkpoint's weights, for inference."""
+    """Return a module with a checkpoint's weights, ready for inference."""
     checkpoint.load_into(module)
     return module.eval().requires_grad_(False)
 
@@ -643,7 +664,7 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device={name}: not to be had here ({reason}); expected auto, cpu, cuda, cuda:1, mps, …"
+            f"device={name}: not available here ({reason}). Expected auto, cpu, cuda, cuda:1, mps, …"
         ) from error
     return device
 

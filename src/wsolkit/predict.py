@@ -1,8 +1,9 @@
-"""python -m wsolkit.predict checkpoint=PATH source=DIR|FILE|GLOB output=DIR: boxes and masks of images.
+"""python -m wsolkit.predict checkpoint=PATH source=DIR|FILE|GLOB output=DIR: find boxes and masks in images.
 
-The output folder holds predictions.json (COCO's results), pseudo_labels.json (a COCO data set: images, categories and,
-as annotations, the objects of each image's given or most probable class), predictions.csv, settings.json,
-progress.jsonl; overlays/ on request; failed.csv, if some images have no predictions. The exit code is then 3.
+The output folder holds predictions.json (COCO results), pseudo_labels.json, predictions.csv, settings.json and
+progress.jsonl. pseudo_labels.json is a COCO data set with images, categories and annotations. The annotations are the
+objects of the given or the most probable class of each image. overlays/ holds pictures on request. If some images have
+no predictions, failed.csv lists them, and the exit code is 3.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from wsolkit.types import EvaluationBatch, Exif
 
 UNREADABLE = 3
-"""Exit code where all is done but for images that could not be read, or of which the network made nothing."""
+"""The exit code if all is done, except for images that have no predictions."""
 
 OVERLAYS = "overlays"
 
 
 @dataclass
 class PredictionSettings:
-    """What predict and demo share, see conf/prediction.yaml."""
+    """The settings that predict and demo share, see conf/prediction.yaml."""
 
     checkpoint: str
     threshold: float | None
@@ -53,7 +54,7 @@ class PredictionSettings:
 
 @dataclass
 class Settings(PredictionSettings):
-    """See conf/predict.yaml."""
+    """The settings of conf/predict.yaml."""
 
     source: str
     output: str
@@ -69,7 +70,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     """Write the predictions for the images of `cfg.source` into a folder.
 
     Raises:
-        SystemExit: with code 3, some images have no predictions.
+        SystemExit: some images have no predictions. The code is 3.
     """
     from omegaconf import OmegaConf
     from rich.progress import track
@@ -94,7 +95,7 @@ def predict(cfg: DictConfig, folder: Path) -> None:
     localizer = Localizer(cfg, checkpoint, cfg.device, cfg.precision, cfg.exif)
     labels = given_labels(cfg.classes, base, names, localizer.class_names)
     if labels is not None and cfg.top_k > 1:
-        raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability: it does not go with classes=…")
+        raise ConfigError(f"top_k={cfg.top_k} chooses classes by their probability. It does not go with classes=…")
     threshold = used_threshold(localizer, cfg.threshold, given=labels is not None)
     check_request(localizer, cfg.top_k, cfg.select)
     sources = [
@@ -117,20 +118,20 @@ def predict(cfg: DictConfig, folder: Path) -> None:
                 files.add(_each(of_batch, found, failed, base, folder if cfg.overlays else None, localizer.exif))
         count = files.write(sources, failed)
     print(
-        f"{count} images, {len(missing) - len(failed)} of them new; threshold {threshold:g} ({_origin(cfg, localizer)})"
+        f"{count} images, {len(missing) - len(failed)} of them new, threshold {threshold:g} ({_origin(cfg, localizer)})"
     )
     print(f"Written to {as_named(folder)}")
     if failed:
         first, reason = next(iter(failed.items()))
         print(
-            f"{len(failed)} images have no predictions, see {as_named(folder) / FAILED}; '{first}': {reason}",
+            f"{len(failed)} images have no predictions, see {as_named(folder) / FAILED}. '{first}': {reason}",
             file=sys.stderr,
         )
         sys.exit(UNREADABLE)
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size in bytes and time of change of a file; [] if it has gone."""
+    """Return the size of a file in bytes and the time of its last change, or [] if it has gone."""
     try:
         status = path.stat()
     except OSError:
@@ -139,13 +140,17 @@ def _stamp(path: Path) -> list[int]:
 
 
 def find_images(source: str, output: Path) -> tuple[Path, list[str]]:
-    """The images of a file, a folder or a pattern: a folder, and paths relative to it in alphabetical order.
+    """Find the images of a file, a folder or a pattern.
 
     Args:
-        output: folder whose pictures are left out.
+        source: the file, folder or pattern.
+        output: a folder whose pictures are left out.
+
+    Returns:
+        a folder, and paths relative to it in alphabetical order.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no images.
     """
     from wsolkit.data.files import IMAGE_SUFFIXES, image_paths, say_left_out, walk
 
@@ -154,7 +159,7 @@ def find_images(source: str, output: Path) -> tuple[Path, list[str]]:
         return path.parent, [path.name]
     is_folder = path.is_dir()
     base, pattern = (path, ("**",)) if is_folder else _pattern(path)
-    # Other files are taken where the pattern names their ending.
+    # Other files count if the pattern names their suffix.
     ending = Path(pattern[-1]).suffix.lower()
     suffixes = (*IMAGE_SUFFIXES, ending) if ending and not set("*?[") & set(ending) else IMAGE_SUFFIXES
     names: list[str] = []
@@ -174,10 +179,10 @@ def find_images(source: str, output: Path) -> tuple[Path, list[str]]:
 
 
 def _pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder in which a pattern begins, and its parts below.
+    """Return the folder in which a pattern begins, and its parts below that folder.
 
     Raises:
-        DataError: it is none, or begins nowhere.
+        DataError: it is not a pattern, or its folder does not exist.
     """
     parts = path.parts
     fixed = next((place for place in range(len(parts)) if not Path(*parts[: place + 1]).is_dir()), len(parts))
@@ -185,12 +190,18 @@ def _pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
     if not set("*?[") & set(pattern[0]):
         raise DataError(f"source: there is no file or folder '{path}'")
     if ".." in pattern:
-        raise DataError(f"source: '{path}' goes up after a pattern, which is not followed: write the path plainly")
+        raise DataError(f"source: '{path}' goes up after a pattern, which is not supported. Write the path without ..")
     return base, pattern
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False) -> bool:
-    """Whether a path fits a pattern, of which `**` stands for any folders; `partly`: whether one inside it may."""
+    """Say whether a path fits a pattern, in which `**` stands for any folders.
+
+    Args:
+        parts: the parts of the path.
+        pattern: the parts of the pattern.
+        partly: whether it is enough that a path inside it may fit.
+    """
     if tuple(pattern) == ("**",):
         return True
     if not parts or not pattern:
@@ -201,15 +212,16 @@ def _matches(parts: Sequence[str], pattern: Sequence[str], partly: bool = False)
 
 
 def given_labels(classes: str | int | None, base: Path, names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """The label of each image, as the setting `classes` says; None: classes are predicted.
+    """Return the label of each image, as the setting `classes` says, or None if classes are predicted.
 
     Args:
         classes: the setting.
         base, names: where the images are.
-        known: names of the model's classes, by label.
+        known: the names of the model's classes, by label.
 
     Raises:
-        ConfigError: there is no such class. DataError: an image has none.
+        ConfigError: there is no such class.
+        DataError: an image has no class.
     """
     from wsolkit.data.classes import class_label
 
@@ -263,7 +275,7 @@ def _label(known: Sequence[str], name: str, where: str) -> int:
 
 
 def _settings(cfg: DictConfig, threshold: float, localizer: Localizer) -> dict[str, Any]:
-    """What predictions depend on, flat."""
+    """Return the settings that predictions depend on, as a flat dictionary."""
     values = plain(cfg)
     with Path(cfg.checkpoint).open("rb") as file:
         digest = hashlib.sha256()
@@ -293,14 +305,14 @@ def _origin(cfg: DictConfig, localizer: Localizer) -> str:
     if localizer.threshold_origin == "protocol":
         return f"of protocol {localizer.protocol}"
     if localizer.threshold_origin == "default":
-        return "validation had no boxes to select one by: look at overlays=true and set threshold=…"
+        return "validation had no boxes to select it: look at overlays=true and set threshold=…"
     return f"selected in validation, by {localizer.protocol}"
 
 
 def _load(
     dataset: WSOLDataset, cfg: DictConfig, localizer: Localizer
 ) -> Iterator[tuple[EvaluationBatch | None, list[int], dict[int, str]]]:
-    """Batches, the positions of their images, and why others could not be read, by position."""
+    """Yield batches with the positions of their images. Also yield, by position, why images could not be read."""
     from torch.utils.data import DataLoader
 
     from wsolkit.data.dataset import one_thread
@@ -321,7 +333,7 @@ def _load(
 
 
 class _Readable:
-    """Samples by position; of images that cannot be read the reason."""
+    """Samples by position. For an image that cannot be read, the reason stands in its place."""
 
     def __init__(self, dataset: WSOLDataset) -> None:
         self.dataset = dataset
@@ -332,7 +344,7 @@ class _Readable:
     def __getitem__(self, place: int) -> tuple[int, Sample | str]:
         try:
             return place, self.dataset[0, place]
-        except Exception as error:  # decoders of broken files raise whatever comes
+        except Exception as error:  # Decoders raise all kinds of errors on broken files.
             reason = error.__cause__ or error
             return place, f"{type(reason).__name__}: {reason}"
 
@@ -355,9 +367,9 @@ def _each(
     folder: Path | None,
     exif: Exif,
 ) -> Iterator[tuple[Source, list[Prediction]]]:
-    """The images of a batch with their predictions, one by one; pictures of them are written, if there is a folder.
+    """Yield the images of a batch with their predictions, one by one. Write pictures of them if there is a folder.
 
-    An image without predictions joins those that failed.
+    An image without predictions is added to `failed`.
     """
     from wsolkit.data.records import read_image
     from wsolkit.reporting.charts import jpeg
@@ -381,7 +393,7 @@ def _overlay_path(folder: Path, name: str) -> Path:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command_on_checkpoint("predict", predict, stopped="what is done is kept, and the same command does the rest")
 
 

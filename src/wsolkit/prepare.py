@@ -1,8 +1,8 @@
-"""python -m wsolkit.prepare dataset=NAME dataset.root=DIR: make a data set ready to be trained on.
+"""python -m wsolkit.prepare dataset=NAME dataset.root=DIR: make a data set ready for training.
 
-Unpacks its archives, which lie in the root or are downloaded where that needs no login; checks that it is complete; and
-writes its index, with which runs start in seconds. What can be read already needs no archive, wherever it lies.
-Interrupted and run again, it goes on. It never deletes an archive.
+It unpacks archives in the root, and downloads them if that needs no login. It checks that the data set is complete, and
+writes its index, with which runs start in seconds. Files that can be read already need no archive, wherever they lie.
+After an interruption, the same command continues. It never deletes an archive.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings:
-    """See conf/prepare.yaml."""
+    """The settings of conf/prepare.yaml."""
 
     progress: bool
 
@@ -42,7 +42,8 @@ def prepare(cfg: DictConfig, _: Path, typed: Sequence[str] = ()) -> None:
     """Prepare `cfg.dataset`.
 
     Args:
-        typed: arguments of the command, which training is to be given too.
+        cfg: the settings.
+        typed: the arguments of the command, which the printed training command repeats.
     """
     check_config(cfg, Settings)
     name = cfg.dataset.name
@@ -78,20 +79,21 @@ def prepare(cfg: DictConfig, _: Path, typed: Sequence[str] = ()) -> None:
                 locks.enter_context(alone(place, f"preparing '{root}'"))
             except OSError as error:
                 raise DataError(
-                    f"'{place.parent}' cannot be written to ({error}); dataset.index=FILE is elsewhere"
+                    f"'{place.parent}' cannot be written to ({error}). Set dataset.index=FILE to another place"
                 ) from error
         remove_leftovers(index, root / STATE)
         install(todo, root, cfg.progress)
         print(f"Reading {', '.join(splits)} of {name} and writing the index", flush=True)
         records = write_index(index, splits, read, plain(cfg)["dataset"]["records"], root)
-    files = [root / archive.file for archive in archives.values() if archive.unpack]  # others are read as they are
+    # Other files are read as they are.
+    files = [root / archive.file for archive in archives.values() if archive.unpack]
     show(cfg, records, index, [path for path in files if path.is_file()])
     own = [argument for argument in typed if not argument.startswith(("progress=", "hydra."))]
     print(f"Train: {shlex.join(['python', '-m', 'wsolkit.train', *own])}")
 
 
 def remove_leftovers(index: Path, state: Path) -> None:
-    """Remove what killed processes have left and nobody goes on from: drafts of the index, of pooch's downloads."""
+    """Remove the drafts that killed processes have left and nobody continues, of the index and of pooch's downloads."""
     remove_drafts([index])
     by_earlier_versions = (path for path in index.parent.glob(f"{index.name}.*") if path.suffix[1:].isdigit())
     for path in (*by_earlier_versions, *state.glob("tmp*")):
@@ -99,7 +101,7 @@ def remove_leftovers(index: Path, state: Path) -> None:
 
 
 def needed_archives(cfg: DictConfig) -> dict[str, Archive]:
-    """The archives of a data set that its settings need, by name."""
+    """Return the archives of a data set that its settings need, by name."""
     root = Path(cfg.dataset.root)
     archives: dict[str, Archive] = {}
     for name, node in (cfg.dataset.get("archives") or {}).items():
@@ -112,7 +114,7 @@ def needed_archives(cfg: DictConfig) -> dict[str, Archive]:
 
 
 def what_cannot_be_read(read: Callable[[Split], Records], splits: Sequence[Split]) -> dict[Split, DataError]:
-    """Splits that cannot be read from what is there, and why."""
+    """Return the splits that cannot be read from the files that are there, and why."""
     errors: dict[Split, DataError] = {}
     for split in splits:
         try:
@@ -128,13 +130,13 @@ def check_there(
     """Check that archives which cannot be downloaded lie in the root.
 
     Args:
-        archives: by name.
+        archives: the archives by name.
         cfg: the settings.
-        root: folder of the data set.
+        root: the folder of the data set.
         unreadable: the splits that cannot be read without them, and why.
 
     Raises:
-        DataError: some do not; the message says where each is from, and where to put it.
+        DataError: some are missing. The message says where to get each, and where to put it.
     """
     absent = [archive for archive in archives.values() if archive.url is None and not (root / archive.file).is_file()]
     if not absent:
@@ -161,10 +163,10 @@ def check_there(
 
 
 def install(archives: Mapping[str, Archive], root: Path, show_progress: bool) -> None:
-    """Unpack archives, those that do not lie in the root after a download.
+    """Unpack archives, after downloading those that are missing in the root.
 
     Raises:
-        DataError: one cannot be downloaded, or is damaged.
+        DataError: an archive cannot be downloaded, or is damaged.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -198,16 +200,16 @@ def show(cfg: DictConfig, records: Mapping[Split, FileRecords], index: Path, arc
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    say(f"Index: {index} ({index.stat().st_size / 2**20:.1f} MiB), used from now on without being asked for")
+    say(f"Index: {index} ({index.stat().st_size / 2**20:.1f} MiB), which runs use from now on")
     if archives:
         say(f"No longer needed: {', '.join(map(str, archives))}")
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     if {"-m", "--multirun"} & set(sys.argv):
         sys.exit("error: data sets are prepared one by one: leave out -m")
-    run_command("prepare", partial(prepare, typed=sys.argv[1:]), stopped="the same command goes on")
+    run_command("prepare", partial(prepare, typed=sys.argv[1:]), stopped="the same command continues")
 
 
 if __name__ == "__main__":

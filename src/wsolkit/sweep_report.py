@@ -1,8 +1,8 @@
-"""python -m wsolkit.sweep_report DIR: the jobs of a sweep, or any runs, in tables, plots and pictures.
+"""python -m wsolkit.sweep_report DIR: show the jobs of a sweep, or any runs, in tables, plots and pictures.
 
-Writes sweep.md (table, jobs that are not finished, plots), sweep.csv (a line for each job), sweep_mean.csv (a line for
-each combination of settings), `<metric>_by_<setting>.png` and comparison.html (what each combination makes of the same
-images). Imports neither torch nor Lightning.
+It writes sweep.md with the table, the unfinished jobs and the plots, sweep.csv with a line for each job, and
+sweep_mean.csv with a line for each combination of settings. It also writes `<metric>_by_<setting>.png`, and
+comparison.html with the results of each combination on the same images. It imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OVERRIDES, _COMPOSED = Path(".hydra", "overrides.yaml"), Path(".hydra", "config.yaml")
-_USED = Path("config.yaml")  # as train and evaluate write it: that of evaluate has the checkpoint's settings
+_USED = Path("config.yaml")  # train and evaluate write it. That of evaluate has the checkpoint's settings.
 _PAGE = "comparison.html"
 
 
 @dataclass
 class Settings:
-    """See conf/sweep_report.yaml; `names` checks what is a list of names."""
+    """The settings of conf/sweep_report.yaml. `names` checks those that are lists of names."""
 
     directory: str
     metrics: Any
@@ -80,7 +80,7 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
         if cfg.x is not None:
             check_axis(cfg.x, sweep.keys)
         from wsolkit.sweeps.charts import charts
-        from wsolkit.sweeps.comparison import comparison  # with Matplotlib
+        from wsolkit.sweeps.comparison import comparison  # It loads Matplotlib.
 
         figures = charts(sweep, cfg.x)
         with picture(_PAGE):
@@ -89,7 +89,7 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
     try:
         files, pictures = write(sweep, figures, page, folder)
     except OSError as error:
-        raise ConfigError(f"the report cannot be written to '{folder}' ({error}); give another output=DIR") from error
+        raise ConfigError(f"the report cannot be written to '{folder}' ({error}). Set another output=DIR") from error
     show(sweep)
     for problem in problems:
         print(f"pictures left out: {problem}")
@@ -97,7 +97,7 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
 
 
 def names(cfg: DictConfig, setting: str) -> list[str] | None:
-    """A setting that is a list of names, one name, or null.
+    """Return a setting that is a list of names, one name, or null.
 
     Raises:
         ConfigError: it is something else.
@@ -112,10 +112,10 @@ def names(cfg: DictConfig, setting: str) -> list[str] | None:
 
 
 def gather(directory: Path) -> list[Run]:
-    """Read all jobs in a directory and below it: those with a `job.json`, and those with Hydra's files alone.
+    """Read all jobs in a directory and below it: those with a `job.json`, and those that only have Hydra's files.
 
     Raises:
-        ConfigError: there is no such directory, or no job in it.
+        ConfigError: the directory does not exist, or has no job.
     """
     if not directory.is_dir():
         raise ConfigError(f"there is no directory '{directory}'; expected that of a sweep, such as outputs/multirun/…")
@@ -125,14 +125,14 @@ def gather(directory: Path) -> list[Run]:
         if RECORD in found.files or (folder / _OVERRIDES).is_file():
             folders.append(folder)
             if folder != directory:
-                found.folders.clear()  # checkpoints and logs
+                found.folders.clear()  # It holds checkpoints and logs.
     if not folders:
         raise ConfigError(f"there is no job in '{directory}': no directory there has a {RECORD}, or a {_OVERRIDES}")
     return [read_run(folder, folder.relative_to(directory).as_posix()) for folder in sorted(folders)]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a job: its record or Hydra's files, and its metrics. Where they are damaged, the run's note says so."""
+    """Read a job from its record or Hydra's files, with its metrics. If they are damaged, the run's note says so."""
     try:
         job = read_job(folder)
         run = _without_record(folder, name) if job is None else _with_record(job, folder, name)
@@ -147,7 +147,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _with_record(job: Job, folder: Path, name: str) -> Run:
-    record: Any = job  # as it was read, its fields may be anything
+    record: Any = job  # Its fields may hold anything, as they were read from a file.
     if not (
         isinstance(record.overrides, list)
         and isinstance(record.settings, dict)
@@ -171,7 +171,7 @@ def _with_record(job: Job, folder: Path, name: str) -> Run:
 
 
 def _without_record(folder: Path, name: str) -> Run:
-    """A run that was not started by a sweep: it is finished if it has metrics; otherwise nobody knows."""
+    """Read a run that no sweep has started. It is finished if it has metrics. Otherwise nobody knows its state."""
     try:
         overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / _OVERRIDES), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -184,7 +184,7 @@ def _without_record(folder: Path, name: str) -> Run:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, resolved.
+    """Return the resolved settings in a YAML file.
 
     Raises:
         JobError: it has none, or is damaged.
@@ -199,7 +199,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without defaults that mean nothing: an evaluation trains nothing, and maps from files have no model."""
+    """Return settings without those that do not matter for the run.
+
+    An evaluation trains nothing, and maps from files have no model.
+    """
     from_files = settings.get("score_maps") is not None
     if not from_files and settings.get("checkpoint") is None:
         return dict(settings)
@@ -209,14 +212,14 @@ def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(overrides: Sequence[str], path: Path) -> dict[str, Value]:
-    """Names and values of a job's overrides such as "optimizer.lr=1e-3"; what is Hydra's own is left out.
+    """Return the names and values of a job's overrides, for example "optimizer.lr=1e-3", without Hydra's own.
 
     Args:
         overrides: as on the command line.
-        path: the file they are from.
+        path: the file that they come from.
 
     Raises:
-        JobError: one of them cannot be read.
+        JobError: an override cannot be read.
     """
     try:
         pairs = [_parse(override) for override in overrides]
@@ -225,14 +228,14 @@ def parse(overrides: Sequence[str], path: Path) -> dict[str, Value]:
     return {key: value for key, value in pairs if not key.startswith("hydra")}
 
 
-@cache  # the jobs of a sweep share most of their overrides
+@cache  # The jobs of a sweep share most of their overrides.
 def _parse(override: str) -> tuple[str, Value]:
     parsed = OverridesParser.create().parse_override(override)
     return parsed.key_or_group, None if parsed.is_delete() else as_value(parsed.value())
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """The numbers in a metrics.json, without its lists and texts, and without what is not finite.
+    """Return the finite numbers in a metrics.json, without its lists and texts.
 
     Raises:
         JobError: the file is damaged.
@@ -242,7 +245,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Names of the classes in a metrics.json; () if it does not say.
+    """Return the names of the classes in a metrics.json, or () if it does not have them.
 
     Raises:
         JobError: the file is damaged.
@@ -261,10 +264,10 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def write(sweep: Sweep, figures: Mapping[str, Figure], page: str | None, folder: Path) -> tuple[list[str], list[str]]:
-    """Write tables, plots, page of pictures and report into a folder, in this order; returns the names of its files.
+    """Write tables, plots, the page of pictures and the report into a folder.
 
     Returns:
-        files, and plots: those that could be drawn.
+        the names of the files, and of the plots that could be drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"sweep.csv": runs_csv(sweep)} | ({"sweep_mean.csv": means_csv(sweep)} if sweep.finished else {})
@@ -287,13 +290,13 @@ def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
 
 
 def show(sweep: Sweep) -> None:
-    """Print the table, and below it the jobs that are not finished."""
+    """Print the table, and the unfinished jobs below it."""
     console = PlainConsole()
     for line in (counts(sweep.runs), *remarks(sweep)):
         console.print(line, soft_wrap=True)
     if sweep.finished:
         table = console_table(sweep)
-        # Numbers that are cut off would be worse than long lines.
+        # Long lines are better than numbers that are cut off.
         console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
         console.print(table)
     for name, state, note in unfinished(sweep.runs):
@@ -301,7 +304,7 @@ def show(sweep: Sweep) -> None:
 
 
 def main() -> None:
-    """Entry point of the command: its first argument that is no setting is the directory."""
+    """Run the command. Its first argument that is not a setting is the directory."""
     if {"-m", "--multirun"} & set(sys.argv):
         sys.exit("error: a report is made in one run: leave out -m")
     name_directory()

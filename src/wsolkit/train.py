@@ -1,8 +1,8 @@
-"""python -m wsolkit.train: train a method on a data set, evaluate it, report.
+"""python -m wsolkit.train: train a method on a data set, evaluate it, and write a report.
 
 A run directory holds metrics.json, config.yaml, metrics.csv, images.csv, checkpoints/{best,last}.ckpt, report.html,
-examples.png and examples/; profile.json, of trainer=profile; train_images.txt, where only a part of the training images
-was used.
+examples.png and examples/. With trainer=profile, it also holds profile.json. If the run used only a part of the
+training images, train_images.txt lists them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluationSettings:
-    """What train and evaluate share, see conf/evaluation.yaml."""
+    """The settings that train and evaluate share, see conf/evaluation.yaml."""
 
     seed: int
     selection: Literal["val", "test"]
@@ -36,7 +36,7 @@ class EvaluationSettings:
 
 @dataclass
 class Checkpoints:
-    """See `wsolkit.training.checkpointing.LastCheckpoint`."""
+    """The settings of `wsolkit.training.checkpointing.LastCheckpoint`."""
 
     every_n_steps: int | None
     every_n_minutes: float | None
@@ -45,7 +45,7 @@ class Checkpoints:
 
 @dataclass
 class Settings(EvaluationSettings):
-    """See conf/train.yaml."""
+    """The settings of conf/train.yaml."""
 
     monitor: str | None
     resume: str | None
@@ -55,7 +55,7 @@ class Settings(EvaluationSettings):
 
 @one_run
 def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Train, test the best checkpoint and report, into a run directory; returns the metrics."""
+    """Train, test the best checkpoint, and write a report into a run directory. Return the metrics."""
     import lightning
 
     from wsolkit.build import build_datamodule, build_module
@@ -74,7 +74,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     quieten_libraries()
     lightning.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
-    datamodule.read("train", "val", "test")  # a broken data set is named before anything is built or downloaded
+    datamodule.read("train", "val", "test")  # This names a broken data set before the run builds or downloads anything.
     report = Report.of(cfg, folder, datamodule.dataset("test"), title(cfg, cfg), method_name(cfg))
     module = build_module(cfg, datamodule.class_names)
     evaluator = module.attached(Evaluator)
@@ -84,7 +84,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", start.path)
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     callbacks = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, report, *start.callbacks()]
-    advice = lambda: f"{last.left()}; go on with {command_to_resume(folder)}"  # noqa: E731
+    advice = lambda: f"{last.left()}. Continue with {command_to_resume(folder)}"  # noqa: E731
     with running(cfg, folder, module, callbacks, start.step, advice) as trainer:
         datamodule.check(trainer)
         if cfg.fit_memory:
@@ -105,7 +105,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     run_command("train", train)
 
 

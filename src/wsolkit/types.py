@@ -1,4 +1,4 @@
-"""The values that travel along the path of an image."""
+"""Define the types of values that the package passes from image to box."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 Boxes = npt.NDArray[np.int64]
-"""Boxes [n, 4]: x0, y0, x1, y1 in pixels of the image they belong to; both corners lie inside the box."""
+"""Boxes [n, 4]: x0, y0, x1, y1 in pixels of their image. Both corners lie inside the box."""
 
 Image = npt.NDArray[np.uint8]
 """An RGB image [H, W, 3]."""
@@ -19,25 +19,25 @@ Mask = npt.NDArray[np.uint8]
 """A mask [H, W]: 0 background, 1 object, 255 ignored."""
 
 Exif = Literal["apply", "ignore"]
-"""Whether an image is turned as its EXIF orientation says: "apply": upright; "ignore": as it is stored."""
+"""Whether to turn an image as its EXIF orientation says: "apply" turns it upright, "ignore" keeps it as stored."""
 
 Select = Literal["largest", "all"]
-"""Which of a map's components above the threshold make boxes: the one with the largest outline, or each."""
+"""Which components of a map above the threshold get a box: the one with the largest outline, or each of them."""
 
 Classes = Tensor | Callable[[Tensor], Tensor] | Literal["all"] | None
-"""Whose score maps: class indices [B, K]; a function of the logits [B, C] that returns them; None: the top class;
-"all": of every class, in order, or one where a method has the same for all."""
+"""The classes of score maps: class indices [B, K]; a function that returns them for logits [B, C]; None for the top
+class; "all" for every class in order, or a single map if a method has the same for all."""
 
 
 class Localization(NamedTuple):
-    """What a method says of a batch: logits [B, C] and raw score maps [B, K, h, w], float32, at its own resolution."""
+    """A method's result for a batch: logits [B, C] and raw score maps [B, K, h, w], float32, at its own resolution."""
 
     logits: Tensor
     maps: Tensor
 
 
 class TrainingBatch(TypedDict):
-    """What a loss needs: image [B, 3, H, W] normalised as the backbone expects it, label [B] int64."""
+    """The input of a loss: image [B, 3, H, W], normalised as the backbone expects it, and label [B] int64."""
 
     image: Tensor
     label: Tensor
@@ -46,12 +46,11 @@ class TrainingBatch(TypedDict):
 class EvaluationBatch(TrainingBatch):
     """A training batch and its ground truth.
 
-    boxes: per image [n, 4] in pixels of the original image; uncut_boxes: the same as published, perhaps past its edges;
-    size [B, 2]: width and height of the original image;
-    mask: [B, H, W] uint8 (0, 1, 255) at the network's input size, 255 everywhere for an image without mask, or None
-    where no image of the batch has one;
-    index [B]: position in the split; uncropped [B, 3, R, R] and uncropped_mask [B, R, R]: the image and mask of which
-    some protocols cut the network's input, or None where none does.
+    boxes: per image [n, 4] in pixels of the original image; uncut_boxes: the boxes as published, which may exceed the
+    image; size [B, 2]: width and height of the original image; mask [B, H, W]: uint8 (0, 1, 255) at the network's input
+    size, 255 everywhere for an image without a mask, or None if no image of the batch has one; index [B]: the position
+    in the split; uncropped [B, 3, R, R], uncropped_mask [B, R, R]: the image and the mask from which some protocols cut
+    the network's input, or None if no protocol does.
     """
 
     boxes: list[Boxes]
@@ -64,4 +63,4 @@ class EvaluationBatch(TrainingBatch):
 
 
 PlainConfig = dict[str, Any]
-"""A resolved config as plain containers: what checkpoints carry."""
+"""A resolved config as plain containers, as checkpoints hold it."""

@@ -231,7 +231,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         ("resnet18", 64, "can have 32, 16, 8, 4"),
         ("vgg11", 32, "backbone.stride=32: 'vgg11' can have 16, 8, 4, 2, 1"),
         ("inception_v3", 32, "'inception_v3' can have 16, 8, 4, 2"),
-        ("vit_tiny_patch16_224", 16, "'vit_tiny_patch16_224' is no convolutional network that can be opened up"),
+        ("vit_tiny_patch16_224", 16, "'vit_tiny_patch16_224' is not a convolutional network that can be opened up"),
         ("resnet51", 16, "timm has no model 'resnet51'; similar names: resnet5"),
     ],
 )

@@ -143,5 +143,5 @@ def test_pretrained_weights_come_from_the_hub(hub: str, tmp_path: Path) -> None:
 
 def test_unreachable_hub_is_named_with_what_to_do(tmp_path: Path) -> None:
     for model, said in zip((VIT, CNN), load(tmp_path, HF_HUB_OFFLINE="1"), strict=True):
-        assert f"the weights of '{model}' did not come from timm's hub" in said
+        assert f"the weights of '{model}' could not be loaded from timm's hub" in said
         assert "backbone.weights=FILE" in said

@@ -285,11 +285,11 @@ def test_inner_tars_that_are_unpacked_are_not_unpacked_again(
     written: list[str] = []
     write = archives._write
 
-    def stop(member: archives._Member, path: Path, where: str, room: archives._Room) -> None:
+    def stop(member: archives._Member, path: Path, where: str, limit: archives._SpaceLimit) -> None:
         written.append(where)
         if where == "x.tar/c.tar/2 x.JPEG" and written.count(where) == 1:
             raise KeyboardInterrupt
-        write(member, path, where, room)
+        write(member, path, where, limit)
 
     monkeypatch.setattr(archives, "_write", stop)
     given = archive("x.tar", {".": "train"}, "train/a/*")

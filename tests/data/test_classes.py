@@ -10,7 +10,7 @@ import pytest
 
 from wsolkit.data.classes import check_same_classes, class_label, known_labels
 from wsolkit.data.records import Records, file_records
-from wsolkit.data.subset import choose
+from wsolkit.data.subset import part_of
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 
 CRANES = ["ant", "crane", "crane", "2", "dog"]
@@ -109,20 +109,20 @@ def test_a_split_is_numbered_as_the_model_is() -> None:
     with pytest.warns(
         UserWarning, match=r"the test split has no images of 1 of the 4 classes .* \('bee'\): accuracy is"
     ):
-        part = choose(zoo, "test", None, None, None, 0, known)
+        part = part_of(zoo, "test", None, None, None, 0, known)
     assert (list(part.classes), part.labels.tolist()) == (known, [3, 2, 0, 2])
     assert [part.name(index) for index in range(4)] == [zoo.name(index) for index in range(4)]
-    kept = choose(zoo, "test", ["ant", 1], None, None, 0, known)  # by names and numbers of the data set
+    kept = part_of(zoo, "test", ["ant", 1], None, None, 0, known)  # by names and numbers of the data set
     assert ([kept.name(index) for index in range(3)], kept.labels.tolist()) == (["1.jpg", "2.jpg", "3.jpg"], [2, 0, 2])
-    assert choose(zoo, "test", None, None, None, 0, ["dog", "cat", "ant"]) is zoo
+    assert part_of(zoo, "test", None, None, None, 0, ["dog", "cat", "ant"]) is zoo
 
 
 def test_a_class_without_images_need_not_be_known() -> None:
     zoo = records(["ant", "zebra", "cat"], [0, 2])
-    assert choose(zoo, "test", None, None, None, 0, ["ant", "cat"]).labels.tolist() == [0, 1]
-    assert choose(records(["zebra", "cat", "ant"], [0, 1]), "val", ["cat"], None, None, 0, ["cat"]).labels.tolist() == [
-        0
-    ]
+    assert part_of(zoo, "test", None, None, None, 0, ["ant", "cat"]).labels.tolist() == [0, 1]
+    assert part_of(
+        records(["zebra", "cat", "ant"], [0, 1]), "val", ["cat"], None, None, 0, ["cat"]
+    ).labels.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_training_goes_on_with_its_classes_only(found: list[str], difference: st
     check_same_classes(ANIMALS, ["0", "1", "2"], "resume=x")  # one side has no names
     with pytest.raises(CheckpointError) as caught:
         check_same_classes(ANIMALS, found, "resume=x")
-    assert f"resume=x is of a run on 3 classes, and these are others: {difference}. Training" in str(caught.value)
+    assert f"resume=x belongs to a run on 3 classes, but these differ: {difference}. A run" in str(caught.value)

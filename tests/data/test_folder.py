@@ -1,4 +1,4 @@
-"""Images of one's own in folders, with boxes and masks in COCO's JSON."""
+"""Your own images in folders, with boxes and masks in COCO's JSON."""
 
 from __future__ import annotations
 

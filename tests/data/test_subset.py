@@ -18,7 +18,7 @@ from tests.fresh import command
 from wsolkit import build_datamodule, build_module, load_config
 from wsolkit.data.benchmarks.shapes import CLASSES, ShapesRecords
 from wsolkit.data.records import Records, Split, file_records
-from wsolkit.data.subset import choose
+from wsolkit.data.subset import part_of
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.settings.restore import check_resumable
 from wsolkit.train import train
@@ -35,7 +35,7 @@ def records() -> Records:
 
 
 def part(records: Records, split: Split = "train", **settings: Any) -> Records:
-    return choose(records, split, **{"classes": None, "fraction": None, "shots": None, "seed": 0} | settings)
+    return part_of(records, split, **{"classes": None, "fraction": None, "shots": None, "seed": 0} | settings)
 
 
 def names(records: Records) -> list[str]:
@@ -70,8 +70,8 @@ def test_the_seed_decides_and_nothing_else(records: Records) -> None:
 def test_processes_draw_the_same() -> None:
     code = (
         "from wsolkit.data.benchmarks.shapes import ShapesRecords\n"
-        "from wsolkit.data.subset import choose\n"
-        "few = choose(ShapesRecords('train', {'train': 400}, 64, 0), 'train', None, None, 2, 5)\n"
+        "from wsolkit.data.subset import part_of\n"
+        "few = part_of(ShapesRecords('train', {'train': 400}, 64, 0), 'train', None, None, 2, 5)\n"
         "print([few.name(index) for index in range(len(few.labels))])"
     )
     outputs = [
@@ -228,9 +228,9 @@ def test_a_run_is_resumed_on_the_same_part(trained: Path) -> None:
     path = str(trained / "checkpoints" / "last.ckpt")
     same = ("dataset.classes=[7,0,cyan spots]", "dataset.fraction=0.9")
     check_resumable(path, load_config(*same, "dataset.shots=2", "seed=3"))
-    with pytest.raises(CheckpointError, match=r"is of a run with dataset.shots=2, these settings say None"):
+    with pytest.raises(CheckpointError, match=r"belongs to a run with dataset.shots=2, but these settings say None"):
         check_resumable(path, load_config(*same))
-    with pytest.raises(CheckpointError, match=r"is of a run with dataset.subset_seed=3, these settings say 0"):
+    with pytest.raises(CheckpointError, match=r"belongs to a run with dataset.subset_seed=3, but these settings say 0"):
         check_resumable(path, load_config(*same, "dataset.shots=2"))
 
 

@@ -1,4 +1,4 @@
-"""A method of one's own, in a folder beside one's work: a Python file, and a YAML file that --config-dir finds."""
+"""A user's own method in the user's folder: a Python file, and a YAML file that --config-dir finds."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Convolutional networks of timm, opened up: a chain of named stages, with maps as large as methods want them.
+"""Open up convolutional networks of timm as chains of named stages, with larger maps.
 
-Localization needs finer maps than classification. The papers take strides out of the last stages of a pretrained
+Localization needs finer maps than classification. The papers remove strides from the last stages of a pretrained
 network, without dilation, and keep its weights.
 
-Where a position of a map lies. Maps are enlarged as if each position sat in the middle of its cell of s×s pixels, and
-mostly it does not: a 3×3 convolution that moves by two pixels and is padded by one on each side looks at pixels 0, 2,
-4, …, not at the middles of pairs. In a ResNet this adds up to (s − 1) / 2 pixels towards the top left, so that objects
-are found half a cell too far to the bottom right. The papers live with it; `align` moves the maps back.
+Where a position of a map lies: maps are enlarged as if each position sat in the middle of its cell of s×s pixels.
+Mostly this is wrong. A 3×3 convolution with stride 2 and padding 1 on each side is centred on pixels 0, 2, 4, …, and
+not between pairs of pixels. In a ResNet this adds up to (s − 1) / 2 pixels towards the top left, so objects are found
+half a cell too far to the bottom right. The papers accept this. `align` moves the maps back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BatchNorm = Literal["running", "frozen"]
 
 
 class Linear(NamedTuple):
-    """A classifier: weight [C, D] and bias [C]."""
+    """A classifier with weight [C, D] and bias [C]."""
 
     weight: Tensor
     bias: Tensor
@@ -41,36 +41,37 @@ class Linear(NamedTuple):
 class CNN(nn.Module):
     """A timm network without its classifier, as a chain of stages.
 
-    Stages, in order, and the strides that can be had:
+    These are the stages, in order, and the possible strides:
 
     - ResNet: stem, layer1.0, layer1.1, …, layer4.2; 32 as pretrained, 16, 8, 4.
     - VGG: conv1, pool1, conv2, …, pool4, conv5, without the last pooling; 16, 8 (pool4 then does nothing), 4, ….
     - MobileNetV2, EfficientNet: stem, blocks.0.0, …, blocks.6.0, conv_head; 32 as pretrained, 16, 8, ….
-    - Inception V3 up to Mixed_6e, by the names of its layers, padded as in SPG (Zhang et al., ECCV 2018); 8, which are
-      SPG's 28×28 maps of 224 pixels, or 16.
+    - Inception V3 up to Mixed_6e, by the names of its layers, padded as in SPG (Zhang et al., ECCV 2018); 8, which
+      gives SPG's 28×28 maps of 224 pixels, or 16.
 
     `layer4` or `blocks.6` also name the last of their parts.
 
     Args:
-        model: timm's name, such as "resnet50.tv_in1k".
-        stride: pixels of the image for one of the last map. Strides are taken out from the last stage backwards.
-        batch_norm: "running": BatchNorm normalises training batches by themselves and keeps running statistics;
-            "frozen": statistics, scales and shifts stay as they were loaded.
-        align: whether `aligned` moves maps to where their positions really lie in the image.
-        channels_last: whether maps lie in memory position by position, instead of channel by channel: the same
-            numbers, 1.3 to 1.7 times faster on a CPU.
-        pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
-        weights: file of weights (safetensors or a state dict, in timm's names).
+        model: timm's name, for example "resnet50.tv_in1k".
+        stride: the image pixels per position of the last map. Strides are removed from the last stage backwards.
+        batch_norm: "running" normalises each training batch by itself and keeps running statistics. "frozen" keeps
+            statistics, scales and shifts as they were loaded.
+        align: whether `aligned` moves maps to the true positions in the image.
+        channels_last: whether the memory holds maps position by position instead of channel by channel. The numbers are
+            the same, 1.3 to 1.7 times faster on a CPU.
+        pretrained: whether to take ImageNet weights from timm's hub, unless `weights` is given.
+        weights: a file of weights (safetensors or a state dict, in timm's names).
         options: further arguments of timm's model.
 
     Attributes:
-        classifier: of the weights, if they came with a linear one on the last map, or None.
-        names: the stages.
-        channels: of the last map.
-        offset: by how many pixels the positions of the last map lie right of and below the middle of their cells.
+        classifier: the classifier of the weights, if they have a linear one on the last map, or None.
+        names: the names of the stages.
+        channels: the number of channels of the last map.
+        offset: the number of pixels by which the positions of the last map lie right of and below the middle of their
+            cells.
 
     Raises:
-        ConfigError: timm has no such model, it is of none of these families, or cannot have the stride.
+        ConfigError: timm has no such model, it belongs to none of these families, or it cannot have the stride.
         CheckpointError: `weights` does not fit the model.
     """
 
@@ -100,7 +101,7 @@ class CNN(nn.Module):
             assert isinstance(linear, nn.Linear)
             self.classifier = Linear(linear.weight.detach().clone(), linear.bias.detach().clone())
         if isinstance(network, VGG | InceptionV3):
-            self.classifier = None  # not a classifier of the last map: other layers come before it
+            self.classifier = None  # Other layers come before the classifier, so it does not classify the last map.
         _set_stride(stages, stride, model)
         self.names = tuple(stages)
         self.stride, self.align = stride, align
@@ -111,15 +112,15 @@ class CNN(nn.Module):
         with torch.no_grad():
             self.channels = int(self.stages.eval()(torch.zeros(1, 3, 64, 64)).shape[1])
         self.stages.train()
-        if channels_last:  # convolutions take their layout from the weights
+        if channels_last:  # Convolutions take their layout from the weights.
             self.stages.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] → last map [B, D, h, w]."""
+        """Compute the last map [B, D, h, w] of an image [B, 3, H, W]."""
         return self.stages(image)  # type: ignore[no-any-return]
 
     def maps(self, image: Tensor, stages: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-        """Image [B, 3, H, W] → last map [B, D, h, w], and those after some stages, in the order they are asked for."""
+        """Compute the last map [B, D, h, w] of an image [B, 3, H, W], and the maps after some stages in order."""
         wanted = [self.places(stage)[-1] for stage in stages]
         kept: dict[int, Tensor] = {}
         for place, stage in enumerate(self.stages):
@@ -129,9 +130,9 @@ class CNN(nn.Module):
         return image, [kept[place] for place in wanted]
 
     def aligned(self, maps: Tensor) -> Tensor:
-        """Maps [B, K, h, w] as they are, or with `align` moved by `offset` and twice as fine, [B, K, 2h, 2w].
+        """Return maps [B, K, h, w] unchanged. With `align`, move them by `offset` and refine them to [B, K, 2h, 2w].
 
-        Twice as fine, since moving by less than a cell blurs.
+        They become finer, because moving them by less than a cell would blur them.
         """
         if not self.align:
             return maps
@@ -139,19 +140,19 @@ class CNN(nn.Module):
         for count in (2 * maps.shape[-2], 2 * maps.shape[-1]):
             middles = (
                 torch.arange(count, device=maps.device) + 0.5
-            ) / count  # of the finer cells, the image from 0 to 1
+            ) / count  # The positions of the finer cells, on a scale where the image goes from 0 to 1.
             axes.append(2 * (middles - 2 * self.offset / (self.stride * count)) - 1)
         y, x = torch.meshgrid(*axes, indexing="ij")
         grid = torch.stack([x, y], dim=-1).expand(maps.shape[0], -1, -1, -1)
         return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     def split(self, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
-        """The chain up to and including a stage, and what follows; they share their layers with the network."""
+        """Split the chain after a stage. Both parts share their layers with the network."""
         following = self.places(stage)[-1] + 1
         return self.stages[:following], self.stages[following:]
 
     def places(self, stage: str) -> list[int]:
-        """Which links of the chain, from 0, a stage is.
+        """Return the links of the chain, counted from 0, that form a stage.
 
         Raises:
             ConfigError: there is no such stage.
@@ -163,7 +164,7 @@ class CNN(nn.Module):
 
 
 def _open(network: nn.Module, model: str) -> tuple[dict[str, nn.Module], str]:
-    """The stages of a network by name, and the name of its classifier."""
+    """Return the stages of a network by name, and the name of its classifier."""
     if isinstance(network, ResNet):
         stem = [network.get_submodule(name) for name in ("conv1", "bn1", "act1", "maxpool")]
         stages: dict[str, nn.Module] = {"stem": nn.Sequential(*stem)}
@@ -180,7 +181,7 @@ def _open(network: nn.Module, model: str) -> tuple[dict[str, nn.Module], str]:
     if isinstance(network, InceptionV3):
         return _open_inception(network), "fc"
     raise ConfigError(
-        f"'{model}' is no convolutional network that can be opened up: choose a ResNet, a VGG, an Inception V3, a "
+        f"'{model}' is not a convolutional network that can be opened up: choose a ResNet, a VGG, an Inception V3, a "
         "MobileNetV2 or an EfficientNet"
     )
 
@@ -236,7 +237,7 @@ def _set_stride(stages: dict[str, nn.Module], wanted: int, model: str) -> None:
 
 
 def _stride(stage: nn.Module) -> int:
-    """By how much a stage reduces the sides of a map."""
+    """Return the factor by which a stage reduces the sides of a map."""
     if isinstance(stage, nn.Sequential):
         return math.prod(_stride(layer) for layer in stage)
     return max((_of(layer) for layer in stage.modules()), default=1)
@@ -249,10 +250,10 @@ def _of(layer: nn.Module) -> int:
 
 
 def _offset(stages: Iterable[nn.Module]) -> float:
-    """By how many pixels the positions after some stages lie right of and below the middle of their cells."""
+    """Return by how many pixels the positions after some stages lie right of and below the middle of their cells."""
     offset, reached = 0.0, 1
     for stage in stages:
-        # Parallel branches move alike, so that one of them tells. (A ResNet-D's shortcuts do not, and do not count.)
+        # Parallel branches move in the same way, so one is enough. (A ResNet-D's shortcuts differ and do not count.)
         main = stage.convolution if isinstance(stage, _PaddedInceptionB) else stage
         for name, layer in main.named_modules():
             if "downsample" in name or not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
@@ -260,14 +261,15 @@ def _offset(stages: Iterable[nn.Module]) -> float:
             kernel, stride = (v if isinstance(v, int) else int(v[0]) for v in (layer.kernel_size, layer.stride))
             padding = layer.padding if isinstance(layer.padding, int) else int(layer.padding[0])
             if isinstance(layer, Conv2dSame):
-                padding = max(kernel - stride, 0) // 2  # TensorFlow's, on sides that the stride divides
+                # This is TensorFlow's padding, on sides that the stride divides.
+                padding = max(kernel - stride, 0) // 2
             offset += reached * ((kernel - 1) / 2 - padding - (stride - 1) / 2)
             reached *= stride
     return offset
 
 
 def _without_stride(stage: nn.Module) -> nn.Module:
-    """A stage that keeps the sides of a map: convolutions move by one pixel, pooling is left out."""
+    """Make a stage keep the sides of a map: set the stride of convolutions to one, and leave out pooling."""
     if isinstance(stage, nn.MaxPool2d | nn.AvgPool2d):
         return stage if _of(stage) == 1 else nn.Identity()
     if isinstance(stage, nn.Conv2d):

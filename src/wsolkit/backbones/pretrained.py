@@ -1,4 +1,4 @@
-"""What transformers and convolutional networks of timm share: creating them, weights, and the input's statistics."""
+"""Create transformers and convolutional networks of timm, load their weights, and find their input statistics."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from wsolkit.errors import CheckpointError, ConfigError
 
-# Arguments of timm's that name a file or an address. Settings may come from a checkpoint of somebody else's.
+# These arguments of timm name a file or an address. Settings may come from a checkpoint of another person.
 _SOURCES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Module:
-    """A model of timm's, with weights from its hub if `pretrained`.
+    """Create a timm model, with weights from its hub if `pretrained` is set.
 
     Raises:
-        ConfigError: timm has no such model, or none with these settings. CheckpointError: the weights did not come.
+        ConfigError: timm has no such model, or none with these settings.
+        CheckpointError: the weights could not be downloaded.
     """
     for name in sorted(_SOURCES & settings.keys()):
         raise ConfigError(
             f"backbone.options.{name}: options change the shape of timm's model and read nothing from elsewhere: "
-            "give weights as backbone.weights=FILE or backbone.pretrained=true"
+            "set weights as backbone.weights=FILE or backbone.pretrained=true"
         )
     if not timm.is_model(model):
         raise ConfigError(f"timm has no model '{model}'; similar names: {_similar(model)}")
@@ -38,11 +39,11 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
             network: nn.Module = timm.create_model(model, pretrained=pretrained, **settings)
     except TypeError as error:
         raise ConfigError(f"backbone.options: timm's '{model}' does not take {dict(settings)} ({error})") from error
-    except Exception as error:  # the hub's client has no common base class for what can go wrong
+    except Exception as error:  # The errors of the hub's client have no common base class.
         if not pretrained:
             raise
         raise CheckpointError(
-            f"the weights of '{model}' did not come from timm's hub "
+            f"the weights of '{model}' could not be loaded from timm's hub "
             f"({unreachable or f'{type(error).__name__}: {str(error).splitlines()[0]}'}). "
             "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
         ) from error
@@ -50,12 +51,12 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
 
 
 _TRIES = 2
-_TIMEOUT = 3.0  # seconds to connect, and to wait for an answer
+_TIMEOUT = 3.0  # Seconds to connect, and to wait for an answer.
 _PAUSE = 1.0
 
 
 def _why_unreachable() -> str | None:
-    """Ask the hub for any answer, and return why there is none; None if there is one, or the user works offline.
+    """Ask the hub for any answer. Return why there is none, or None if there is one or the user works offline.
 
     The hub's own client would try for a minute, and print a warning each time.
     """
@@ -74,7 +75,7 @@ def _why_unreachable() -> str | None:
 
 @contextmanager
 def _offline(needed: bool) -> Iterator[None]:
-    """Let the hub's client look into its cache only, if needed."""
+    """Restrict the hub's client to its cache, if needed."""
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or needed
     try:
@@ -84,14 +85,14 @@ def _offline(needed: bool) -> Iterator[None]:
 
 
 def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, source: str) -> None:
-    """Load weights in timm's names into a network; those of its classifier, named by a prefix, may be missing.
+    """Load weights in timm's names into a network. Weights of its classifier, which has a prefix, may be missing.
 
     Raises:
-        CheckpointError: an entry is missing, unknown or of another shape.
+        CheckpointError: an entry is missing, unknown or has another shape.
     """
     own = {name: value for name, value in network.state_dict().items() if not name.startswith(f"{classifier}.")}
     given = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
-    # Files may lack BatchNorm's counters, which only matter to a cumulative average.
+    # Files may lack BatchNorm's counters, which only matter for a cumulative average.
     missing = sorted(name for name in own.keys() - given.keys() if not name.endswith("num_batches_tracked"))
     unknown = sorted(given.keys() - own.keys())
     shapes = [
@@ -103,7 +104,7 @@ def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, sourc
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names)
         raise CheckpointError(
-            f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone they are of."
+            f"weights in '{source}' do not fit the backbone: {found}. Choose the backbone that they belong to."
         )
     network.load_state_dict(given, strict=False)
 
@@ -111,14 +112,14 @@ def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, sourc
 def normalization(
     model: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the network's input, for values in [0, 1].
+    """Return the mean and standard deviation of the network's input, for values in [0, 1].
 
     Args:
         model: timm's name.
-        mean, std: of red, green and blue; None: what timm's weights of this model were trained with.
+        mean, std: of red, green and blue. None takes the values with which timm's weights of this model were trained.
 
     Raises:
-        ConfigError: they are not three numbers each, or needed from timm, which has no such model.
+        ConfigError: they are not three numbers each, or timm would have to provide them and has no such model.
     """
     for name, values in (("mean", mean), ("std", std)):
         if values is None:

@@ -1,8 +1,8 @@
-"""Vision transformers of timm, opened up: token embedding, blocks one by one, and single rows of attention.
+"""Open up vision transformers of timm: token embedding, single blocks, and single rows of attention.
 
-Methods need one row of each attention matrix (that of the class token or of a spatial token), never the whole
-matrix. The row is computed from q and k; everything else stays on the fused attention kernel, which never stores
-an N×N matrix.
+Methods need one row of each attention matrix, that of the class token or of a spatial token, and never the whole
+matrix. The row is computed from q and k. Everything else stays in the fused attention kernel, which never stores an N×N
+matrix.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Gate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def token_scores(query: Tensor, key: Tensor, scale: float, token: int) -> Tensor:
-    """Scaled scores of one token against all, before softmax, in float32.
+    """Compute the scaled scores of one token against all others, before softmax, in float32.
 
     Args:
         query, key: [B, h, N, d].
         scale: usually d ** -0.5.
-        token: whose row; -1 is the last token.
+        token: the index of the token. -1 is the last one.
 
     Returns:
         [B, h, N].
@@ -39,13 +39,13 @@ def token_scores(query: Tensor, key: Tensor, scale: float, token: int) -> Tensor
 
 
 def attend(attention: Attention, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-    """Run a timm attention layer and return one token's row of scores beside its output.
+    """Run a timm attention layer, and return one token's row of scores beside its output.
 
     Args:
-        attention: timm's layer; its weights are used as they are.
+        attention: timm's layer, whose weights are used as they are.
         x: normalised tokens [B, N, D].
-        token: whose row of scores.
-        gate: changes q, k and v after the row is known (SAT's spatial token weighs v by it).
+        token: the token whose row of scores is returned.
+        gate: changes q, k and v after the row is known. SAT's spatial token weighs v by it.
 
     Returns:
         output [B, N, D] and the row [B, h, N], before softmax, float32.
@@ -64,7 +64,7 @@ def attend(attention: Attention, x: Tensor, token: int, gate: Gate | None = None
 
 
 def block_with_scores(block: Block, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-    """One pre-norm transformer block: tokens [B, N, D] → tokens [B, N, D] and a token's row of scores [B, h, N]."""
+    """Run one pre-norm transformer block: tokens [B, N, D] → tokens [B, N, D] and a token's row of scores [B, h, N]."""
     update, row = attend(block.attn, block.norm1(x), token, gate)
     x = x + block.drop_path1(block.ls1(update))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -75,16 +75,16 @@ class ViT(nn.Module):
     """A timm vision transformer without its classifier.
 
     Args:
-        model: timm's name, such as "deit_small_patch16_224.fb_in1k".
-        image_size: side of the input in pixels; a multiple of the patch size. Position embeddings of pretrained
-            weights are interpolated to it, and once more where a batch comes in another size.
-        drop_path_rate: stochastic depth at the last block, growing linearly from 0 at the first.
-        pretrained: take ImageNet weights from timm's hub, unless `weights` is given.
-        weights: file of weights (safetensors or a state dict, in timm's names).
-        options: further arguments of timm's model, such as depth, embed_dim, num_heads, patch_size.
+        model: timm's name, for example "deit_small_patch16_224.fb_in1k".
+        image_size: the side of the input in pixels, a multiple of the patch size. Position embeddings of pretrained
+            weights are interpolated to it, and again if a batch has another size.
+        drop_path_rate: stochastic depth at the last block. It grows linearly from 0 at the first block.
+        pretrained: whether to take ImageNet weights from timm's hub, unless `weights` is given.
+        weights: a file of weights (safetensors or a state dict, in timm's names).
+        options: further arguments of timm's model, for example depth, embed_dim, num_heads, patch_size.
 
     Attributes:
-        classifier_bias: bias [classes] of the classifier that the weights came with, or None.
+        classifier_bias: the bias [classes] of the classifier in the weights, or None.
 
     Raises:
         ConfigError: timm has no such model, it is not a plain ViT with a class token, or sizes do not fit.
@@ -118,17 +118,17 @@ class ViT(nn.Module):
 
     @property
     def blocks(self) -> nn.Sequential:
-        """The transformer blocks."""
+        """Return the transformer blocks."""
         blocks: nn.Sequential = self.network.blocks
         return blocks
 
     @property
     def depth(self) -> int:
-        """Number of transformer blocks."""
+        """Return the number of transformer blocks."""
         return len(self.blocks)
 
     def embed(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] → tokens [B, 1 + N, D] before the first block: class token, then patches row by row.
+        """Turn an image [B, 3, H, W] into tokens [B, 1 + N, D] before the first block: class token, then patches.
 
         Raises:
             ConfigError: the patch size does not divide the image.
@@ -143,29 +143,29 @@ class ViT(nn.Module):
         return self.network.norm_pre(self.network.patch_drop(tokens))  # type: ignore[no-any-return]
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """The final LayerNorm."""
+        """Apply the final LayerNorm."""
         return self.network.norm(tokens)  # type: ignore[no-any-return]
 
     def patches(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Take the patch tokens out of [B, ≥ 1 + N, D] and lay them out as the image: [B, D, H/p, W/p]."""
+        """Take the patch tokens out of [B, ≥ 1 + N, D], in the layout of the image: [B, D, H/p, W/p]."""
         return self.grid(tokens, image).permute(0, 3, 1, 2)
 
     def grid(self, row: Tensor, image: Tensor) -> Tensor:
-        """Lay the patch entries of [B, ≥ 1 + N, …] out as the image: [B, H/p, W/p, …]."""
+        """Take the patch entries out of [B, ≥ 1 + N, …], in the layout of the image: [B, H/p, W/p, …]."""
         height, width = (side // self.patch_size for side in image.shape[-2:])
-        # Here as elsewhere shape[0], not len(): that would fix the batch size of exported programs.
+        # Always shape[0] and not len(), which would fix the batch size of exported programs.
         patches = row[:, self.num_prefix_tokens : self.num_prefix_tokens + height * width]
         return patches.reshape(row.shape[0], height, width, *row.shape[2:])  # [B, N, …] → [B, H, W, …]
 
 
 def load_timm_weights(network: VisionTransformer, state: StateDict, source: str) -> Tensor | None:
-    """Load weights in timm's names, without classifier, position embedding interpolated to the network's grid.
+    """Load weights in timm's names without the classifier. Interpolate the position embedding to the network's grid.
 
     Returns:
         the bias of the classifier in `state`, if there is one.
 
     Raises:
-        CheckpointError: an entry is missing, unknown or of another shape.
+        CheckpointError: an entry is missing, unknown or has another shape.
     """
     bias = state.get("head.bias")
     state = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}

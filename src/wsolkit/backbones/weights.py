@@ -21,11 +21,11 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict")
 def load_weights(path: str | Path) -> StateDict:
     """Read a safetensors file or a PyTorch state dict, in float32.
 
-    A state dict may be wrapped (`{"model": …}` or `{"state_dict": …}`) and prefixed with `module.`, as
-    research code saves them. Files are read with `weights_only=True`: pickled code is refused.
+    A state dict may be wrapped (`{"model": …}` or `{"state_dict": …}`) and prefixed with `module.`, as research code
+    saves it. The reader uses `weights_only=True`, which refuses pickled code.
 
     Raises:
-        CheckpointError: the file is missing, of another format, or holds something other than tensors.
+        CheckpointError: the file is missing, has another format, or holds something other than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +59,7 @@ def _load_pickle(path: Path) -> Mapping[str, object]:
             f"'{path}' is not a plain state dict: reading it would run code stored in the file, or the file is "
             f"damaged. Save it again as a state dict or as safetensors. ({str(error).splitlines()[0]})"
         ) from error
-    except Exception as error:  # damaged bytes make the reader fail in any way
+    except Exception as error:  # The reader may fail in any way on damaged bytes.
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"'{path}' is not a readable PyTorch file, perhaps cut short ({reason})") from error
     if not isinstance(state, Mapping):

@@ -1,1 +1,1 @@
-"""From a data set's official files to batches: files → records → samples → batches."""
+"""Turn the official files of a data set into batches: files → records → samples → batches."""

@@ -1,9 +1,9 @@
-"""Training images resized once and kept on disk, for data sets that are small beside it.
+"""Resize training images once and keep them on disk, for data sets whose resized images fit there.
 
-One file for each list of images and each size: a slot for each image, with what is known of the source it was made of,
-and its pixels. A slot is valid while its source has the time and the length that it says. Its head is written after
-its pixels, so that one which is half written, by a process that was stopped, is filled again; processes that fill
-the same slot write the same. Readers map the file into memory.
+There is one file for each list of images and each size. It has a slot for each image, with a head that describes the
+source file, and the pixels. A slot is valid while its source has the time and the length in the head. The head is
+written after the pixels, so a slot that a stopped process left unfinished is filled again. Processes that fill the same
+slot write the same bytes. Readers map the file into memory.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from wsolkit.data.records import Records, Source
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Image
 
-_FORMAT = 1  # of the file; belongs to its name
+_FORMAT = 1  # The version of the format, which is part of the file's name.
 
 
 class ImageCache:
     """The images of some records at size×size.
 
     Args:
-        folder: where the file lies, on a local disk; runs that read the same images share it.
-        records: which images; all are read upright, or all as they are stored.
-        size: side in pixels.
+        folder: the folder of the file, on a local disk. Runs that read the same images share it.
+        records: the images. Either all are read upright, or all as they are stored.
+        size: the side in pixels.
 
     Raises:
         ConfigError: the images do not come from files.
@@ -53,11 +53,11 @@ class ImageCache:
         except OSError as error:
             raise DataError(f"dataset.cache: cannot write '{self.path}' ({error}): choose another folder") from error
 
-    def __reduce__(self) -> Any:  # a process that is not forked opens the file anew
+    def __reduce__(self) -> Any:  # A process that is not forked opens the file itself.
         return ImageCache, (self._folder, self._records, self._size)
 
     def image(self, index: int) -> tuple[Image, tuple[int, int]]:
-        """An image [size, size, 3], and the width and height that it had.
+        """Return an image [size, size, 3], and its original width and height.
 
         Raises:
             DataError: it is missing or cannot be decoded, or the disk is full.
@@ -90,7 +90,7 @@ class ImageCache:
     def _make_room(self, length: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            used = getattr(os.fstat(file.fileno()), "st_blocks", 0) * 512  # of a file with holes
+            used = getattr(os.fstat(file.fileno()), "st_blocks", 0) * 512  # The file has holes.
             free = shutil.disk_usage(self._folder).free
             if free < length - used:
                 raise DataError(
@@ -98,14 +98,14 @@ class ImageCache:
                     f"{length / 2**30:.1f} GiB, and '{self._folder}' has {free / 2**30:.1f} GiB left: make room, "
                     "choose another folder, or train without a cache"
                 )
-            file.truncate(length)  # longer, without touching what other processes have written
+            file.truncate(length)  # This makes the file longer, without touching what other processes have written.
 
 
 def _status(source: Source | None) -> list[int]:
-    """What changes when a file does: its time in nanoseconds and its length."""
+    """Return what changes when a file changes: its time in nanoseconds and its length."""
     assert source is not None
     try:
         status = source.path.stat()
-    except OSError:  # reading it says what is wrong
+    except OSError:  # Reading the file will say what is wrong.
         return [-1, -1]
     return [status.st_mtime_ns, status.st_size]

@@ -1,7 +1,7 @@
-"""Classes are their names: looking one up, and matching those of a data set with those that a model knows.
+"""Identify classes by name: look one up, and match the classes of a data set with those of a model.
 
-Where classes have no names, they are called by their numbers, "0", "1", …: those of a data set without a list of names,
-and of models that were imported without one.
+Classes without names are called by their numbers, "0", "1", …. This concerns data sets without a list of names, and
+models that were imported without one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 
-_FEW = 5  # names in a message
-_LISTED = 8  # names in the message about one that does not exist
+_FEW = 5  # A message shows this many names.
+_LISTED = 8  # The message about a missing name lists this many others.
 
 
 def class_label(names: Sequence[str], given: str | int) -> int:
-    """Label of a class, by its name or its number; a name goes before a number.
+    """Return the label of a class, by its name or its number. A name takes precedence over a number.
 
     Args:
-        names: by label.
+        names: the names by label.
         given: a name, or a number from 0 on, also as text.
 
     Raises:
@@ -49,14 +49,14 @@ def class_label(names: Sequence[str], given: str | int) -> int:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint at the most similar of some names, in brackets; nothing if none is similar."""
+    """Return a hint at the most similar of some names, in brackets, or "" if none is similar."""
     folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f" (did you mean '{folded[close[0]]}'?)" if close else ""
 
 
 def warn_of_numbers(names: Sequence[str], path: Path) -> None:
-    """Say that the classes of a checkpoint have numbers for names, if they have."""
+    """Warn if the classes of a checkpoint have numbers for names."""
     if are_numbers(names):
         rank_zero_warn(
             f"the {len(names)} classes of '{path}' have numbers for names: labels are not matched with the data set's "
@@ -65,28 +65,28 @@ def warn_of_numbers(names: Sequence[str], path: Path) -> None:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether classes are called by their labels, for want of names."""
+    """Say whether classes are called by their labels because they have no names."""
     return all(name == str(label) for label, name in enumerate(names))
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Names that several classes have."""
+    """Return the names that several classes have."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
 def known_labels(classes: Sequence[str], kept: Sequence[int], present: set[int], known: Sequence[str]) -> list[int]:
-    """The label in a model of each class of a data set: that of the same name, wherever it stands.
+    """Return the label in a model of each class in a data set, matched by name.
 
-    Where one side has numbers for names, labels are taken as they are, if their number fits.
+    If one side has numbers for names, labels are used as they are, provided that the numbers of classes fit.
 
     Args:
-        classes: names of the data set, by label.
-        kept: labels of the classes to match.
+        classes: the names in the data set, by label.
+        kept: the labels of the classes to match.
         present: those of them that have images.
-        known: names of the model, by label.
+        known: the names in the model, by label.
 
     Returns:
-        a label for each of `kept`; -1 for a class without images that the model does not know.
+        a label for each of `kept`, or -1 for a class without images that the model does not know.
 
     Raises:
         DataError: there are images of a class that the model does not know, or classes cannot be told apart.
@@ -99,7 +99,7 @@ def known_labels(classes: Sequence[str], kept: Sequence[int], present: set[int],
     wanted = [classes[label] for label in kept if label in present]
     unknown = sorted(set(wanted) - set(known))
     if unknown and (are_numbers(known) or are_numbers(classes)):
-        # Labels of a data set without names are numbers of their own accord, and the highest may have no images.
+        # Labels of a data set without names are its numbers anyway, and the highest class may have no images.
         _check_numbers(
             classes, known, len(classes) <= len(known) if are_numbers(classes) else len(classes) == len(known)
         )
@@ -122,15 +122,15 @@ def known_labels(classes: Sequence[str], kept: Sequence[int], present: set[int],
 
 
 def check_same_classes(trained: Sequence[str], found: Sequence[str], resume: str) -> None:
-    """Check that a run goes on with the classes that it was begun with, in their order.
+    """Check that a resumed run has the same classes in the same order.
 
     Args:
-        trained: names of the classes in the checkpoint, by label.
-        found: names in the data set, by label.
-        resume: setting that names the checkpoint.
+        trained: the names of the classes in the checkpoint, by label.
+        found: the names in the data set, by label.
+        resume: the setting that names the checkpoint.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: the classes differ.
     """
     trained, found = list(trained), list(found)
     if trained == found:
@@ -146,8 +146,8 @@ def check_same_classes(trained: Sequence[str], found: Sequence[str], resume: str
             label = next(label for label, name in enumerate(trained) if found[label] != name)
             difference = f"they are in another order: {label} was '{trained[label]}' and is '{found[label]}'"
         raise CheckpointError(
-            f"{resume} is of a run on {len(trained)} classes, and these are others: {difference}. Training goes on "
-            "only with the classes that it began with"
+            f"{resume} belongs to a run on {len(trained)} classes, but these differ: {difference}. A run can only "
+            "continue with the same classes"
         )
     _check_numbers(found, trained, True)
 
@@ -172,7 +172,7 @@ def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _each(names: Sequence[str], meant: Sequence[str]) -> str:
-    """The first of some names, each with the one that may be meant."""
+    """Return the first of some names, each with the name that may be meant."""
     shown = [f"'{name}'{did_you_mean(name, meant)}" for name in names[:_FEW]]
     return ", ".join(shown) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
@@ -188,12 +188,12 @@ def _others(missing: Sequence[str], known: Sequence[str]) -> str:
 
 
 def missing_classes(split: str, present: set[int], known: Sequence[str]) -> str | None:
-    """What accuracy means where a split has no images of some classes that a model knows; None: it has images of all.
+    """Explain the accuracy if a split has no images of some classes of a model. Return None if it has images of all.
 
     Args:
-        split: which.
-        present: labels in the model that have images.
-        known: names of the model's classes, by label.
+        split: the split.
+        present: the labels in the model that have images.
+        known: the names of the model's classes, by label.
     """
     missing = [name for label, name in enumerate(known) if label not in present]
     if not missing:

@@ -1,14 +1,14 @@
-"""Boxes and masks in COCO's JSON (Lin et al., ECCV 2014; https://cocodataset.org/#format-data).
+"""Read boxes and masks in COCO's JSON (Lin et al., ECCV 2014; https://cocodataset.org/#format-data).
 
     {"images": [{"id", "file_name", "width", "height"}, …],
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "segmentation", "iscrowd"}, …],
      "categories": [{"id", "name"}, …]}
 
-Boxes are edges in pixels, from 0, rounded to whole pixels. A segmentation is a list of polygons [x, y, x, y, …] or a
-run-length encoding {"size": [height, width], "counts"}, as numbers or compressed; without "bbox" the box is around it.
-All masks of an image make its object. Crowds ("iscrowd" 1) have no box, and are ignored in the mask.
+Boxes are edges in pixels from 0, rounded to whole pixels. A segmentation is a list of polygons [x, y, x, y, …] or a
+run-length encoding {"size": [height, width], "counts"}, as numbers or compressed. Without "bbox", the box surrounds the
+segmentation. All masks of an image form its object. Crowds ("iscrowd" 1) have no box, and the mask ignores them.
 
-Where a category has the name of a class, an image's annotations are those of its own class; otherwise they all are.
+If a category has the name of a class, only the annotations of its own class count for an image. Otherwise all count.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from wsolkit.errors import DataError
 from wsolkit.types import Mask
 
 _SLACK = 1
-"""Pixels by which annotations may reach past the image: rounding."""
+"""Annotations may exceed the image by this many pixels, because of rounding."""
 _MAX_SIDE = 100_000
 _MAX_NUMBER = 1e9
 _LONGEST_RUN = 40
-"""Bits of a run length."""
+"""The bits of a run length."""
 _CROWD = dict.fromkeys(("none", "", "0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true"), True)
 
 
 @dataclass(frozen=True)
 class RunLengthMasks:
-    """Masks of a split, kept run-length encoded.
+    """Masks of a split, kept in run-length encoding.
 
     Args:
-        objects: for each image, the masks of its objects; none: the image has no mask.
-        crowds: for each image, the masks of what to ignore; an object goes before.
+        objects: for each image, the masks of its objects. Without any, the image has no mask.
+        crowds: for each image, the masks of regions to ignore. An object takes precedence.
     """
 
     objects: Sequence[Sequence[Mapping[str, Any]]]
     crowds: Sequence[Sequence[Mapping[str, Any]]]
 
     def __call__(self, index: int) -> Mask | None:
-        """The mask of an image [h, w]: 0, 1, 255 to ignore."""
+        """Return the mask of an image [h, w]: 0, 1, or 255 to ignore."""
         if not self.objects[index]:
             return None
         mask: Mask = rle_masks.decode(rle_masks.merge(self.objects[index]))
@@ -60,7 +60,7 @@ class RunLengthMasks:
 
 
 class Annotations(NamedTuple):
-    """Of some images: boxes by id; sizes [n, 2]; masks, or None if there are none."""
+    """Annotations of some images: boxes by id; sizes [n, 2]; masks, or None if there are none."""
 
     boxes: dict[str, list[list[int]]]
     sizes: npt.NDArray[np.int64]
@@ -68,17 +68,17 @@ class Annotations(NamedTuple):
 
 
 def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Sequence[str]) -> Annotations:
-    """Read the annotations of images; the file may hold those of other images too.
+    """Read the annotations of images. The file may hold other images, too.
 
     Args:
-        path: of the JSON file.
-        ids: paths of the images, which all need a box or a mask. Its "file_name"s are these paths, or relative to
-            `folder`, or names without folders where those are unique.
-        folder: of the split, relative to what the paths are relative to; "" for none.
-        classes: name of each image's class.
+        path: the JSON file.
+        ids: the paths of the images, which all need a box or a mask. A "file_name" in the JSON is one of these paths,
+            or relative to `folder`, or a name without folders if it is unique.
+        folder: the folder of the split, relative to the base of the paths, or "" for none.
+        classes: the name of each image's class.
 
     Raises:
-        DataError: the file is missing, is not in that format, or has nothing for an image.
+        DataError: the file is missing, has another format, or has nothing for an image.
     """
     content = _read(path)
     categories = {own: str(entry["name"]) for own, entry in _by_id(path, content, "categories", ("name",)).items()}
@@ -138,7 +138,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _list(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """A list of objects that have some keys."""
+    """Return a list of objects that have some keys."""
     entries = content.get(key)
     if entries is None and key == "categories":
         return []
@@ -152,7 +152,7 @@ def _list(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[str
 
 
 def _by_id(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A list of objects that have an id, each its own, and some other keys; by id."""
+    """Return a list of objects by id. Each has its own id and some other keys."""
     found: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(_list(path, content, key, ("id", *needed))):
         own = _id(path, key, number, entry, "id")
@@ -166,7 +166,7 @@ def _by_id(path: Path, content: Mapping[str, Any], key: str, needed: Sequence[st
 
 
 def _id(path: Path, key: str, number: int, entry: Mapping[str, Any], name: str) -> str:
-    """An id as text: 1, 1.0 and "1" are the same."""
+    """Return an id as text, so that 1, 1.0 and "1" are the same."""
     value = entry[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -178,7 +178,7 @@ def _id(path: Path, key: str, number: int, entry: Mapping[str, Any], name: str) 
 def _images(
     path: Path, content: Mapping[str, Any], ids: Sequence[str], folder: str
 ) -> dict[str, tuple[int | None, int, int]]:
-    """Place in `ids`, or None, width and height of the images of a file by id."""
+    """Return the place in `ids`, or None, and the width and height of each image in a file, by id."""
     place_of = _places(ids, folder)
     images: dict[str, tuple[int | None, int, int]] = {}
     id_of: dict[str, str] = {}  # file_name → id
@@ -206,12 +206,12 @@ def _images(
 
 
 def _forms(name: str) -> tuple[str, str]:
-    """A path in POSIX's form, as it is and, if it is Windows', with its separators replaced."""
+    """Return a path in POSIX's form, as it is and, if it comes from Windows, with its separators replaced."""
     return PurePosixPath(name).as_posix(), PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
 def _places(ids: Sequence[str], folder: str) -> dict[str, int]:
-    """Positions of images by each of the names they may go by."""
+    """Return the positions of images by each of their possible names."""
     places = {name: place for place, name in enumerate(ids)}
     bare: dict[str, list[int]] = {}
     for place, name in enumerate(ids):
@@ -230,7 +230,7 @@ def _example(content: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A number, perhaps as text; None if it is none."""
+    """Return a number, which may be a text, or None if it is none."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -272,7 +272,7 @@ def _box(where: str, given: Any, mask: Mapping[str, Any] | None, width: int, hei
 
 
 def _segmentation(where: str, given: Any, width: int, height: int) -> Mapping[str, Any] | None:
-    """A mask of an image, run-length encoded; None if there is none, or none of its pixels is marked."""
+    """Return a mask of an image in run-length encoding, or None if there is none, or no pixel is marked."""
     if isinstance(given, list):
         given = [polygon for polygon in given if polygon != []]
     if not given:
@@ -289,14 +289,14 @@ def _segmentation(where: str, given: Any, width: int, height: int) -> Mapping[st
         counts = given.get("counts")
         lengths: Any = _run_lengths(counts) if isinstance(counts, str) else counts
         whole = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
-        if not whole or sum(lengths) != height * width:  # the library would go on with what lies behind in memory
+        if not whole or sum(lengths) != height * width:  # The library would read on in the memory behind it.
             raise DataError(f"{where}: {_short(given)} is no run-length encoding of {height}×{width} pixels")
         encoded = rle_masks.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
     return encoded if rle_masks.area(encoded) else None
 
 
 def _run_lengths(compressed: str) -> list[int]:
-    """Run lengths of the compressed encoding: 5 bits a character; after the third, differences to the last but one."""
+    """Decode compressed run lengths: 5 bits a character, and after the third, differences to the last but one."""
     lengths: list[int] = []
     value = shift = 0
     for character in compressed:

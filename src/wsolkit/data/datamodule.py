@@ -1,4 +1,4 @@
-"""The one LightningDataModule: any data set, any method."""
+"""Load data for training and evaluation, for any data set and any method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wsolkit.data.dataset import (
     one_thread,
 )
 from wsolkit.data.records import Records, Split
-from wsolkit.data.subset import Subset, choose
+from wsolkit.data.subset import Subset, part_of
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.system.cores import available_cores
@@ -32,31 +32,31 @@ _MAX_AUTO_WORKERS = 8
 
 
 def _limited(limit: int | float | None, batches: int) -> int:
-    """How many of an epoch's batches Lightning takes: a number of them, or a share."""
+    """Return how many of an epoch's batches Lightning takes, for a limit that is a number or a share."""
     if limit is None:
         return batches
     return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
 
 
 class WSOLDataModule(LightningDataModule):
-    """Loaders of a data set.
+    """Loads the batches of a data set.
 
     Args:
         records: reads a split.
-        image_size: side of the network's input in pixels.
-        resize: training images are scaled to this side first, then cropped; evaluation scales to `image_size`.
-        batch_size: images of one optimizer step, over all devices and accumulated batches.
-        eval_batch_size: images of one evaluation batch on one device.
-        num_workers: loader processes per device; "auto": as many as there are cores for, up to 8.
-        classes, fraction, shots, subset_seed: which part of the data set there is, see `choose`.
-        held_out: whether thresholds and checkpoints are selected on the split "val"; otherwise on "test" itself.
-        mean, std: normalisation of the backbone.
-        seed: of the order and the augmentations.
-        cache: folder for a file of the training images at `resize`, made as they are read; None: they are decoded anew
-            in each epoch. Evaluation always decodes.
+        image_size: the side of the network's input in pixels.
+        resize: the side to which training images are scaled before they are cropped. Evaluation scales to `image_size`.
+        batch_size: the images of one optimizer step, over all devices and accumulated batches.
+        eval_batch_size: the images of one evaluation batch on one device.
+        num_workers: the loader processes per device. "auto" takes as many as there are cores, up to 8.
+        classes, fraction, shots, subset_seed: the part of the data set to use, see `part_of`.
+        held_out: whether thresholds and checkpoints are selected on the split "val", or else on "test" itself.
+        mean, std: the normalisation of the backbone.
+        seed: the seed of the order and the augmentations.
+        cache: the folder for a file of the training images at `resize`, which is filled as they are read. None decodes
+            them again in each epoch. Evaluation always decodes.
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
-        model_classes: names of the classes that a model knows, by label, whose labels evaluated images then have; None:
-            those of the training images.
+        model_classes: the names of a model's classes by label. The evaluated images then have its labels. None takes
+            the labels of the training images.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class WSOLDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, by label."""
+        """Return the names of the classes, by label."""
         return list(self.dataset("train").records.classes)
 
     def dataset(self, split: Split) -> WSOLDataset:
-        """Samples of a split; read once.
+        """Return the samples of a split, which is read once.
 
         Raises:
-            ConfigError, DataError: see the data set's file of records, and `choose`; or the split is empty.
+            ConfigError, DataError: see the data set's module and `part_of`, or the split is empty.
         """
         if split == "val" and not self.held_out:
             return self.dataset("test")
@@ -126,7 +126,9 @@ class WSOLDataModule(LightningDataModule):
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
             known = None if train else self.model_classes
-            records = choose(self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed, known)
+            records = part_of(
+                self._read(split), split, self.classes, self.fraction, self.shots, self.subset_seed, known
+            )
             if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
             cache = ImageCache(Path(self.cache), records, self.resize) if train and self.cache is not None else None
@@ -146,7 +148,7 @@ class WSOLDataModule(LightningDataModule):
         self.read(*stages.get(stage, ()))
 
     def save_subset(self, path: Path) -> None:
-        """Write the names of the training images, one in a line, where they are a part of the data set's."""
+        """Write the names of the training images, one per line, if they are only a part of the data set's."""
         training = self.dataset("train").records
         if isinstance(training, Subset):
             names = [training.name(index) for index in range(len(training.labels))]
@@ -156,7 +158,8 @@ class WSOLDataModule(LightningDataModule):
         """Check, before a run begins, that it will validate, choose a checkpoint and test.
 
         Raises:
-            ConfigError: it would end before its first validation. DataError: a split has fewer images than processes.
+            ConfigError: the run would end before its first validation.
+            DataError: a split has fewer images than processes.
         """
         processes = trainer.num_devices * trainer.num_nodes
         for split in get_args(Split):
@@ -194,8 +197,8 @@ class WSOLDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Lightning's hook."""
-        rank, world_size, accumulate = self._place()
+        """Load the training images."""
+        rank, world_size, accumulate = self._share_of_process()
         if self.batch_size % (world_size * accumulate):
             raise ConfigError(
                 f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
@@ -210,32 +213,32 @@ class WSOLDataModule(LightningDataModule):
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's hook: where training is.
+        """Return where training is in the training images.
 
         Lightning keeps the loader's state too, but restores it only within an epoch.
         """
         return {} if self._training is None else dict(self._training.state_dict())
 
     def _ended(self, epoch: int) -> bool:
-        """Whether the trainer has done with an epoch, if only by trainer.max_steps."""
+        """Say whether the trainer has finished an epoch, perhaps early because of trainer.max_steps."""
         if self.trainer is None:
             return False
         progress = cast(ProcessedTracker, self.trainer.fit_loop.epoch_progress.current)
         return progress.processed > epoch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook: go on from there."""
+        """Continue in the training images where a checkpoint was."""
         self._position = cast(Place, state_dict)
 
-    def check_place(self, place: Place, resume: str) -> None:
-        """Check that training can go on from a place: within an epoch, only with the images that are left of it.
+    def check_position(self, place: Place, resume: str) -> None:
+        """Check that training can continue from a position. Within an epoch, it needs the same images in order.
 
         Args:
-            place: as in the checkpoint; {} if it does not say.
-            resume: setting that names the checkpoint.
+            place: the position in the checkpoint, or {} if it has none.
+            resume: the setting that names the checkpoint.
 
         Raises:
-            CheckpointError: it cannot.
+            CheckpointError: it cannot continue.
         """
         if place.get("over", True):
             return
@@ -245,35 +248,35 @@ class WSOLDataModule(LightningDataModule):
         ):
             if now != before:
                 raise CheckpointError(
-                    f"{resume} stopped within epoch {place['epoch']}, and which images are left of it cannot be told: "
-                    f"{now} {what} (was {before}). Go on with what it was, or from a checkpoint of the end of an epoch"
+                    f"{resume} stopped within epoch {place['epoch']}, and it is unclear which images are left: {now} "
+                    f"{what} (was {before}). Continue with the old value, or from a checkpoint at the end of an epoch"
                 )
 
     @property
     def start(self) -> tuple[int, int, bool]:
-        """Where training begins, see `TrainingLoader`."""
+        """Return where training begins, see `TrainingLoader`."""
         assert self._training is not None
         return self._training.start
 
     def training_images(self, epoch: int, batch: int) -> list[str]:
-        """Names of the images of a training batch, over all processes."""
+        """Return the names of the images of a training batch, over all processes."""
         dataset = self.dataset("train")
-        accumulate = self._place()[2]
+        accumulate = self._share_of_process()[2]
         batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, 0, 1)
         batches.epoch, batches.skip = epoch, batch
         return [dataset.records.name(index) for _, index in next(iter(batches))]
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """Lightning's hook."""
+        """Load the images of the validation."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """Lightning's hook."""
+        """Load the images of the test."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
         dataset = self.dataset(split)
-        rank, world_size, _ = self._place()
+        rank, world_size, _ = self._share_of_process()
         if len(dataset) < world_size:
             raise DataError(
                 f"{len(dataset)} {split} images on {world_size} processes: use at most as many devices as images"
@@ -287,7 +290,7 @@ class WSOLDataModule(LightningDataModule):
             **self._options(),
         )
 
-    def _place(self) -> tuple[int, int, int]:
+    def _share_of_process(self) -> tuple[int, int, int]:
         if self.trainer is None:
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches

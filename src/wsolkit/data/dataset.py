@@ -1,4 +1,4 @@
-"""From records to samples and batches."""
+"""Turn records into samples and batches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
 
 
 class Sample(TypedDict):
-    """One image: transformed, with `boxes` and `mask` carried along, and its original boxes and size (w, h).
+    """One transformed image with its `boxes` and `mask`, and its original boxes and size (w, h).
 
-    uncut_boxes: the original boxes before they were cut off at the edges of the image.
-    uncropped, uncropped_mask: the same after the second transform, where there is one.
+    uncut_boxes: the original boxes before they were clipped at the edges of the image.
+    uncropped, uncropped_mask: image and mask after the second transform, if there is one.
     """
 
     image: Pixels
@@ -43,15 +43,15 @@ class Sample(TypedDict):
 class WSOLDataset(Dataset[Sample]):
     """Samples of a split.
 
-    Indices are pairs (epoch, position): the augmentation of a sample depends on them and the seed alone, so it is the
-    same whatever the number of workers and processes, and different in every epoch.
+    Indices are pairs (epoch, position). The augmentation of a sample depends only on them and on the seed. It is
+    therefore the same for any number of workers and processes, and differs between epochs.
 
     Args:
-        records: of the split.
-        transform: from an image as read to what the network takes.
-        seed: of the augmentations.
+        records: the records of the split.
+        transform: turns an image as read into the input of the network.
+        seed: the seed of the augmentations.
         uncropped: a second transform of the same image.
-        cache: the images at a size that loses nothing for the transforms.
+        cache: the images at a size that is large enough for the transforms.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WSOLDataset(Dataset[Sample]):
         }
 
     def _image(self, index: int) -> tuple[Image, tuple[int, int]]:
-        """An image, perhaps resized, and the width and height that it has in the records."""
+        """Return an image, which may be resized, and its width and height in the records."""
         if self.cache is not None:
             return self.cache.image(index)
         image = self.records.image(index)
@@ -102,7 +102,7 @@ class WSOLDataset(Dataset[Sample]):
 
 def _check_shape(name: str, mask: Mask, width: int, height: int) -> None:
     h, w = mask.shape
-    # Equal proportions, as far as sides in whole pixels can have them.
+    # Proportions are equal as far as sides in whole pixels allow.
     if abs(h * width - w * height) > h + w + height + width:
         raise DataError(f"mask of '{name}' is {w}×{h}, its image {width}×{height}: expected the same proportions")
 
@@ -131,7 +131,7 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
 
 
 def _stack_masks(masks: Sequence[Mask | None]) -> Tensor | None:
-    """Stack the masks of a batch, 255 (ignored) everywhere in that of an image without one; None if none has one."""
+    """Stack the masks of a batch, with 255 (ignored) everywhere for an image without one. None if none has one."""
     present = [mask for mask in masks if mask is not None]
     if not present:
         return None
@@ -140,21 +140,22 @@ def _stack_masks(masks: Sequence[Mask | None]) -> Tensor | None:
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """Training batches: each epoch a new permutation, cut into global batches, each cut into one part per process.
+    """Training batches. Each epoch is a new permutation, cut into global batches, each cut into one part per process.
 
-    The images of a step depend on seed and epoch alone, not on the number of processes. The incomplete batch at the
-    end is left out, since a loss over the batch (SAT's area) means something else there; a data set smaller than one
-    batch makes one batch a step.
+    The images of a step depend only on seed and epoch, and not on the number of processes. The incomplete batch at the
+    end is left out, since a loss over the batch (SAT's area) means something else there. A data set that is smaller
+    than one batch makes one batch per step.
 
     Args:
-        length: number of images.
-        batch_size: images per forward pass, over all processes.
-        seed: of the permutations.
-        rank, world_size: which process this is, of how many.
+        length: the number of images.
+        batch_size: the images per forward pass, over all processes.
+        seed: the seed of the permutations.
+        rank, world_size: the number of this process, and of all processes.
 
     Attributes:
-        epoch: number of the next epoch.
-        skip: how many batches at its start are left out, since they were trained on before an interruption.
+        epoch: the number of the next epoch.
+        skip: the number of batches that it leaves out at the start, because a run trained on them before an
+            interruption.
 
     Raises:
         DataError: there are fewer images than processes.
@@ -180,11 +181,11 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Place(TypedDict, total=False):
-    """Where in which epoch training is.
+    """The position of training in the training images.
 
-    epoch: its number; taken: how many batches of it were trained on; over: whether it has ended, validation and all.
-    batch: images of a batch, over all processes; images: of the data set; seed: of their order; these three are not in
-    early checkpoints, nor is `over`.
+    epoch: the number of the epoch; taken: the number of its batches that were trained on; over: whether it has ended
+    with its validation; batch: the images of a batch, over all processes; images: the images of the data set; seed: the
+    seed of their order. Early checkpoints lack the last three and `over`.
     """
 
     epoch: int
@@ -196,20 +197,20 @@ class Place(TypedDict, total=False):
 
 
 class TrainingLoader(DataLoader[Sample]):
-    """Loads training batches, and says and restores where in which epoch it is.
+    """Loads training batches, and saves and restores its position in the epoch.
 
-    Counts the batches that were taken, not those that its workers have prepared.
+    It counts the batches that training took, and not those that its workers have prepared.
 
     Args:
-        dataset, batches: what is loaded, in which order.
-        limit: batches of an epoch, if the trainer takes fewer than there are.
-        accumulate: batches of an optimizer step.
-        ended: whether an epoch has ended before its last batch, as trainer.max_steps has it; its number is given.
+        dataset, batches: the images, and their order.
+        limit: the batches of an epoch, if the trainer takes fewer than there are.
+        accumulate: the batches of an optimizer step.
+        ended: says whether the epoch of a number has ended before its last batch, because of trainer.max_steps.
         options: see `DataLoader`.
 
     Attributes:
-        start: where it begins: number of an epoch, how many batches of it are left out, and whether it was within the
-            epoch that training stopped.
+        start: where it begins: the number of an epoch, the number of its batches that are left out, and whether
+            training stopped within this epoch.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class TrainingLoader(DataLoader[Sample]):
             yield batch
 
     def state_dict(self) -> Place:
-        """Lightning's hook: where training is."""
+        """Return the position of training."""
         own = self._batches
         return {
             "epoch": self._epoch,
@@ -245,19 +246,19 @@ class TrainingLoader(DataLoader[Sample]):
         }
 
     def load_state_dict(self, state_dict: Place) -> None:
-        """Lightning's hook: go on within the epoch, or with the next one."""
+        """Continue within the epoch, or with the next one."""
         epoch, taken = state_dict["epoch"], state_dict["taken"]
         within = not state_dict.get("over", taken >= self._limit)
         epoch, skip = (epoch, self._skipped(state_dict)) if within else (epoch + 1, 0)
         self._batches.epoch, self._batches.skip = epoch, skip
         self.start = epoch, skip, within
-        # What a checkpoint says that is written before the next batch.
+        # A checkpoint that is written before the next batch has this position.
         self._epoch, self._taken = (epoch, skip) if within else (epoch - 1, self._limit)
 
     def _skipped(self, place: Place) -> int:
-        """How many batches to leave out: whole optimizer steps, and never the last one, after which comes validation.
+        """Return how many batches to leave out: whole optimizer steps, but never the last one before the validation.
 
-        Where steps had other sizes, it goes on with the first step that begins at or after the images trained on.
+        If steps had other sizes, it continues with the first step that begins at or after the images trained on.
         """
         size, before = self._batches.size, place.get("batch", self._batches.size)
         trained = place["taken"] * before
@@ -265,14 +266,14 @@ class TrainingLoader(DataLoader[Sample]):
         skip = min(steps, math.ceil(self._limit / self._accumulate) - 1) * self._accumulate
         if size != before or skip * size != trained:
             rank_zero_warn(
-                f"epoch {place['epoch']} goes on after {skip * size} of its {self._limit * size} images: the "
-                f"checkpoint's run had trained on {trained}, in batches of {before}; they are of {size} now"
+                f"epoch {place['epoch']} continues after {skip * size} of its {self._limit * size} images: the "
+                f"checkpoint's run had trained on {trained}, in batches of {before}, and now they have {size}"
             )
         return skip
 
 
 class EachOnce(Sampler[tuple[int, int]]):
-    """Evaluation order: every image once over all processes, none repeated to fill up."""
+    """The order of an evaluation: every image once over all processes, without repetitions to fill up."""
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         self.positions = range(rank, length, world_size)
@@ -285,7 +286,7 @@ class EachOnce(Sampler[tuple[int, int]]):
 
 
 def one_thread(_: Any) -> None:
-    """Start a loader's worker: one thread each, so that workers do not compete for the cores."""
+    """Give each loader worker one thread, so that workers do not compete for the cores."""
     import cv2
 
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Finding images, and reading the files that data sets are described by; what is wrong is named by file and line.
+"""Find images, and read the files that describe data sets. Errors name the file and the line.
 
 All readers and commands see the same files of a folder:
 
 - Hidden files and folders, and those that systems leave behind (`Thumbs.db`, `@eaDir/`, `__MACOSX/`), are not data.
-- Symbolic links to files and folders are followed, but not to a folder in which the link itself lies.
+- Symbolic links to files and folders are followed, but not to a folder that contains the link itself.
 - An image is a file with one of the endings `IMAGE_SUFFIXES`.
 """
 
@@ -25,10 +25,10 @@ from wsolkit.errors import DataError
 
 IMAGE_SUFFIXES = (
     *(".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".jpe", ".pjpeg", ".pjp", ".ppm", ".pgm"),
-    *([".avif"] if find_spec("PIL._avif") else []),  # some builds of PIL cannot decode it
+    *([".avif"] if find_spec("PIL._avif") else []),  # Some builds of PIL cannot decode it.
 )
 
-# What storage servers, Windows and file systems leave behind under names that do not begin with a dot.
+# Storage servers, Windows and file systems leave these behind, with names that do not begin with a dot.
 _LEFT_BEHIND = {
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "system volume information"),
     *("lost+found", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
@@ -37,16 +37,16 @@ _BROKEN_LINK = "broken links"
 _ENDINGS_NAMED = 5
 _MAX_NUMBER = 10**9
 
-# Looking for each file costs about ten microseconds on a local disk, far more on a network's.
+# Looking for one file takes about ten microseconds on a local disk, and far more on a network disk.
 _MAX_FILES_TO_LOOK_FOR = 100_000
 
 _sources: set[Path] | None = None
 
 
 def note_source(path: Path) -> None:
-    """Say that a file or folder is about to be read for records; an index is not used where one of them has changed.
+    """Note that a file or folder is about to be read for records. An index is not used if one of them has changed.
 
-    Whatever reads the official files of a data set calls this, directly or by the functions of this file.
+    All code that reads the official files of a data set calls this, directly or through the functions of this file.
     """
     if _sources is not None:
         _sources.add(path)
@@ -54,7 +54,7 @@ def note_source(path: Path) -> None:
 
 @contextmanager
 def noted_sources() -> Iterator[set[Path]]:
-    """Collect what is noted within."""
+    """Collect what is noted within this context."""
     global _sources
     before, _sources = _sources, set()
     try:
@@ -64,10 +64,10 @@ def noted_sources() -> Iterator[set[Path]]:
 
 
 class Folder(NamedTuple):
-    """What is in a folder.
+    """The content of a folder.
 
-    path: relative to where a walk began, "" for that folder itself. folders, files: their names, links to such among
-    them. broken: names of links that lead nowhere.
+    path: its path relative to the start of a walk, "" for the start itself; folders, files: their names, including
+    links to them; broken: the names of links that lead nowhere.
     """
 
     path: str
@@ -77,19 +77,19 @@ class Folder(NamedTuple):
 
 
 def walk(folder: Path, skip: Collection[Path] = ()) -> Iterator[Folder]:
-    """What is in a folder and all folders below it, in no particular order.
+    """Yield a folder and all folders below it, in no particular order.
 
-    What is deleted from a `folders` before the next step is not entered.
+    A caller may delete names from `folders` before the next step. The walk does not enter these.
 
     Args:
         folder: where to begin.
-        skip: folders that are not entered.
+        skip: folders that the walk does not enter.
 
     Raises:
         DataError: a folder cannot be read.
     """
     skipped = {path.resolve() for path in skip}
-    # Each folder with its real path, and the real paths of the folders in which links were that led to it.
+    # Each folder comes with its real path, and with the real paths of the folders whose links led to it.
     todo: list[tuple[str, Path, tuple[Path, ...]]] = [("", folder.resolve(), ())]
     while todo:
         below, real, passed = todo.pop()
@@ -100,7 +100,7 @@ def walk(folder: Path, skip: Collection[Path] = ()) -> Iterator[Folder]:
             if inside.is_symlink():
                 inside, links = inside.resolve(), (*passed, real)
                 if any(place.is_relative_to(inside) for place in links):
-                    continue  # it would never end
+                    continue  # The walk would never end.
             if inside not in skipped:
                 todo.append((f"{below}/{name}" if below else name, inside, links))
 
@@ -122,16 +122,16 @@ def _look_into(path: Path, below: str = "") -> Folder:
 def _kind(entry: os.DirEntry[str], found: Folder) -> list[str]:
     try:
         return found.files if entry.is_file() else found.folders if entry.is_dir() else found.broken
-    except OSError:  # a link to itself
+    except OSError:  # The link leads to itself.
         return found.broken
 
 
 def images_below(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Paths of the images in a folder and all folders below it, relative to it, in no particular order.
+    """Return the paths of the images in a folder and all folders below it, relative to it, in no particular order.
 
     Args:
         folder: where to begin.
-        left_out: counts by ending the files that are no images, see `say_left_out`.
+        left_out: counts the files that are not images by their ending, see `say_left_out`.
 
     Raises:
         DataError: a folder cannot be read.
@@ -140,12 +140,12 @@ def images_below(folder: Path, left_out: Counter[str]) -> list[str]:
 
 
 def image_paths(found: Folder, left_out: Counter[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Paths of the images in a folder that was walked; see `images_below`.
+    """Return the paths of the images in a folder of a walk, see `images_below`.
 
     Args:
         found: the folder.
         left_out: see `images_below`.
-        suffixes: endings of images, in lower case.
+        suffixes: the endings of images, in lower case.
     """
     prefix = f"{found.path}/" if found.path else ""
     images = []
@@ -161,7 +161,7 @@ def image_paths(found: Folder, left_out: Counter[str], suffixes: tuple[str, ...]
 
 
 def say_left_out(folder: Path, left_out: Counter[str]) -> None:
-    """Warn, in one line, of files that are left out, by their endings; of links that lead nowhere, too."""
+    """Warn in one line of files that are left out, by their endings, and of links that lead nowhere."""
     from lightning_utilities.core.rank_zero import rank_zero_warn
 
     if not left_out:
@@ -176,12 +176,12 @@ def say_left_out(folder: Path, left_out: Counter[str]) -> None:
 
 
 def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """Names of the images in a folder, in alphabetical order; see `images_below`."""
+    """Return the names of the images in a folder, in alphabetical order, see `images_below`."""
     return sorted(image_paths(_look_into(folder), Counter() if left_out is None else left_out))
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in alphabetical order.
+    """Return the names of the folders in a folder, in alphabetical order.
 
     Raises:
         DataError: it cannot be read.
@@ -190,14 +190,15 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """A text file in UTF-8, with or without a byte order mark; its lines end in "\\n", however they end in the file.
+    """Read a text file in UTF-8, with or without a byte order mark. Its lines end in "\\n" in any case.
 
     Args:
-        path: of the file.
-        errors: what is done about other bytes, see `bytes.decode`.
+        path: the path of the file.
+        errors: how to treat other bytes, see `bytes.decode`.
 
     Raises:
-        FileNotFoundError: it is missing. DataError: it cannot be read, or is no such text.
+        FileNotFoundError: it is missing.
+        DataError: it cannot be read, or is not a text in UTF-8.
     """
     note_source(path)
     try:
@@ -214,10 +215,11 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError: it is missing. DataError: it cannot be read, is no JSON, or says one thing twice.
+        FileNotFoundError: it is missing.
+        DataError: it cannot be read, is not JSON, or repeats a key.
     """
     text = read_text(path)
     try:
@@ -235,14 +237,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, whose: str) -> Iterator[tuple[str, str]]:
-    """Lines of a text file as ("file:line", text), without those that are empty.
+    """Yield the lines of a text file as ("file:line", text), without empty lines.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         whose: the data set that needs it.
 
     Raises:
-        DataError: it is missing, or no text.
+        DataError: it is missing, or is not a text.
     """
     try:
         lines = read_text(path).split("\n")
@@ -254,21 +256,21 @@ def read_lines(path: Path, whose: str) -> Iterator[tuple[str, str]]:
 
 
 def read_by_id(path: Path, whose: str) -> dict[str, tuple[str, str]]:
-    """Lines of `id text` as id → ("file:line", text), in the file's order.
+    """Read lines of `id text` as id → ("file:line", text), in the order of the file.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         whose: the data set that needs it.
 
     Raises:
-        DataError: it is missing, a line holds no text, or an id has two different lines.
+        DataError: it is missing, a line has no text, or an id has two different lines.
     """
     found: dict[str, tuple[str, str]] = {}
     for where, line in read_lines(path, whose):
         number, *rest = line.split(maxsplit=1)
         if not rest:
             raise DataError(f"{where}: '{line}' should be an id and what belongs to it")
-        text = rest[0].replace("\\", "/")  # of Windows' paths: no official text has one
+        text = rest[0].replace("\\", "/")  # Windows paths have it, and no official text does.
         first, known = found.setdefault(number, (where, text))
         if known != text:
             raise DataError(f"{where}: id {number} is listed twice, first in {first}, as '{known}'")
@@ -276,10 +278,10 @@ def read_by_id(path: Path, whose: str) -> dict[str, tuple[str, str]]:
 
 
 def numbers_of(where: str, texts: Sequence[str], count: int) -> list[float]:
-    """Numbers of a line.
+    """Read the numbers of a line.
 
     Raises:
-        DataError: there are not `count` of them, or one is no number; `where` names file and line.
+        DataError: there are not `count` of them, or one is not a number. `where` names file and line.
     """
     try:
         numbers = [float(text) for text in texts]
@@ -291,10 +293,10 @@ def numbers_of(where: str, texts: Sequence[str], count: int) -> list[float]:
 
 
 def whole_number(text: str) -> int:
-    """A whole number, perhaps with a decimal point: "96.0" is 96.
+    """Read a whole number, which may have a decimal point: "96.0" is 96.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a whole number.
     """
     number = float(text)
     if not (number.is_integer() and abs(number) <= _MAX_NUMBER):
@@ -303,7 +305,7 @@ def whole_number(text: str) -> int:
 
 
 def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
-    """Class of the first object, (width, height), and boxes x0, y0, x1, y1 of an XML file of ImageNet's.
+    """Read the class of the first object, (width, height), and boxes x0, y0, x1, y1 from an XML file of ImageNet.
 
     Raises:
         DataError: it is missing or broken, or holds no object.
@@ -326,17 +328,17 @@ def read_annotation(path: Path) -> tuple[str, tuple[int, int], list[list[int]]]:
 
 
 def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str, Any]:
-    """Variables of a MATLAB file; a struct array comes as one with fields, of which each is a column.
+    """Read variables of a MATLAB file. A struct array comes as an array with fields, each of which is a column.
 
     Args:
-        path: of the file, in a format before 7.3.
+        path: the path of the file, in a format before 7.3.
         whose: the data set that needs it.
-        variables: what it must hold.
+        variables: the variables that it must hold.
 
     Raises:
         DataError: it is missing or broken, or lacks a variable.
     """
-    from scipy.io import loadmat  # its import takes most of a second, and few data sets need it
+    from scipy.io import loadmat  # Its import takes most of a second, and few data sets need it.
 
     note_source(path)
     try:
@@ -344,7 +346,7 @@ def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str
             content: dict[str, Any] = loadmat(file, squeeze_me=True)
     except FileNotFoundError as error:
         raise DataError(f"'{path}' does not exist: {whose} needs it") from error
-    except Exception as error:  # of a dozen kinds, depending on where the file is broken
+    except Exception as error:  # The kind of error depends on where the file is broken.
         raise DataError(f"'{path}' cannot be read as a MATLAB file ({error}): unpack it again") from error
     for name in variables:
         if name not in content:
@@ -354,28 +356,28 @@ def read_matlab(path: Path, whose: str, variables: Sequence[str]) -> Mapping[str
 
 
 def as_written(root: Path, name: str) -> str:
-    """A path in a list, relative to `root`: with Windows' separators replaced, unless a file has them in its name."""
+    """Return a listed path, relative to `root`, with Windows' separators replaced unless a file's name has them."""
     return name if "\\" not in name or is_file(root / name) else name.replace("\\", "/")
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file; where a path cannot be one, there is none."""
+    """Say whether a file exists. The result is False for a path that cannot exist."""
     try:
         return path.is_file()
-    except OSError:  # such as a name that is too long
+    except OSError:  # For example, a name is too long.
         return False
 
 
 def check_images(root: Path, ids: Sequence[str], where: Sequence[str]) -> None:
-    """Check that the images of a list exist, unless there are so many that looking for them takes long.
+    """Check that the images of a list exist, unless there are so many that this would take long.
 
     Args:
-        root: folder that the ids are relative to.
-        ids: of the images.
+        root: the folder that the ids are relative to.
+        ids: the ids of the images.
         where: "file:line" that names each of them.
 
     Raises:
-        DataError: one does not exist.
+        DataError: an image does not exist.
     """
     if len(ids) <= _MAX_FILES_TO_LOOK_FOR:
         for name, place in zip(ids, where, strict=True):

@@ -1,4 +1,4 @@
-"""Finding the files of a data set in the copies that go round: a level deeper, in a folder twice, or beside another."""
+"""Find the files of a data set in different copies: a level deeper, in a folder of the same name, or beside another."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from wsolkit.data.files import list_folders, note_source
 from wsolkit.data.records import require_folder
 from wsolkit.errors import DataError
 
-_LEVELS = 3  # how far above dataset.root it is looked for the folder that was meant
-_MOST = 30  # folders in a folder that is looked into: more are classes
-_AROUND = 2  # how far above the official files it is looked for what belongs to them: Kaggle has Annotations/ there
+_LEVELS = 3  # It looks this far above dataset.root for the folder that was meant.
+_MOST = 30  # It looks into folders with up to this many folders. More of them would be classes.
+_AROUND = 2  # It looks this far above the official files for what belongs to them: Kaggle has Annotations/ there.
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a copy of a data set lies.
+    """The location of a copy of a data set.
 
     Args:
         root: the folder that `dataset.root` names.
-        base: the folder that has the official files, in `root` or `root` itself.
+        base: the folder with the official files, in `root` or `root` itself.
     """
 
     root: Path
     base: Path
 
     def find(self, *names: str, holds: str = "", around: bool = False) -> Path:
-        """The first of some paths that exists, relative to the root or the base.
+        """Return the first existing path of several, relative to the root or the base.
 
         Args:
-            names: the paths; the usual one first, which is returned if none exists, relative to the base.
-            holds: path of a file that must be in it.
+            names: the paths, beginning with the usual one. If none exists, the usual one is returned, relative to the
+                base.
+            holds: the path of a file that must be in it.
             around: whether it may also lie beside the base.
         """
         for place in dict.fromkeys([self.root, self.base, *self.base.parents[: _AROUND if around else 0]]):
@@ -42,23 +43,23 @@ class Layout:
         return self.base / names[0]
 
     def setting(self, path: str) -> str:
-        """A path of the settings for `find`: relative to the root if it is in there, otherwise absolute."""
+        """Return a path of the settings for `find`. It is relative to the root if it lies there, else absolute."""
         given = Path(path)
         return str(given.relative_to(self.root) if given.is_relative_to(self.root) else given.absolute())
 
 
 def find_layout(root: str, what: str, needs: str, marks: Sequence[str], inside: Sequence[str]) -> Layout:
-    """Find out where the copy in a folder has the official files: there, in `inside`, or the same in one folder of it.
+    """Find out where a copy has the official files: in the root, in `inside`, or in the same places one folder deeper.
 
     Args:
         root: the folder that `dataset.root` names.
-        what: name of the data set.
-        needs: what the folder should hold, in words.
+        what: the name of the data set.
+        needs: says in words what the folder should hold.
         marks: patterns of files and folders, each of which shows that the official files are here.
-        inside: folders that copies have them in; the usual one first, which is taken if they are nowhere.
+        inside: folders in which copies have them, beginning with the usual one, which is taken if they are nowhere.
 
     Raises:
-        DataError: there is no such folder; or several folders in it have the files; or only a folder around it has.
+        DataError: there is no such folder, or several folders in it have the files, or only a folder around it has.
     """
     path = require_folder(root, needs)
     for folder in inside:
@@ -80,7 +81,7 @@ def find_layout(root: str, what: str, needs: str, marks: Sequence[str], inside: 
 
 
 def folders_below(root: Path) -> list[Path]:
-    """Folders in a folder, to some depth: those in which copies have parts of a data set, without those of classes."""
+    """Return folders at some depth in a folder in which copies have parts of a data set, without folders of classes."""
     found, level = [], _folders(root)
     for _ in range(_LEVELS):
         found += level

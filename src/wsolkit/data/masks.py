@@ -1,4 +1,4 @@
-"""Masks in image files: read when they are needed, and merged into one mask an image."""
+"""Read masks from image files when they are needed, and merge them into one mask for each image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from wsolkit.types import Mask
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """Masks of a split in image files; several of one image are merged.
+    """Masks of a split in image files. Several masks of one image are merged.
 
     Args:
-        root: folder that the paths are relative to.
-        objects: for each image, the files in which its objects are marked; none: the image has no mask.
-        ignored: for each image, the file in which regions to ignore are marked, "" for none; an object goes before.
-        threshold: a pixel is marked where its grey level, from 0 to 255, is above this.
+        root: the folder that the paths are relative to.
+        objects: for each image, the files that mark its objects. Without any, the image has no mask.
+        ignored: for each image, the file that marks regions to ignore, or "" for none. An object takes precedence.
+        threshold: a pixel is marked if its grey level, from 0 to 255, is higher.
 
     Raises:
         DataError: a path leads out of the root.
@@ -37,10 +37,10 @@ class MaskFiles:
         check_inside(self.root, (name for names in (*self.objects, self.ignored or ()) for name in names))
 
     def __call__(self, index: int) -> Mask | None:
-        """Read the mask of an image [h, w]: 0, 1, 255 to ignore.
+        """Read the mask of an image [h, w]: 0, 1, or 255 to ignore.
 
         Raises:
-            DataError: see `read_grey`; or a file has 0 and 1 where grey levels up to 255 are expected.
+            DataError: see `read_grey`, or a file has 0 and 1 where grey levels up to 255 are expected.
         """
         marked = [self._marked(name) for name in self.objects[index]]
         if not marked:
@@ -53,7 +53,7 @@ class MaskFiles:
         return mask
 
     def count(self) -> int:
-        """How many images have a mask."""
+        """Return how many images have a mask."""
         return sum(len(files) > 0 for files in self.objects)
 
     def _marked(self, name: str) -> Mask:

@@ -1,8 +1,8 @@
-"""Resizing and normalising as PIL and torchvision do, number for number, several times as fast.
+"""Resize and normalise images with the same numbers as PIL and torchvision, several times as fast.
 
-PIL scales in two passes, one for each direction, in fixed-point numbers, and rounds to 8 bits after each. The pass
-that goes down the rows is fast here because pixels next to each other in memory have the same weights; for the other
-one, the image is transposed before and after.
+PIL scales in two passes, one for each direction, in fixed-point numbers, and rounds to 8 bits after each. The pass down
+the rows is fast here, because pixels next to each other in memory have the same weights. For the other pass, the image
+is transposed before and after.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.utils.data import get_worker_info
 from wsolkit.system.compiled import compiled
 from wsolkit.types import Image
 
-_FRACTION = 22  # PIL's fixed-point numbers have so many bits after the point
+_FRACTION = 22  # PIL's fixed-point numbers have this many bits after the point.
 
 
 def resize(image: Image, height: int, width: int) -> Image:
-    """Resize an image [H, W, 3] to [height, width, 3]: bilinear with antialiasing, the pixels of the installed PIL."""
+    """Resize an image [H, W, 3] to [height, width, 3], bilinearly with antialiasing, as the installed PIL does."""
     if image.shape[:2] == (height, width):
         return image
     passes = _passes(image.shape[0], image.shape[1], height, width)
@@ -41,10 +41,10 @@ def resize(image: Image, height: int, width: int) -> Image:
 def _passes(
     height: int, width: int, new_height: int, new_width: int
 ) -> Sequence[tuple[Callable[[Image, int], Image], int]] | None:
-    """In which order PIL scales the two directions of an image of this size: found by trying, since versions differ.
+    """Find out by trying in which order PIL scales the two directions of an image, since versions differ.
 
     Returns:
-        The passes, or None where neither order gives PIL's pixels.
+        The passes, or None if neither order gives PIL's pixels.
     """
     noise = np.frombuffer(np.random.default_rng(0).bytes(height * width), np.uint8).reshape(height, width)
     expected = _resize_by_pil(noise, new_height, new_width)
@@ -73,7 +73,7 @@ def _scale_columns(image: Image, new_width: int) -> Image:
 
 @compiled
 def _scale(lines: Any, count: int) -> Any:
-    """Scale [n, k] uint8 to [count, k], each output line a weighted mean of the input lines around its place."""
+    """Scale [n, k] uint8 to [count, k]. Each output line is a weighted mean of the input lines around its place."""
     n, k = lines.shape
     step = n / count
     reach = max(step, 1.0)
@@ -98,23 +98,23 @@ def _scale(lines: Any, count: int) -> Any:
 
 
 class Pixels(NamedTuple):
-    """An image [S, S, 3] that is yet to be normalised, and what its levels become then [3, 256]."""
+    """An image [S, S, 3] before its normalisation, and the normalised values of its levels [3, 256]."""
 
     image: Image
     levels: npt.NDArray[np.float32]
 
 
 def normalised_levels(mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
-    """What torchvision's `to_tensor` and `normalize` make of the levels 0 to 255 of each channel [3, 256]."""
+    """Return what torchvision's `to_tensor` and `normalize` make of the levels 0 to 255 of each channel [3, 256]."""
     levels = torch.arange(256).to(torch.float32).div(255).expand(3, 256)
     return np.asarray(levels.sub(torch.tensor(mean)[:, None]).div(torch.tensor(std)[:, None]))
 
 
 def normalised_batch(images: Sequence[Pixels]) -> Tensor:
-    """Images of one size as a normalised batch [B, 3, S, S].
+    """Make a normalised batch [B, 3, S, S] of images of one size.
 
-    A loader's process writes it straight into the memory that it shares with the one that trains: copying a batch takes
-    about as long as resizing its images.
+    A loader's process writes it straight into the memory that it shares with the training process, because copying a
+    batch takes about as long as resizing its images.
     """
     height, width, channels = images[0].image.shape
     batch = torch.empty(0)

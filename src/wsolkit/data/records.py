@@ -1,4 +1,4 @@
-"""What is known of the images of a split, before any is read."""
+"""Describe the images of a split before any of them is read."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from wsolkit.types import Boxes, Exif, Image, Mask
 
 Split = Literal["train", "val", "test"]
 
-_NAMED = 5  # of what is missing
+_NAMED = 5  # A message names this many missing things.
 
 
 class Source(NamedTuple):
-    """What an image is read from: a file, how many rows at its bottom are left out, and what becomes of EXIF data."""
+    """The source of an image: a file, the rows that are left out at its bottom, and how its EXIF data are used."""
 
     path: Path
     banner: int
@@ -39,33 +39,36 @@ class Source(NamedTuple):
 
 
 class Records(Protocol):
-    """The images of a split, by position: what a data set's file of records returns."""
+    """The images of a split, by position. The module of a data set returns this."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes, by label."""
+        """Return the names of the classes, by label."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """Labels [n]."""
+        """Return the labels [n]."""
 
     def name(self, index: int) -> str:
-        """What identifies an image to a person."""
+        """Return the name that identifies an image for people."""
 
     def source(self, index: int) -> Source | None:
-        """What an image is read from; None: it is made in memory."""
+        """Return the source of an image, or None if it is made in memory."""
 
     def image(self, index: int) -> Image:
         """Read an image [H, W, 3]."""
 
     def boxes(self, index: int) -> Boxes:
-        """Ground-truth boxes [n, 4] in pixels of the original image, n = 0 where there are none."""
+        """Return the true boxes [n, 4] in pixels of the original image, n = 0 if there are none."""
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """Width and height of the image that the boxes are of, where it is not the image as read."""
+        """Return the width and height of the image that the boxes refer to, if it is not the image as read."""
 
     def mask(self, index: int) -> Mask | None:
-        """Ground-truth mask [h, w]: 0, 1, 255 to ignore; of the image's shape, perhaps smaller; None: there is none."""
+        """Return the true mask [h, w]: 0, 1, or 255 to ignore. Return None if there is none.
+
+        It has the shape of the image, and may be smaller.
+        """
 
 
 class Names:
@@ -81,7 +84,7 @@ class Names:
 
     @classmethod
     def of_block(cls, block: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
-        """Names that lie in memory already: their UTF-8, one after another, and where each starts [n + 1]."""
+        """Make names that lie in memory already, as UTF-8 one after another, with the start of each [n + 1]."""
         names = cls.__new__(cls)
         names.block, names.starts = block, starts
         return names
@@ -96,18 +99,18 @@ class Names:
 
 @dataclass(frozen=True)
 class FileRecords:
-    """Images in files, described by columns, so that a million of them stay small in memory.
+    """Images in files, described by columns, so that a million of them take little memory.
 
     Args:
-        root: folder that the ids are relative to.
-        ids: paths of the images [n].
+        root: the folder that the ids are relative to.
+        ids: the paths of the images [n].
         labels: [n].
-        classes: names by label.
-        sizes: width and height [n, 2] that the boxes refer to, or None: those of the files.
-        box_table: all boxes [m, 4] as published, image after image; they may reach past the edges of their image.
-        box_starts: where each image's boxes start in `box_table` [n + 1].
-        masks: reads the mask of an image; None: the split has none.
-        banner: rows of pixels at the bottom of each file that are no part of the image.
+        classes: the names of the classes by label.
+        sizes: the width and height [n, 2] that the boxes refer to. None means those of the files.
+        box_table: all boxes [m, 4] as published, image after image. They may exceed their image.
+        box_starts: the start of each image's boxes in `box_table` [n + 1].
+        masks: reads the mask of an image, or None if the split has no masks.
+        banner: the rows of pixels at the bottom of each file that do not belong to the image.
         upright: which images are turned as their EXIF orientation says [n].
     """
 
@@ -123,11 +126,11 @@ class FileRecords:
     upright: npt.NDArray[np.bool_]
 
     def name(self, index: int) -> str:
-        """The image's id."""
+        """Return the image's id."""
         return self.ids[index]
 
     def source(self, index: int) -> Source:
-        """See `Records.source`."""
+        """Return the source of an image, see `Records.source`."""
         return Source(self.root / self.ids[index], self.banner, "apply" if self.upright[index] else "ignore")
 
     def image(self, index: int) -> Image:
@@ -141,28 +144,28 @@ class FileRecords:
         return image[: len(image) - banner]
 
     def boxes(self, index: int) -> Boxes:
-        """See `Records.boxes`; what reaches past an edge of the image is cut off at its last pixel."""
+        """Return boxes that are clipped at the last pixel of the image, see `Records.boxes`."""
         uncut = self.uncut_boxes(index)
         return uncut if self.sizes is None else np.clip(uncut, 0, np.tile(self.sizes[index] - 1, 2))
 
     def uncut_boxes(self, index: int) -> Boxes:
-        """The same as they are published [n, 4], perhaps past an edge: SPA's protocol begins with these."""
+        """Return the boxes as published [n, 4], which may exceed the image. SPA's protocol begins with these."""
         return self.box_table[self.box_starts[index] : self.box_starts[index + 1]]
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """See `Records.size`."""
+        """Return the size that boxes refer to, see `Records.size`."""
         if self.sizes is None:
             return None
         width, height = self.sizes[index].tolist()
         return width, height
 
     def mask(self, index: int) -> Mask | None:
-        """See `Records.mask`."""
+        """Read the mask of an image, see `Records.mask`."""
         return None if self.masks is None else self.masks(index)
 
 
 def uncut_boxes(records: Records, index: int) -> Boxes:
-    """Ground-truth boxes [n, 4] of an image before they were cut off at its edges; only those of files reach past."""
+    """Return the true boxes [n, 4] of an image before they were clipped. Only boxes from files exceed the image."""
     uncut: Boxes = getattr(records, "uncut_boxes", records.boxes)(index)
     return uncut
 
@@ -178,10 +181,10 @@ def file_records(
     banner: int = 0,
     upright: bool | npt.NDArray[np.bool_] = False,
 ) -> FileRecords:
-    """Lay out images and their boxes by id in columns; see `FileRecords`. `upright` may be one for all.
+    """Lay out images and their boxes by id in columns, see `FileRecords`. `upright` may be one value for all images.
 
     Raises:
-        DataError: an id leads out of the root, or an image is there twice.
+        DataError: an id leads out of the root, or an image is listed twice.
     """
     check_inside(root, ids)
     if len(set(ids)) < len(ids):
@@ -197,10 +200,10 @@ def file_records(
 
 
 def check_inside(root: Path, names: Iterable[str]) -> None:
-    """Check that paths in a list stay in the folder that they are relative to; links in it may lead anywhere.
+    """Check that the paths in a list stay in the folder that they are relative to. Links in it may lead anywhere.
 
     Raises:
-        DataError: one does not.
+        DataError: a path does not.
     """
     for name in names:
         # Paths with "..", a root or a drive are rare, and taking a million paths apart is slow.
@@ -215,25 +218,25 @@ def _leads_out(name: str) -> bool:
 
 
 def read_image(path: Path, exif: Exif = "ignore") -> Image:
-    """Decode an image file as RGB, its first frame; without `exif` as it is stored, as the papers' evaluations do.
+    """Decode the first frame of an image file as RGB. By default it is read as stored, as in the papers' evaluations.
 
     Raises:
-        DataError: the file is missing, cannot be decoded, or does not say how bright its values are.
+        DataError: the file is missing, cannot be decoded, or its type does not determine the brightness.
     """
     with _opened(path, "image") as image:
         return _decoded(image, path, exif, f"image '{path}'")
 
 
 def decode_image(content: Path | bytes, exif: Exif, what: str) -> Image:
-    """Decode an image that belongs to no data set, as `read_image` does.
+    """Decode an image that does not belong to a data set, as `read_image` does.
 
     Args:
-        content: an image file, or the bytes of one.
+        content: an image file, or its bytes.
         exif: see `Exif`.
         what: names the image in errors.
 
     Raises:
-        DataError: the image cannot be decoded, or does not say how bright its values are.
+        DataError: the image cannot be decoded, or its type does not determine the brightness.
     """
     with decoding(what):
         try:
@@ -243,7 +246,7 @@ def decode_image(content: Path | bytes, exif: Exif, what: str) -> Image:
                 raise
             raise DataError(
                 f"{what} came as {len(content)} bytes in no format that Pillow knows: expected what an image file "
-                "holds, such as a JPEG or a PNG; pixels go in an array"
+                "holds, for example a JPEG or a PNG. Pass pixels as an array"
             ) from error
         with opened as image:
             return _decoded(image, content, exif, what)
@@ -267,19 +270,19 @@ def read_grey(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def read_sizes(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Width and height [n, 2] of images as they are stored, from the heads of their files.
+    """Read the stored width and height [n, 2] of images from the headers of their files.
 
     Raises:
-        DataError: a file is missing, or is no image.
+        DataError: a file is missing, or is not an image.
     """
     return np.array([_size(root / name) for name in ids], np.int64).reshape(-1, 2)
 
 
 def read_orientations(root: Path, ids: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Width and height as they are stored, and EXIF orientation [n, 3] of images.
+    """Read the stored width and height, and the EXIF orientation [n, 3] of images.
 
     Raises:
-        DataError: a file is missing, or is no image.
+        DataError: a file is missing, or is not an image.
     """
     return np.array([_orientation(root / name) for name in ids], np.int64).reshape(-1, 3)
 
@@ -297,7 +300,7 @@ def _orientation(path: Path) -> tuple[int, int, int]:
 
 
 def _goes_on_after_pixels(path: Path) -> bool:
-    """Whether a PNG file may have EXIF data behind its pixels, where they are found by decoding these alone."""
+    """Say whether a PNG file may have EXIF data behind its pixels, which can only be found by decoding the pixels."""
     with path.open("rb") as file:
         kind, after = b"", False
         file.seek(8)
@@ -323,21 +326,21 @@ def _opened(path: Path, what: str) -> Iterator[PIL.Image.Image]:
 
 
 def _decode_jpeg(content: Path | bytes) -> Image | None:
-    """Decode a JPEG by the decoder that PIL uses too, without PIL's copies of the image; None if it is damaged."""
-    # A copy, since PyTorch warns of memory that nobody may write to.
+    """Decode a JPEG with the same decoder as PIL, but without PIL's copies. Return None if it is damaged."""
+    # It copies, since PyTorch warns of memory that is read-only.
     encoded = np.frombuffer(content, np.uint8).copy() if isinstance(content, bytes) else np.fromfile(content, np.uint8)
     try:
         pixels = decode_jpeg(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
-    except RuntimeError:  # PIL decides what to make of it
+    except RuntimeError:  # PIL decides how to treat it.
         return None
-    return np.asarray(pixels.permute(1, 2, 0))  # [3, H, W] → [H, W, 3], as it lies in memory
+    return np.asarray(pixels.permute(1, 2, 0))  # [3, H, W] → [H, W, 3], the layout in memory.
 
 
 def require_folder(root: str, what: str) -> Path:
     """Check that a data set's root folder exists.
 
     Raises:
-        DataError: it does not.
+        DataError: it does not exist.
     """
     path = Path(root)
     if not path.is_dir():
@@ -346,10 +349,10 @@ def require_folder(root: str, what: str) -> Path:
 
 
 def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
-    """Check that a published box means something: it may reach past the edges of its image, see `say_cut_boxes`.
+    """Check that a published box is meaningful. It may exceed its image, see `say_cut_boxes`.
 
     Raises:
-        DataError: it ends before it begins, or nothing of it lies in the image; `where` names file and line.
+        DataError: it ends before it begins, or lies outside of the image. `where` names file and line.
     """
     (x0, y0, x1, y1), (width, height) = box, size
     if x1 < x0 or y1 < y0:
@@ -359,12 +362,12 @@ def check_boxes(where: str, box: Sequence[int], size: Sequence[int]) -> None:
 
 
 def say_cut_boxes(records: FileRecords, split: str, what: str) -> FileRecords:
-    """Say in one line how many boxes reach past an edge of their image, as published annotations do.
+    """Warn in one line how many published boxes exceed their image.
 
     Args:
-        records: of the split.
-        split: which.
-        what: name of the data set.
+        records: the records of the split.
+        split: the split.
+        what: the name of the data set.
     """
     if records.sizes is not None:
         last = np.tile(np.repeat(records.sizes - 1, np.diff(records.box_starts), axis=0), 2)  # [m, 4]
@@ -378,16 +381,16 @@ def say_cut_boxes(records: FileRecords, split: str, what: str) -> FileRecords:
 
 
 def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | None) -> list[int]:
-    """Cut a box off at the edges of its image, as annotations by hand may reach past them.
+    """Clip a box at the edges of its image, because annotations by hand may exceed it.
 
     Args:
         where: names file and line.
-        box: x0, y0, x1, y1, both corners inside.
-        size: width and height of the image.
-        slack: by how many pixels it may reach past; None: by any number.
+        box: x0, y0, x1, y1, with both corners inside.
+        size: the width and height of the image.
+        slack: the number of pixels by which it may exceed the image, or None for any number.
 
     Raises:
-        DataError: it reaches farther, or nothing of it lies in the image.
+        DataError: it exceeds the image by more, or lies outside of it.
     """
     (width, height), (x0, y0, x1, y1) = size, box
     farthest = max(-x0, -y0, x1 + 1 - width, y1 + 1 - height)
@@ -398,14 +401,14 @@ def clip_box(where: str, box: Sequence[int], size: Sequence[int], slack: int | N
 
 
 def check_folders(records: FileRecords, lists: Path) -> None:
-    """Check that images which lie in a folder of a class's name have its label.
+    """Check that images in a folder with a class's name have the label of that class.
 
     Args:
-        records: of the split.
-        lists: what gives them their labels.
+        records: the records of the split.
+        lists: the file that gives them their labels.
 
     Raises:
-        DataError: one has another.
+        DataError: an image has another label.
     """
     label_of = {name: label for label, name in enumerate(records.classes)}
     for index, label in enumerate(records.labels.tolist()):
@@ -421,14 +424,14 @@ def check_folders(records: FileRecords, lists: Path) -> None:
 def check_count(
     split: str, found: int, expected: Mapping[str, int] | None, what: str, known: Callable[[], str] = str
 ) -> None:
-    """Check how many images a split has.
+    """Check the number of images in a split.
 
     Args:
-        split: which.
+        split: the split.
         found: its number of images.
-        expected: the published numbers by split; splits that are left out may have any; None: nothing is checked.
-        what: name of the data set.
-        known: says which are missing, as far as that is known; see `missing_numbers`.
+        expected: the published numbers by split. Missing splits may have any number, and None checks nothing.
+        what: the name of the data set.
+        known: says which images are missing, as far as that is known, see `missing_numbers`.
 
     Raises:
         DataError: the numbers differ.
@@ -441,13 +444,13 @@ def check_count(
 
 
 def check_classes(found: int, num_classes: int | None, where: Path, known: Callable[[], str] = str) -> None:
-    """Check how many classes a file or folder names; `num_classes` None: any number.
+    """Check the number of classes in a file or folder. `num_classes` None allows any number.
 
     Args:
         found: their number.
-        num_classes: the expected one.
+        num_classes: the expected number.
         where: the file or folder.
-        known: says which are missing, as far as that is known; see `named`.
+        known: says which classes are missing, as far as that is known, see `named`.
 
     Raises:
         DataError: the numbers differ.
@@ -460,23 +463,23 @@ def check_classes(found: int, num_classes: int | None, where: Path, known: Calla
 
 
 def mending(found: int, expected: int) -> str:
-    """What to do about a number that is not the expected one."""
+    """Say what to do about a number that differs from the expected one."""
     return "complete the copy" if found < expected else "take out what does not belong to it"
 
 
 def missing_numbers(names: Iterable[str], count: int) -> str:
-    """Say which numbers from 1 to `count` are missing among names that end in them; "" if none is.
+    """Say which numbers from 1 to `count` are missing at the ends of names, or return "".
 
     Args:
-        names: such as "ILSVRC2012_val_00000001" or "00001.jpg"; others are passed over.
-        count: of the images that are numbered.
+        names: for example "ILSVRC2012_val_00000001" or "00001.jpg". Names without a number are ignored.
+        count: the number of images.
     """
     there = {int(found[1]) for found in (re.search(r"(\d+)(\.\w+)?$", name) for name in names) if found}
     return named("number", [str(number) for number in range(1, count + 1) if number not in there])
 
 
 def named(what: str, missing: Sequence[str]) -> str:
-    """Say in an error which of something are missing, the first ones by name; "" if none is."""
+    """Say in an error which things are missing, with the first ones by name, or return ""."""
     if not missing:
         return ""
     more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
@@ -484,5 +487,5 @@ def named(what: str, missing: Sequence[str]) -> str:
 
 
 def no_held_out(name: str) -> DataError:
-    """The error of a data set without a split "val"."""
+    """Return the error for a data set without a split "val"."""
     return DataError(f"{name} has no held-out split: set dataset.held_out=false, which chooses on the test split")

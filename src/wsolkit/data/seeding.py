@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for and on nothing else."""
+"""Derive random seeds from what they are for."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import numpy as np
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed in [0, 2³²) from non-negative integers, such as (seed, epoch, index): equal parts, equal seed."""
+    """Return a seed in [0, 2³²) from non-negative integers, such as (seed, epoch, index). Equal parts give one seed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,12 +1,12 @@
-"""Parts of a data set: some of its classes, a fraction of its training images, a few of them for each class.
+"""Take a part of a data set: some of its classes, a fraction of its training images, or a few of them per class.
 
-`classes` concerns every split. Those that are kept are numbered anew, from 0, in the data set's own order, whatever
-order they are named in: results by class, and a checkpoint's `class_names`, follow that numbering. Where a model is
-evaluated, classes have the numbers that it knows them by.
+`classes` concerns every split. The kept classes are numbered again from 0 in the order of the data set, whatever order
+the setting has. Results by class and a checkpoint's `class_names` follow this numbering. When a model is evaluated,
+classes have the numbers that the model knows.
 
-`fraction` and `shots` concern the training images of each class: first a fraction of them, then that many of these.
-Which ones depends on the seed and the class's name alone. So one process draws what another does; a class's images are
-the same whichever classes are kept beside it; and with one seed, fewer images are always among more.
+`fraction` and `shots` concern the training images of each class. The fraction comes first, and the shots are taken from
+it. The seed and the name of the class alone decide which images these are. All processes therefore draw the same
+images, the images of a class do not depend on the other classes, and with one seed, fewer images are always among more.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from wsolkit.types import Boxes, Image, Mask
 
 
 class Subset:
-    """Some of the images of a split, with labels of their own; see `Records`.
+    """Some images of a split, with their own labels, see `Records`.
 
     Args:
-        records: of the split.
-        positions: of the images in it [n].
-        labels: of these images [n].
-        classes: names by label.
+        records: the records of the split.
+        positions: the positions of the images in it [n].
+        labels: the labels of these images [n].
+        classes: the names of the classes by label.
     """
 
     def __init__(
@@ -44,35 +44,35 @@ class Subset:
         self._records, self._positions = records, positions
 
     def name(self, index: int) -> str:
-        """See `Records.name`."""
+        """Return the name, see `Records.name`."""
         return self._records.name(int(self._positions[index]))
 
     def source(self, index: int) -> Source | None:
-        """See `Records.source`."""
+        """Return the source, see `Records.source`."""
         return self._records.source(int(self._positions[index]))
 
     def image(self, index: int) -> Image:
-        """See `Records.image`."""
+        """Read an image, see `Records.image`."""
         return self._records.image(int(self._positions[index]))
 
     def boxes(self, index: int) -> Boxes:
-        """See `Records.boxes`."""
+        """Return the true boxes, see `Records.boxes`."""
         return self._records.boxes(int(self._positions[index]))
 
     def uncut_boxes(self, index: int) -> Boxes:
-        """See `uncut_boxes`."""
+        """Return the boxes before clipping, see `uncut_boxes`."""
         return uncut_boxes(self._records, int(self._positions[index]))
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """See `Records.size`."""
+        """Return the size that boxes refer to, see `Records.size`."""
         return self._records.size(int(self._positions[index]))
 
     def mask(self, index: int) -> Mask | None:
-        """See `Records.mask`."""
+        """Return the mask, see `Records.mask`."""
         return self._records.mask(int(self._positions[index]))
 
 
-def choose(
+def part_of(
     records: Records,
     split: Split,
     classes: Sequence[str | int] | None,
@@ -81,16 +81,16 @@ def choose(
     seed: int,
     known: Sequence[str] | None = None,
 ) -> Records:
-    """The part of a split that the settings ask for; `records` itself where they ask for all of it.
+    """Return the part of a split that the settings ask for, or `records` itself if they ask for all of it.
 
     Args:
-        records: of the split.
-        split: which it is.
-        classes: names or labels of the classes to keep; a name goes before a label. None: all.
-        fraction: of each class's training images, in (0, 1], at least one image. None: all.
-        shots: training images of each class. None: all.
-        seed: of the draw, 0 or more.
-        known: classes of a model, by label: those of the part then have its labels. None: they are numbered anew.
+        records: the records of the split.
+        split: the split.
+        classes: the names or labels of the classes to keep, or None for all. A name takes precedence over a label.
+        fraction: the share of each class's training images, in (0, 1], at least one image. None takes all.
+        shots: the number of training images of each class. None takes all.
+        seed: the seed of the draw, 0 or more.
+        known: the classes of a model by label, whose labels the part then has. None numbers the classes again.
 
     Raises:
         ConfigError: a setting is out of its range, or there is no such class.
@@ -133,7 +133,7 @@ def _labels(names: Sequence[str], wanted: Sequence[str | int]) -> list[int]:
 def _draw(
     records: Records, kept: Sequence[int], fraction: float | None, shots: int | None, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Positions of the images that are drawn, in ascending order."""
+    """Return the positions of the drawn images, in ascending order."""
     by_label = np.argsort(records.labels, kind="stable")
     ends = np.cumsum(np.bincount(records.labels, minlength=len(records.classes)))
     drawn = []

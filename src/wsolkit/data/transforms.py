@@ -1,4 +1,4 @@
-"""Image transforms that carry boxes and masks along. The only file that knows albumentations."""
+"""Transform images together with their boxes and masks. Only this file uses albumentations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for news
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Importing it would ask the network for news.
 
 import albumentations as A
 import cv2
@@ -21,7 +21,7 @@ from wsolkit.types import Boxes, Image, Mask
 
 
 class Transformed(NamedTuple):
-    """image [S, S, 3]; boxes [n, 4] in its pixels, both corners inside; mask [S, S] or None."""
+    """image [S, S, 3]; boxes [n, 4] in its pixels, with both corners inside; mask [S, S] or None."""
 
     image: Pixels
     boxes: Boxes
@@ -29,13 +29,13 @@ class Transformed(NamedTuple):
 
 
 class Transform:
-    """From an image as read to what a network takes.
+    """Turns an image as read into the input of a network.
 
     Args:
-        resize: side in pixels to which images are scaled first, whatever their aspect ratio.
-        image_size: side of the result; training cuts it out at a random place, evaluation from the centre.
-        train: also flip horizontally at random.
-        mean, std: of the backbone's pretraining, for values in [0, 1].
+        resize: the side in pixels to which images are scaled first, whatever their aspect ratio.
+        image_size: the side of the result. Training cuts it out at a random place, and evaluation from the centre.
+        train: whether to also flip horizontally at random.
+        mean, std: the values of the backbone's pretraining, for values in [0, 1].
 
     Raises:
         ConfigError: `image_size` exceeds `resize`.
@@ -49,7 +49,7 @@ class Transform:
         crop = A.RandomCrop if train else A.CenterCrop
         steps: list[Any] = [crop(image_size, image_size)] if image_size < resize else []
         steps += [A.HorizontalFlip(p=0.5)] if train else []
-        # Its own way with boxes takes longer than all else that is done to an image here.
+        # albumentations' own treatment of boxes would take longer than all other steps together.
         self._compose = A.Compose(steps, save_applied_params=True)
         self._train, self._resize, self._image_size = train, resize, image_size
         self._levels = normalised_levels(mean, std)
@@ -57,17 +57,17 @@ class Transform:
     def __call__(
         self, image: Image, boxes: Boxes, mask: Mask | None, seed: int, size: tuple[int, int] | None = None
     ) -> Transformed:
-        """Apply the transform; equal seeds give equal results, in any process and any order.
+        """Apply the transform. Equal seeds give equal results, in any process and any order.
 
-        Images are scaled as the papers do, bilinearly with antialiasing; masks take the nearest pixel. Boxes that
+        Images are scaled bilinearly with antialiasing, as in the papers. Masks take the nearest pixel. Boxes that
         shrink below a pixel, or are cropped away, are dropped.
 
         Args:
             image: [H, W, 3].
-            boxes: [n, 4] in its pixels, both corners inside.
-            mask: [h, w] of the same proportions, or None.
-            seed: of the random choices.
-            size: width and height of the image that boxes and mask are of, where this is a resized one.
+            boxes: [n, 4] in its pixels, with both corners inside.
+            mask: [h, w] with the same proportions, or None.
+            seed: the seed of the random choices.
+            size: the width and height of the image that boxes and mask refer to, if this is a resized one.
         """
         if self._train:
             self._compose.set_random_seed(seed)
@@ -80,15 +80,15 @@ class Transform:
         return Transformed(pixels, moved, None if mask is None else np.ascontiguousarray(out["mask"]))
 
     def _move(self, boxes: Boxes, size: tuple[int, int], steps: Sequence[tuple[str, dict[str, Any]]]) -> Boxes:
-        """Boxes of an image of this size after the resizing and the steps, as albumentations says it took them."""
+        """Move boxes of an image of this size through the resizing and the steps that albumentations reports."""
         if len(boxes) == 0:
             return boxes
-        edges = boxes + np.array([0, 0, 1, 1])  # corners inside → edges, which is what scaling is exact for
+        edges = boxes + np.array([0, 0, 1, 1])  # The corners become edges, for which scaling is exact.
         edges = np.minimum(edges, size * 2) * (self._resize / np.array(size * 2))
         for name, applied in steps:
             if name == "HorizontalFlip":
                 edges[:, [0, 2]] = self._image_size - edges[:, [2, 0]]
-            else:  # a crop
+            else:  # This step is a crop.
                 edges -= np.tile(applied["crop_coords"][:2], 2)
         edges = edges.clip(0, self._image_size)
         edges = np.round(edges[(edges[:, 2:] - edges[:, :2] >= 1).all(axis=1)])
@@ -96,6 +96,6 @@ class Transform:
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.uint8]:
-    """A normalised image [3, H, W] as pixels [H, W, 3]."""
+    """Turn a normalised image [3, H, W] into pixels [H, W, 3]."""
     pixels = image.detach().cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

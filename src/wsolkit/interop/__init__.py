@@ -1,4 +1,4 @@
-"""Models of other programs, brought into wsolkit."""
+"""Exchange models, predictions and score maps with other programs."""
 
 from wsolkit.interop.official import from_official
 

@@ -1,7 +1,7 @@
-"""Predictions in files: COCO's results, a COCO data set of pseudo-labels, and CSV, written as images come in.
+"""Write predictions to files as images come in: COCO's results, a COCO data set of pseudo-labels, and CSV.
 
-What is known of each image is a line of `progress.jsonl`, appended batch by batch; the other files are made of it at
-the end, each in one step, so that whenever a run is killed there is no broken file and the next one goes on from there.
+Each image has a line in `progress.jsonl`, which grows batch by batch. At the end, the other files are made from these
+lines, each in one step. A killed run therefore leaves no broken file, and the next one continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOX_COLUMNS = ("x", "y", "width", "height")
 
 
 class Source(NamedTuple):
-    """An image file: its name in the output; a stamp of its content, size in bytes and time of change; given label."""
+    """An image file: its name in the output; a stamp with its size in bytes and time of change; its given label."""
 
     name: str
     stamp: list[int]
@@ -41,9 +41,9 @@ class Source(NamedTuple):
 
 
 def encoded(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as plain containers: its class, and for each box COCO's `bbox`, `area` and `segmentation`.
+    """Return a prediction as plain containers: its class, and COCO's `bbox`, `area` and `segmentation` for each box.
 
-    `category_id` is the label + 1, since detectors keep 0 for the background; `bbox` is x, y, width, height in pixels.
+    `category_id` is the label + 1, since detectors keep 0 for the background. `bbox` is x, y, width, height in pixels.
     """
     objects = []
     for number, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist(), start=1):
@@ -65,12 +65,13 @@ def prediction_files(
     """Open a folder of predictions.
 
     Args:
-        folder: theirs; made if there is none.
-        class_names: by label.
-        settings: on which the predictions depend, flat; "exif" among them.
+        folder: the folder, which is created if it does not exist.
+        class_names: the names of the classes by label.
+        settings: the settings that the predictions depend on, flat, including "exif".
 
     Raises:
-        DataError: the folder holds predictions under other settings. BusyError: another process writes to it.
+        DataError: the folder holds predictions under other settings.
+        BusyError: another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -83,17 +84,18 @@ def prediction_files(
 
 
 class PredictionFiles:
-    """The files of a folder of predictions; see `prediction_files`."""
+    """The files in a folder of predictions, see `prediction_files`."""
 
     def __init__(self, folder: Path, class_names: Sequence[str], exif: str, progress: BinaryIO) -> None:
         self.folder, self.class_names, self._exif, self._file = folder, class_names, exif, progress
         self._lines = dict(self._read())
 
     def missing(self, sources: Sequence[Source], complete: Callable[[str], bool]) -> list[int]:
-        """Positions of the images that have no line yet, or changed since, or are not complete.
+        """Return the positions of the images without a line, and of those that have changed since or are incomplete.
 
         Args:
-            complete: whether everything else about an image that has a line is there.
+            sources: the images.
+            complete: says whether all else is there for an image that has a line.
         """
         return [
             place
@@ -102,7 +104,7 @@ class PredictionFiles:
         ]
 
     def add(self, found: Iterable[tuple[Source, Sequence[Prediction]]]) -> None:
-        """Append the lines of a batch of images, and have them on the disk before this returns."""
+        """Append the lines of a batch of images, and put them on the disk."""
         for source, predictions in found:
             height, width = predictions[0].score_map.shape
             line = {
@@ -120,14 +122,14 @@ class PredictionFiles:
         os.fsync(self._file.fileno())
 
     def write(self, sources: Sequence[Source], failed: Mapping[str, str]) -> int:
-        """Write everything that is made of the lines.
+        """Write all files that are made from the lines.
 
         Args:
-            sources: all images, in the order of their ids; those without a line are left out.
-            failed: why images could not be read, by name.
+            sources: all images, in the order of their ids. Those without a line are left out.
+            failed: the reasons why images could not be read, by name.
 
         Returns:
-            how many images there are predictions for.
+            the number of images with predictions.
         """
         known = [source.name for source in sources if source.name in self._lines and source.name not in failed]
 
@@ -195,7 +197,7 @@ class PredictionFiles:
         return line
 
     def _read(self) -> Iterator[tuple[str, tuple[int, tuple[list[int], int | None]]]]:
-        """Where each image's line is, and what it is of; a line that was not finished is cut off."""
+        """Yield the place of each image's line, with its stamp and label, and cut off an unfinished line."""
         place = self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
@@ -211,7 +213,7 @@ class PredictionFiles:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Compare with the settings of what a folder holds; in a new folder, write them."""
+    """Compare the settings with those in the folder, or write them into a new folder."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         write_text(path, json.dumps(settings, indent=1) + "\n")
@@ -230,7 +232,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _write_list(file: IO[str], entries: Iterable[Mapping[str, Any]]) -> None:
-    """A JSON list, an entry a line."""
+    """Write a JSON list with one entry per line."""
     separator = "[\n"
     for entry in entries:
         file.write(separator + json.dumps(entry))

@@ -1,9 +1,9 @@
-"""Read PyTorch files of other programs without running anything that is in them.
+"""Read PyTorch files of other programs without running any code in them.
 
-Such a file is a pickle, which may name any function to be called in the making of an object. It is read by PyTorch's
-restricted reader (`weights_only=True`), which makes tensors and plain containers. What else research code leaves in its
-files, such as settings as an `argparse.Namespace` or a `CfgNode`, becomes an empty dictionary here: nothing of such a
-class is imported, and nothing called.
+Such a file is a pickle, which may call any function while an object is made. PyTorch's restricted reader
+(`weights_only=True`) only makes tensors and plain containers. Research code also leaves other objects in its files, for
+example settings as an `argparse.Namespace` or a `CfgNode`. These become empty dictionaries here. Nothing of their
+classes is imported, and no function is called.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wsolkit.backbones.weights import StateDict
 from wsolkit.errors import CheckpointError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# What PyTorch's restricted reader knows by itself, and numbers of numpy's versions 1 and 2.
+# PyTorch's restricted reader knows these by itself. They also make numbers of numpy's versions 1 and 2.
 _KNOWN = re.compile(
     r"torch\.\w+|torch\.(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+|_codecs\.encode"
     r"|collections\.(OrderedDict|Counter)|builtins\.(set|bytearray|complex)|numpy\.dtype"
@@ -36,12 +36,12 @@ _ADVICE = (
     "Best is to load the file with the code it comes from and save the model's state_dict() alone. If you trust it as "
     "you would a program, and have the packages it needs, add trust=true"
 )
-# A file in PyTorch's format of before version 1.6 is a row of pickles: its mark, version, system, and the content.
+# Before version 1.6, a PyTorch file was a row of pickles: its mark, version, system, and the content.
 _LEGACY_PICKLES = 4
 
 
 class Foreign(NamedTuple):
-    """What a file holds: weights; its other entries; names of the classes and functions of which nothing was made."""
+    """The content of a file: weights; its other entries; the classes and functions from which nothing was made."""
 
     state_dict: StateDict
     others: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Foreign(NamedTuple):
 
 
 class _Nothing:
-    """Stands for any class or function: a new one of it, or calling it, is an empty dictionary."""
+    """Stands for any class or function. A new object of it, or a call, gives an empty dictionary."""
 
     def __new__(cls, *_: object) -> Any:
         return OrderedDict()
@@ -63,7 +63,7 @@ class _Number:
 
 
 class _Array:
-    """Stands for numpy's function that begins an array; its content then comes as a state of another form."""
+    """Stands for numpy's function that begins an array. Its content then comes as a state of another form."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -79,13 +79,14 @@ def _stand_in(name: str) -> type:
 
 
 def read_foreign(path: Path, trust: bool = False) -> Foreign:
-    """Read the weights in a file, wrapped or not, without the "module." that data parallelism puts before names.
+    """Read the weights in a file, wrapped or not, without the prefix "module." of data parallelism.
 
     Args:
-        trust: read everything, which runs what the file says.
+        path: the path of the file.
+        trust: whether to read everything, which runs what the file says.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds no weights, or cannot be read without running it.
+        CheckpointError: the file is missing, damaged, holds no weights, or cannot be read without running its code.
     """
     if not path.is_file():
         raise CheckpointError(f"source: there is no file '{path}'")
@@ -101,7 +102,7 @@ def read_foreign(path: Path, trust: bool = False) -> Foreign:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise CheckpointError(f"'{path}' needs a package to be read with trust=true: {error}") from error
-    except Exception as error:  # damaged bytes make the reader fail in any way
+    except Exception as error:  # The reader may fail in any way on damaged bytes.
         cut_short = isinstance(error, RuntimeError | EOFError | OSError)
         if trust or cut_short or not (foreign or isinstance(error, pickle.UnpicklingError)):
             reason = str(error).split(". ")[0] or type(error).__name__
@@ -135,7 +136,7 @@ def _unwrapped(content: Any, path: Path, left_out: list[str]) -> Foreign:
 
 
 def _names(path: Path) -> list[str]:
-    """The classes and functions that a file names."""
+    """Return the classes and functions that a file names."""
     named: set[str] = set()
     try:
         if zipfile.is_zipfile(path):

@@ -1,4 +1,4 @@
-"""The papers' released checkpoints."""
+"""Read the checkpoints that papers released."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.settings.compose import load_config
 
-# Entries of released state dicts under names of their own, and what they are here; the rest is timm's DeiT.
+# These entries of released state dicts have other names here. All other entries belong to timm's DeiT.
 _NAMES = {
     r"head\.(weight|bias)": r"network.head.\1",
     r"loc_token": r"network.spatial_token",
@@ -33,25 +33,25 @@ _RELEASED = {
 }
 # SAT's fixed filter is a setting here.
 _IGNORED = {"weight"}
-# Widths of the DeiTs that the papers use.
+# The papers use DeiTs with these widths.
 _DEITS = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}
 
 
 def from_official(
     state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat"], num_heads: int | None = None
 ) -> WSOLModule:
-    """Build a module from the state dict of a paper's released model; sizes are read off the tensors.
+    """Build a module from the state dict of a paper's released model. The tensors determine the sizes.
 
     Args:
-        state_dict: in the released names, with or without a "module." prefix.
-        method: whose model it is.
-        num_heads: attention heads; None: as many as DeiT has at that width, one per 64 channels.
+        state_dict: the released entries, with or without a "module." prefix.
+        method: the method of the model.
+        num_heads: the number of attention heads. None takes as many as DeiT has at that width, one per 64 channels.
 
     Returns:
-        the module in evaluation mode, without stochastic depth; other settings are those of `conf/method`.
+        the module in evaluation mode, without stochastic depth. Other settings come from `conf/method`.
 
     Raises:
-        CheckpointError: the entries are not those of the method's released model.
+        CheckpointError: the entries do not belong to the method's released model.
 
     >>> import torch
     >>> from wsolkit.interop import from_official
@@ -65,10 +65,10 @@ def from_official(
 
 
 def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> DictConfig:
-    """Settings of a method on DeiT, with the sizes that the state dict of a released model has.
+    """Return the settings of a method on DeiT with the sizes in the state dict of a released model.
 
     Raises:
-        CheckpointError: it is not that of the method's released model.
+        CheckpointError: the state dict does not belong to the method's released model.
     """
     method = cfg.method.name
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
@@ -80,7 +80,7 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
         mlp_ratio = state["blocks.0.mlp.fc1.bias"].numel() / embed_dim
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"not a released {method} model: entry {error} is missing; it has {', '.join(sorted(state)[:4])}, …"
+            f"not a released {method} model: entry {error} is missing. It has {', '.join(sorted(state)[:4])}, …"
         ) from error
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
@@ -100,9 +100,9 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
         num_blocks = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         if not num_blocks:
             raise CheckpointError(
-                "not a released scm model: it has no diffusion blocks, as entry layers.0.thred is of; is it ts_cam's?"
+                "not a released scm model: it has no diffusion blocks (entry layers.0.thred). Is it a ts_cam model?"
             )
-        # As released: 16 iterations in the first block, 4 in the others.
+        # The released model has 16 iterations in the first block, and 4 in the others.
         settings |= {"method.num_blocks": num_blocks, "method.iterations": ([16] + [4] * num_blocks)[:num_blocks]}
     cfg = cfg.copy()
     for name, value in settings.items():
@@ -113,10 +113,10 @@ def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | N
 def build_official(
     cfg: DictConfig, state_dict: Mapping[str, Tensor], class_names: list[str] | None = None
 ) -> WSOLModule:
-    """Build the module of `fitted` settings and give it the weights of a released model.
+    """Build the module of `fitted` settings, and give it the weights of a released model.
 
     Raises:
-        CheckpointError: the entries are not those of the method's released model.
+        CheckpointError: the entries do not belong to the method's released model.
     """
     module = build_model(cfg, class_names)
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}

@@ -1,8 +1,9 @@
-"""A trained model as a program that runs without wsolkit: ONNX, or what `torch.export` makes.
+"""Write a trained model as a program that runs without wsolkit: as ONNX, or with `torch.export`.
 
-Either takes `image` [B, 3, S, S], normalised, for any B, and gives `logits` [B, C] and raw score maps `maps`
-[B, C, h, w], one of each class, or [B, 1, h, w] where a method has the same for all. It carries a description as JSON,
-under `METADATA` among ONNX's metadata_props, and as the extra file `EXTRA_FILE` of a `torch.export` program.
+Either takes normalised images `image` [B, 3, S, S] for any B, and returns `logits` [B, C] and raw score maps `maps`,
+which are [B, C, h, w] with one map per class, or [B, 1, h, w] if the method has the same map for all classes. It
+contains a description as JSON, under `METADATA` in ONNX's metadata_props, or as the extra file `EXTRA_FILE` of a
+`torch.export` program.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ class _AllMaps(nn.Module):
 
 
 def trace(module: WSOLModule, image_size: int) -> ExportedProgram:
-    """The program of a module's inference, without what only its training needs."""
+    """Return the program of a module's inference, without the parts that only training needs."""
     model = _AllMaps(copy.deepcopy(module).eval())
     program = _trace(model, image_size)
     unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
     for spec in program.graph_signature.input_specs:
-        if spec.arg.name in unread and spec.target is not None:  # SCM's blocks, for instance
+        if spec.arg.name in unread and spec.target is not None:  # SCM's blocks are an example.
             owner, _, name = spec.target.rpartition(".")
             delattr(model.get_submodule(owner), name)
     return _trace(model, image_size)
 
 
 def _trace(model: nn.Module, image_size: int) -> ExportedProgram:
-    example = torch.zeros(2, 3, image_size, image_size)  # of one image, the batch size would count as fixed
+    example = torch.zeros(2, 3, image_size, image_size)  # With one image, the batch size would count as fixed.
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes={"image": {0: Dim("batch")}}, strict=False)
 
@@ -69,7 +70,7 @@ def write_onnx(program: ExportedProgram, path: Path, description: Mapping[str, A
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own workings
+        warnings.simplefilter("ignore")  # They concern its own workings.
         made = torch.onnx.export(
             program,
             dynamo=True,
@@ -86,7 +87,7 @@ def write_onnx(program: ExportedProgram, path: Path, description: Mapping[str, A
 
 
 def run_onnx(path: Path) -> Run:
-    """An ONNX file as a function, on this machine's CPU.
+    """Return an ONNX file as a function, on this machine's CPU.
 
     Raises:
         ConfigError: packages are missing.
@@ -113,19 +114,19 @@ def write_torch_export(program: ExportedProgram, path: Path, description: Mappin
 
 
 def run_torch_export(path: Path) -> Run:
-    """A program in PyTorch's format as a function."""
+    """Return a program in PyTorch's format as a function."""
     with path.open("rb") as file:
         model = torch.export.load(file).module()
     return lambda image: tuple(output.numpy() for output in model(torch.from_numpy(image)))
 
 
 def differences(run: Run, module: WSOLModule, image_size: int) -> tuple[float, float, bool]:
-    """How far a program is from its model on random images, in batches of 1 and 3.
+    """Compare a program with its model on random images, in batches of 1 and 3.
 
     Returns:
-        largest differences of logits and maps, as shares of the largest value; and whether it is the same model:
-        differences are below a thousandth. Of maps, one in a hundred values may be further away: a post-process cuts
-        them at thresholds, which rounding can cross.
+        the largest differences of logits and maps, as shares of the largest value, and whether the model is the same.
+        It is the same if the differences are below a thousandth. In maps, one in a hundred values may differ by more,
+        because a post-process cuts maps at thresholds, which rounding can cross.
     """
     noise = np.random.default_rng(0)
     logits, maps, same = 0.0, 0.0, True

@@ -1,6 +1,6 @@
-"""Score maps in files, one `.npy` for each image id: what the benchmark of Choe et al. and its successors exchange.
+"""Score maps in files, one `.npy` for each image id, as in the benchmark of Choe et al. and its successors.
 
-A map is [H, W], floating point, in [0, 1]. It is taken as a localization map: nothing scales it to [0, 1] again.
+A map is [H, W], floating point, in [0, 1]. It counts as a localization map, so it is not scaled to [0, 1] again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class ScoreMaps:
     """A folder of score maps.
 
     Args:
-        folder: holds `<image id>.npy`, see `wsolkit.system.names.file_name`; ids may name subfolders.
+        folder: holds `<image id>.npy`, see `wsolkit.system.names.file_name`. Ids may name subfolders.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def check(self, protocols: Mapping[str, Protocol]) -> None:
-        """Check that the folder is there, and that maps of one size can be judged under all of some protocols.
+        """Check that the folder exists, and that maps of one size fit all of some protocols.
 
         Raises:
-            ConfigError: it is not, or they cannot.
+            ConfigError: the folder does not exist, or the maps do not fit.
         """
         if not self.folder.is_dir():
             raise ConfigError(
@@ -46,7 +46,7 @@ class ScoreMaps:
                 )
 
     def path(self, name: str) -> Path:
-        """The file of an image.
+        """Return the file of an image.
 
         Raises:
             DataError: the id leads out of the folder.
@@ -68,17 +68,17 @@ class ScoreMaps:
 
         Args:
             name: the image's id.
-            sizes: heights and widths it may have.
+            sizes: the heights and widths that it may have.
 
         Raises:
-            DataError: the file is missing or damaged, or not such a map.
+            DataError: the file is missing or damaged, or holds something else.
         """
         path = self.path(name)
         try:
             score_map = np.load(path, allow_pickle=False)
         except FileNotFoundError as error:
             raise DataError(f"score map '{path}' is missing: expected one .npy file for each image id") from error
-        except Exception as error:  # numpy raises anything, from ValueError to BadZipFile, on a damaged file
+        except Exception as error:  # numpy raises anything, from ValueError to BadZipFile, on a damaged file.
             raise DataError(f"score map '{path}' cannot be read as a .npy array ({error})") from error
         known = isinstance(score_map, np.ndarray) and score_map.dtype.kind == "f" and score_map.dtype.itemsize <= 8
         if not known:

@@ -1,4 +1,4 @@
-"""From score maps to boxes: normalisation, box extraction, and the papers' rules as data."""
+"""Turn score maps into boxes: normalisation, box extraction, and the papers' rules as data."""
 
 from wsolkit.localization.boxes import boxes_at_thresholds
 

@@ -1,10 +1,11 @@
-"""Boxes around what a score map holds above each threshold, by the rules of the papers' evaluations.
+"""Draw boxes around the parts of a score map above each threshold, by the rules of the papers' evaluations.
 
-A map is first cut into levels, so that "above threshold number i" is "level > c" for some whole number c. MaxBoxAcc
-(Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020) truncates it to 8 bits and
-compares with int(τ · its maximum): only 256 binary maps exist, however many thresholds there are. Other rules compare
-the map itself with τ; the levels then count the thresholds that a pixel passes. `components` finds what lies above all
-of them in one pass. The results are those of OpenCV 5.0.0, threshold by threshold, bit for bit.
+A map is first cut into levels, so that "above threshold number i" becomes "level > c" for a whole number c. MaxBoxAcc
+(Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020) truncates the map to 8 bits
+and compares it with int(τ · its maximum). So there are only 256 different binary maps, however many thresholds there
+are. Other rules compare the map itself with τ. The level of a pixel is then the number of thresholds that it passes.
+`components` finds the components above all levels in one pass. The results equal those of OpenCV 5.0.0 at each
+threshold, bit for bit.
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ _LAST_PIXEL = 2**31 - 1
 
 
 class BoxRule(NamedTuple):
-    """How what is above a threshold becomes boxes.
+    """How the pixels above a threshold become boxes.
 
-    component: around the outline with the largest `cv2.contourArea` (of equals, the one that OpenCV lists first);
-    around each outline, those of holes included; around the 8-connected component with the most pixels (of equals,
-    the first in raster order); or one box around all pixels.
-    far_corner: "inclusive": the last pixel in the box; "half_open": one past it; "clipped": one past it, but at most
-    W − 1 and H − 1.
-    empty: the box where nothing is above: [0, 0, 0, 0], [0, 0, 1, 1], or the whole image.
+    component: a box around the outline with the largest `cv2.contourArea` (if several are equal, the one that OpenCV
+    lists first); around each outline, including those of holes; around the 8-connected component with the most pixels
+    (if several are equal, the first in raster order); or one box around all pixels. far_corner: "inclusive" is the last
+    pixel in the box, "half_open" one past it, "clipped" one past it but at most W − 1 and H − 1. empty: the box if
+    nothing is above the threshold: [0, 0, 0, 0], [0, 0, 1, 1], or the whole image.
     """
 
     component: Component
@@ -60,7 +60,7 @@ class BoxRule(NamedTuple):
     empty: Empty
 
     def empty_box(self, height: int, width: int) -> npt.NDArray[np.int64]:
-        """The box [4] of a map of this size with nothing above the threshold."""
+        """Return the box [4] of a map of this size that has nothing above the threshold."""
         if self.empty != "image":
             return np.array([0, 0, 0, 0] if self.empty == "zero" else [0, 0, 1, 1], np.int64)
         past = int(self.far_corner == "half_open")
@@ -73,9 +73,9 @@ MAXBOXACC_V2 = BoxRule("all_outlines", "clipped", "zero")
 
 @dataclass(frozen=True)
 class Levels:
-    """A map in whole numbers: above threshold number i is where level > cuts[i].
+    """A map in whole numbers. A pixel is above threshold number i if level > cuts[i].
 
-    level [H, W] uint8 or uint16, at most `num_levels`; cuts [T], below `num_levels`.
+    level [H, W]: uint8 or uint16, at most `num_levels`; cuts [T]: below `num_levels`.
     """
 
     level: npt.NDArray[np.unsignedinteger]
@@ -84,32 +84,32 @@ class Levels:
 
     @functools.cached_property
     def padded(self) -> npt.NDArray[np.uint16]:
-        """The levels [H + 2, W + 2], of one type and layout, since functions are compiled for each."""
+        """Return the levels [H + 2, W + 2] in one type and layout, because functions are compiled for each."""
         padded: npt.NDArray[np.uint16] = pad(np.ascontiguousarray(self.level, np.uint16))
         return padded
 
     @functools.cached_property
     def filled(self) -> npt.NDArray[np.uint16]:
-        """The same with holes filled, see `fill_holes`; several rules need it."""
+        """Return the same with holes filled, see `fill_holes`. Several rules need it."""
         filled: npt.NDArray[np.uint16] = fill_holes(self.padded)
         return filled
 
 
 def threshold_grid(num_thresholds: int) -> npt.NDArray[np.float64]:
-    """Thresholds τ: 0, 1/n, …, (n − 1)/n."""
+    """Return the thresholds τ: 0, 1/n, …, (n − 1)/n."""
     return np.arange(0, 1, 1 / num_thresholds)[:num_thresholds]
 
 
 def grey_cuts(peak: int, thresholds: FloatArray) -> npt.NDArray[np.int64]:
-    """int(τ · peak), truncated, of a map in 8 bits with this maximum; nothing is above the highest level."""
+    """Return int(τ · peak), truncated, for a map in 8 bits with this maximum. Nothing is above the highest level."""
     return np.minimum(np.asarray(thresholds, dtype=np.float64) * peak, GREY_LEVELS - 1).astype(np.int64)
 
 
 def grey_levels(score_map: FloatArray, thresholds: FloatArray) -> Levels:
-    """Levels by the rule of MaxBoxAcc: a map [H, W] in [0, 1], truncated to 8 bits, above int(τ · its maximum).
+    """Cut a map [H, W] in [0, 1] into levels by the rule of MaxBoxAcc: truncated to 8 bits, above int(τ · its maximum).
 
     Raises:
-        ValueError: the map is not two-dimensional, is empty, or has values outside [0, 1] or NaN; or a threshold is
+        ValueError: the map is not two-dimensional, is empty, or has values outside [0, 1] or NaN, or a threshold is
             below 0 or NaN.
     """
     score_map = np.asarray(score_map)
@@ -117,7 +117,7 @@ def grey_levels(score_map: FloatArray, thresholds: FloatArray) -> Levels:
         raise ValueError(f"thresholds from {np.min(thresholds)}: expected [0, 1], relative to the map's maximum")
     if score_map.ndim != 2 or 0 in score_map.shape or max(score_map.shape) > _MAX_SIDE:
         raise ValueError(f"score map of shape {score_map.shape}: expected [H, W], up to {_MAX_SIDE} pixels a side")
-    if not (score_map.min() >= 0 and score_map.max() <= 1):  # written so that NaN fails too
+    if not (score_map.min() >= 0 and score_map.max() <= 1):  # It is written so that NaN fails too.
         raise ValueError(
             f"score map with values from {score_map.min()} to {score_map.max()}: expected [0, 1], min-max it first"
         )
@@ -134,16 +134,17 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: L
 
 
 def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: Select) -> Boxes | list[Boxes]:
-    """Boxes at each of T thresholds, by the rules of MaxBoxAcc ("largest") or MaxBoxAccV2 ("all").
+    """Draw boxes at each of T thresholds, by the rules of MaxBoxAcc ("largest") or MaxBoxAccV2 ("all").
 
     Args:
         score_map: [H, W] in [0, 1].
         thresholds: τ [T] in [0, 1], relative to the map's maximum.
+        select: "largest" or "all".
 
     Returns:
-        boxes as x0, y0, x1, y1 in pixels, x1 and y1 one past the last pixel but at most W − 1 and H − 1, as the
-        reference has it; [0, 0, 0, 0] where nothing is above the threshold. [T, 4] for "largest"; a list of T arrays
-        [n, 4] for "all", in OpenCV's order, outlines of holes included.
+        boxes as x0, y0, x1, y1 in pixels. As in the reference, x1 and y1 are one past the last pixel but at most W − 1
+        and H − 1, and the box is [0, 0, 0, 0] if nothing is above the threshold. "largest" gives [T, 4]. "all" gives a
+        list of T arrays [n, 4] in OpenCV's order, including outlines of holes.
 
     Raises:
         ValueError: see `grey_levels`.
@@ -172,11 +173,14 @@ def boxes_at_thresholds(score_map: FloatArray, thresholds: FloatArray, select: S
 
 
 def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, npt.NDArray[np.float64]]:
-    """At each threshold the box, or with all outlines the one that overlaps some true box most, and its best IoU.
+    """Return the box at each threshold, and its best IoU with a true box.
+
+    If the rule draws all outlines, the one with the highest IoU counts.
 
     Args:
-        levels: of a map [H, W].
-        truth: ground-truth boxes [n, 4], n ≥ 1, in pixels of the map.
+        levels: the levels of a map [H, W].
+        rule: how to draw boxes.
+        truth: true boxes [n, 4], n ≥ 1, in pixels of the map.
 
     Returns:
         boxes [T, 4] and the highest IoU with any true box [T], see `iou`.
@@ -193,20 +197,20 @@ def matched_boxes(levels: Levels, rule: BoxRule, truth: Boxes) -> tuple[Boxes, n
 
 
 class Regions(NamedTuple):
-    """What lies above a threshold: boxes [n, 4] in pixels of the map; labels [H, W], 0 outside, i + 1 for box i."""
+    """The parts of a map above a threshold: boxes [n, 4] in its pixels; labels [H, W], 0 outside, i + 1 for box i."""
 
     boxes: Boxes
     labels: npt.NDArray[np.int32]
 
 
 def regions(levels: Levels, rule: BoxRule, select: Select) -> Regions:
-    """Boxes, and the pixels that they are drawn around, at the first threshold.
+    """Return the boxes at the first threshold, and the pixels that they are drawn around.
 
     Args:
-        levels: of a map [H, W].
-        rule: how boxes are drawn; where nothing lies above the threshold there is none, whatever it says of that.
-        select: "largest": the one box of the rule; if it draws several, that around the outline of largest area. "all":
-            one around each 8-connected component, that with the most pixels first.
+        levels: the levels of a map [H, W].
+        rule: how to draw boxes. If nothing is above the threshold there is no box, whatever the rule says.
+        select: "largest" takes the one box of the rule, or if it draws several, the one around the outline with the
+            largest area. "all" takes a box around each 8-connected component, ordered by the number of pixels.
     """
     cut = levels.cuts[0]
     above = (levels.level > cut).astype(np.uint8)
@@ -222,7 +226,7 @@ def regions(levels: Levels, rule: BoxRule, select: Select) -> Regions:
     if select == "largest":
         if rule.component == "all_outlines":
             tight = tight._replace(component="largest_outline")
-        # No two components have the same box: one that touches all its sides leaves no way across for another.
+        # No two components have the same box, because one that touches all four sides leaves no way across for another.
         order = np.flatnonzero((around == _one_box(levels, tight)[cut]).all(axis=1))
     else:
         order = 1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")
@@ -232,23 +236,23 @@ def regions(levels: Levels, rule: BoxRule, select: Select) -> Regions:
 
 
 def _one_box(levels: Levels, rule: BoxRule) -> Boxes:
-    """The box of a rule that draws one, at each threshold 0 <= c < num_levels."""
+    """Return the box of a rule that draws one, at each threshold 0 <= c < num_levels."""
     count = levels.num_levels
     if rule.component == "all_pixels":
         around = around_all_pixels(levels.padded, count)
         chosen = np.where(around[:, 2] >= 0, np.arange(count), -1)
         return _chosen(_far_corners(around, rule, levels), chosen, rule, levels)
     outline = rule.component == "largest_outline"
-    # The area in an outline is that of the component with its holes filled.
+    # The area in an outline is the area of the component with its holes filled.
     nodes = components(levels.filled if outline else levels.padded, count, AREA_GAIN if outline else PIXEL_GAIN)[0]
-    # Of equals, OpenCV lists the outline that it finds last first; of components, the first is meant.
+    # If outlines are equal, OpenCV lists the one first that it finds last. If components are equal, the first counts.
     order = nodes[:, FIRST] if outline else _LAST_PIXEL - nodes[:, FIRST]
     chosen = highest(nodes, nodes[:, RANK].astype(np.int64) << 32 | order, count)
     return _chosen(_far_corners(nodes[:, :4], rule, levels), chosen, rule, levels)
 
 
 def _far_corners(boxes: npt.NDArray[np.int32], rule: BoxRule, levels: Levels) -> Boxes:
-    """Boxes [n, 4] that end with their last pixel, by the convention of a rule."""
+    """Move the far corners of boxes [n, 4] that end with their last pixel to the convention of a rule."""
     height, width = levels.level.shape
     drawn = boxes.astype(np.int64)
     if rule.far_corner != "inclusive":
@@ -259,14 +263,14 @@ def _far_corners(boxes: npt.NDArray[np.int32], rule: BoxRule, levels: Levels) ->
 
 
 def _chosen(boxes: Boxes, rows: npt.NDArray[np.int64], rule: BoxRule, levels: Levels) -> Boxes:
-    """Rows of boxes [n, 4], and the empty box where there is none (-1)."""
+    """Pick rows of boxes [n, 4], with the empty box for -1."""
     empty = rule.empty_box(*levels.level.shape)
     return np.where(rows[:, None] >= 0, boxes[rows], empty) if len(boxes) else np.tile(empty, (len(rows), 1))
 
 
 @compiled
 def iou(box: Any, other: Any) -> float:
-    """IoU of two boxes [4] of whole numbers. Both corners are inside a box: its width is x1 − x0 + 1."""
+    """Compute the IoU of two boxes [4] of whole numbers. Both corners are inside, so the width is x1 − x0 + 1."""
     width = min(box[2], other[2]) - max(box[0], other[0]) + 1
     height = min(box[3], other[3]) - max(box[1], other[1]) + 1
     if width <= 0 or height <= 0:
@@ -278,7 +282,7 @@ def iou(box: Any, other: Any) -> float:
 
 @compiled
 def best_iou(boxes: Any, truth: Any) -> Any:
-    """Highest IoU of each box [m, 4] with any of [n, 4]: [m]."""
+    """Compute the highest IoU [m] of each box [m, 4] with any of [n, 4]."""
     best = np.zeros(len(boxes))
     for b in range(len(boxes)):
         for t in range(len(truth)):

@@ -1,17 +1,17 @@
-"""What lies above every threshold at once: connected components, and the holes in them, of all level sets of a map.
+"""Find the connected components above every threshold of a map at once, and the holes in them.
 
 The pixels above a threshold c are {levels > c}. As c falls, their 8-connected components appear, grow and join, and
-never part; so one pass over the pixels from the highest level down, with a union-find, meets every component of every
-threshold (the max-tree; Najman and Couprie, "Building the component tree in quasi-linear time", 2006). A *node* is a
-component that stays the same over a range of thresholds. Holes are 4-connected components of {levels <= c} that are
-shut off from the border; upside down they are components too.
+never part. One pass over the pixels from the highest level down, with a union-find, therefore meets every component of
+every threshold (the max-tree; Najman and Couprie, "Building the component tree in quasi-linear time", 2006). A *node*
+is a component that stays the same over a range of thresholds. Holes are 4-connected components of {levels <= c} that do
+not touch the border. In the inverted map, they are components too.
 
-Compiled by numba, without Python's lock, so that threads run it beside the network's forward pass. Maps are padded by
-one pixel of level 0 all around (`pad`), and p stands for a pixel's index in the padded map, y · (W + 2) + x.
+numba compiles this code to run without Python's lock, so threads run it beside the network's forward pass. Maps are
+padded by one pixel of level 0 all around (`pad`). p is a pixel's index in the padded map, y · (W + 2) + x.
 
-A table of nodes has a row for each node: x0, y0, x1, y1 (first and last pixel inside, unpadded), low and high (it is
-there at the thresholds low <= c < high), rank (the sum of its pixels' gains), first (its first pixel in raster order),
-branch. A *branch* begins with a pixel that no neighbour precedes and goes on until it joins a larger one.
+A table of nodes has a row for each node: x0, y0, x1, y1 (first and last pixel inside, unpadded), low and high (the node
+exists at the thresholds low <= c < high), rank (the sum of its pixels' gains), first (its first pixel in raster order),
+and branch. A *branch* begins with a pixel without earlier neighbours, and goes on until it joins a larger branch.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ import numpy.typing as npt
 
 from wsolkit.system.compiled import compiled
 
-LOW, HIGH, RANK, FIRST, BRANCH = range(4, 9)  # columns of a table of nodes, after its box
+LOW, HIGH, RANK, FIRST, BRANCH = range(4, 9)  # These are the columns of a table of nodes, after its box.
 
 
 def _joins(diagonals: bool) -> npt.NDArray[np.int32]:
-    """What a pixel does to the components around it, for each set of neighbours that are there before it.
+    """Tabulate what a pixel does to the components around it, for each set of neighbours that came before it.
 
-    The set is a byte (bit 0: north, then clockwise); the answer [256] is packed:
-    bits 0 to 2: how many neighbours to join: those that touch one another around the pixel are in one component
-    already, so one of them stands for all; bits 3 to 14: their positions around the pixel, three bits each;
-    bit 15: whether the pixel may be beyond that component's box, or before its first pixel.
+    The set is a byte (bit 0: north, then clockwise). The answer [256] is packed. Bits 0 to 2: the number of neighbours
+    to join. Neighbours that touch one another around the pixel are in one component already, so one of them stands for
+    all. Bits 3 to 14: their positions around the pixel, three bits each. Bit 15: whether the pixel may be beyond that
+    component's box, or before its first pixel.
     """
     packed = np.zeros(256, np.int32)
     for present in range(256):
         inside = [k for k in range(8) if present >> k & 1 and (diagonals or k % 2 == 0)]
         groups: list[set[int]] = []
         for k in inside:
-            # Next to each other around the pixel; the straight neighbours also across a corner.
+            # These are next to each other around the pixel. The straight neighbours also touch across a corner.
             near = {(k + d) % 8 for d in ((1, -1) if diagonals else ())}
             if k % 2 == 0:
                 corners = ((k + 1) % 8, (k + 2) % 8), ((k - 1) % 8, (k - 2) % 8)
                 near |= {end for corner, end in corners if diagonals or present >> corner & 1}
             joined = [group for group in groups if group & near]
             groups = [group for group in groups if not group & near] + [{k}.union(*joined)]
-        # It cannot if some neighbour is not west of it, some not east, not south, not north, and some comes before it.
+        # It cannot if some neighbour is not west of it, some not east, not south, not north, and one comes before it.
         within = [{0, 1, 2, 3, 4}, {0, 4, 5, 6, 7}, {0, 1, 2, 6, 7}, {2, 3, 4, 5, 6}, {0, 1, 6, 7}]
         outermost = not all(side & set(inside) for side in within)
         packed[present] = len(groups) | outermost << 15
@@ -56,14 +56,14 @@ def _joins(diagonals: bool) -> npt.NDArray[np.int32]:
 
 
 def _area_gain() -> npt.NDArray[np.int8]:
-    """By how much a pixel adds to twice the area that its component's outline encloses, for each set of neighbours.
+    """Tabulate by how much a pixel raises twice the area inside its component's outline, for each set of neighbours.
 
-    The outline runs through the centres of pixels. A 2×2 cell adds half a unit when its third pixel joins and half
-    when its fourth does. So count the cells around the pixel of which two or three pixels are there before it.
+    The outline runs through the centres of pixels. A 2×2 cell adds half a unit when its third pixel joins, and half a
+    unit when its fourth does. So this counts the cells around the pixel that had two or three pixels before.
     """
     gain = np.zeros(256, np.int8)
     for present in range(256):
-        for k in (1, 3, 5, 7):  # each corner with the two straight neighbours beside it makes a cell
+        for k in (1, 3, 5, 7):  # Each corner makes a cell with the two straight neighbours beside it.
             cell = (k - 1, k, (k + 1) % 8)
             gain[present] += sum(present >> j & 1 for j in cell) >= 2
     return gain
@@ -71,14 +71,14 @@ def _area_gain() -> npt.NDArray[np.int8]:
 
 _JOINS_8, _JOINS_4 = _joins(diagonals=True), _joins(diagonals=False)
 AREA_GAIN = _area_gain()
-"""Makes the rank of a component without holes twice `cv2.contourArea` of its outline."""
+"""This gain makes the rank of a component without holes twice the `cv2.contourArea` of its outline."""
 PIXEL_GAIN = np.ones(256, np.int8)
-"""Makes the rank of a component its number of pixels."""
+"""This gain makes the rank of a component its number of pixels."""
 
 
 @compiled
 def pad(levels: Any) -> Any:
-    """Levels [H, W] → uint16 [H + 2, W + 2] with zeros around."""
+    """Pad levels [H, W] with zeros to uint16 [H + 2, W + 2]."""
     height, width = levels.shape
     padded = np.zeros((height + 2, width + 2), np.uint16)
     for y in range(height):
@@ -91,8 +91,8 @@ def pad(levels: Any) -> Any:
 def fill_holes(padded: Any) -> Any:
     """Raise every hole to the level at which it opens to the border: min over 4-connected paths of their maximum.
 
-    A pixel is in a hole at the thresholds from its own level to its filled one, exclusive. (Morphological
-    reconstruction by erosion, by sweeps until nothing changes.)
+    A pixel is in a hole at the thresholds from its own level to its filled one, exclusive. This is morphological
+    reconstruction by erosion, in sweeps until nothing changes.
     """
     height, width = padded.shape
     level = padded.ravel()
@@ -102,9 +102,9 @@ def fill_holes(padded: Any) -> Any:
         for p in range(y * width + 1, (y + 1) * width - 1):
             lower = max(min(lower, fill[p - width]), level[p])
             fill[p] = lower
-    # From below and from the right; where a pixel could still lower a neighbour that has had its turn, remember it.
+    # This sweep comes from below and from the right. It remembers pixels that could still lower an earlier neighbour.
     waiting = np.zeros(level.size, np.bool_)
-    queue = np.empty(level.size, np.int32)  # a ring; each pixel is in it once at most
+    queue = np.empty(level.size, np.int32)  # The queue is a ring, and each pixel is in it once at most.
     pending = 0
     for y in range(height - 2, 0, -1):
         lower = np.uint16(0)
@@ -140,7 +140,7 @@ def fill_holes(padded: Any) -> Any:
 
 @compiled
 def _higher_neighbours(padded: Any) -> Any:
-    """The neighbours that join before each pixel, as a byte: the higher ones, and of equals those before it."""
+    """Return the neighbours that join before each pixel, as a byte: higher ones, and earlier ones of the same level."""
     height, width = padded.shape
     present = np.zeros((height, width), np.uint8)
     for y in range(1, height - 1):
@@ -161,7 +161,7 @@ def _higher_neighbours(padded: Any) -> Any:
 
 @compiled
 def _sort(levels: Any, base: Any, num_levels: int) -> Any:
-    """Pixels with levels > base, highest first, in raster order among equals; and where each level ends."""
+    """Sort pixels with levels > base, highest first, then in raster order. Also return where each level ends."""
     end = np.zeros(num_levels + 2, np.int64)
     for p in range(levels.size):
         if levels[p] > base[p]:
@@ -179,13 +179,13 @@ def _sort(levels: Any, base: Any, num_levels: int) -> Any:
 
 @compiled
 def _tree(levels: Any, base: Any, num_levels: int, joins: Any, gain: Any) -> Any:
-    """Every component of {levels > c}, base <= c < num_levels.
+    """Find every component of {levels > c}, base <= c < num_levels.
 
-    levels, base: [H + 2, W + 2] with a frame of zeros; base is the same all over a component, and ends it.
+    levels, base: [H + 2, W + 2] with a frame of zeros. base is the same all over a component, and ends it.
 
     Returns:
-        nodes [n, 9]; label [pixels]: the branch that each pixel joined; joined, joined_at [branches]: into which
-        branch it went, or -1, and the level there: at thresholds below it they are one.
+        nodes [n, 9]; label [pixels]: the branch that each pixel joined; joined, joined_at [branches]: the branch that
+        each branch joined, or -1, and the level of the join. At lower thresholds, the two are one component.
     """
     width = levels.shape[1]
     around = np.array([-width, 1 - width, 1, 1 + width, width, width - 1, -1, -1 - width], np.int64)
@@ -194,10 +194,10 @@ def _tree(levels: Any, base: Any, num_levels: int, joins: Any, gain: Any) -> Any
     order, end = _sort(levels.ravel(), base, num_levels)
     size = len(order)
     label = np.empty(levels.size, np.int32)
-    # A component that no longer changes is written down as a node; each pixel makes one change at most.
+    # A component that no longer changes becomes a node. Each pixel makes one change at most.
     nodes = np.empty((2 * size, 9), np.int32)
     num_nodes = 0
-    # Per branch: box (0 to 3), the level it changed at (4), rank (5), first pixel (6).
+    # Each branch has its box (0 to 3), the level of its last change (4), its rank (5) and its first pixel (6).
     state = np.empty((size, 8), np.int32)
     root = np.empty(size, np.int32)
     joined = np.empty(size, np.int32)
@@ -280,20 +280,21 @@ def _write(nodes: Any, number: int, state: Any, low: int, branch: int) -> None:
 
 @compiled
 def components(padded: Any, num_levels: int, gain: Any) -> Any:
-    """The 8-connected components of {padded > c} for 0 <= c < num_levels; see `_tree` for what is returned.
+    """Find the 8-connected components of {padded > c} for 0 <= c < num_levels. It returns the same as `_tree`.
 
-    gain: what their rank counts: `PIXEL_GAIN`, or, of a map without holes, `AREA_GAIN`.
+    gain: what the rank counts: `PIXEL_GAIN`, or, for a map without holes, `AREA_GAIN`.
     """
     return _tree(padded, np.zeros(padded.shape, np.uint16), num_levels, _JOINS_8, gain)
 
 
 @compiled
 def holes(padded: Any, filled: Any, num_levels: int) -> Any:
-    """The holes in the components of {padded > c}, with the boxes of their outlines, which run around the hole.
+    """Find the holes in the components of {padded > c}, with the boxes of their outlines, which run around the hole.
 
-    filled: of `fill_holes`. See `_tree` for what is returned; here two branches are one from joined_at on upwards.
+    filled: the result of `fill_holes`. It returns the same as `_tree`, but here two branches are one from joined_at
+    upwards.
     """
-    depth = np.zeros(padded.shape, np.uint16)  # upside down, a hole is a component
+    depth = np.zeros(padded.shape, np.uint16)  # In the inverted map, a hole is a component.
     base = np.zeros(padded.shape, np.uint16)
     for y in range(1, padded.shape[0] - 1):
         for x in range(1, padded.shape[1] - 1):
@@ -311,10 +312,10 @@ def holes(padded: Any, filled: Any, num_levels: int) -> Any:
 
 @compiled
 def highest(nodes: Any, values: Any, num_levels: int) -> Any:
-    """At each threshold, the node with the highest of `values` [n], the first of equals.
+    """Find the node with the highest of `values` [n] at each threshold, or the first of them if several are equal.
 
     Returns:
-        row of the table for 0 <= c < num_levels, -1 where there is none.
+        the row in the table for 0 <= c < num_levels, or -1 if there is none.
     """
     best = np.full(num_levels, -1, np.int64)
     for n in range(len(nodes)):
@@ -326,7 +327,7 @@ def highest(nodes: Any, values: Any, num_levels: int) -> Any:
 
 @compiled
 def around_all_pixels(padded: Any, num_levels: int) -> Any:
-    """A box [num_levels, 4] around {padded > c} for each c, first and last pixel; x1 is -1 where it is empty."""
+    """Return a box [num_levels, 4] around {padded > c} for each c, first and last pixel. x1 is -1 if it is empty."""
     height, width = padded.shape
     boxes = np.empty((num_levels, 4), np.int32)
     boxes[:] = np.array([width, height, -1, -1], np.int32)
@@ -346,18 +347,19 @@ def around_all_pixels(padded: Any, num_levels: int) -> Any:
 
 @compiled
 def opencv_order(outer: Any, inner: Any, filled: Any, num_levels: int) -> Any:
-    """The outlines at each threshold in the order of cv2.findContours with RETR_TREE.
+    """Return the outlines at each threshold in the order of cv2.findContours with RETR_TREE.
 
-    It scans for outlines in raster order; among those with one parent the last found comes first, and each is
-    followed by what it contains. An outer outline is found at its first pixel, that of a hole at the pixel left
-    of the hole's first; what is around an outline is at the pixel left of the former, and at the latter.
+    OpenCV scans for outlines in raster order. Among those with the same parent, the last one found comes first, and its
+    children follow it. An outer outline is found at its first pixel, and the outline of a hole at the pixel left of the
+    hole's first. The pixel left of an outer outline's first one belongs to its parent. A hole's outline is found at a
+    pixel of its parent.
 
     Args:
-        outer, inner: what `components` and `holes` return.
-        filled: of `fill_holes`.
+        outer, inner: the results of `components` and `holes`.
+        filled: the result of `fill_holes`.
 
     Returns:
-        rows, those of `inner` numbered after those of `outer`, threshold by threshold; and where each one's start.
+        rows by threshold, with the rows of `inner` numbered after those of `outer`, and the start of each threshold.
     """
     nodes, label, joined, joined_at = outer
     hole_nodes, hole_label, hole_joined, hole_joined_at = inner
@@ -378,11 +380,11 @@ def opencv_order(outer: Any, inner: Any, filled: Any, num_levels: int) -> Any:
             place[c] += 1
 
     fill = filled.ravel()
-    where = np.empty(len(joined), np.int64)  # of each branch that is there, its place at this threshold
+    where = np.empty(len(joined), np.int64)  # The place at this threshold of each branch that exists there.
     where_hole = np.empty(len(hole_joined), np.int64)
     largest = max(np.diff(start))
     here = np.empty(largest, np.int64)
-    child, sibling, parent = np.empty((3, largest + 1), np.int64)  # one entry more, for the image
+    child, sibling, parent = np.empty((3, largest + 1), np.int64)  # There is one more entry, for the image.
     for c in range(num_levels):
         size = start[c + 1] - start[c]
         here[:size] = rows[start[c] : start[c + 1]]

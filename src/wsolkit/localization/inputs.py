@@ -1,4 +1,4 @@
-"""What a network sees of an evaluation batch, by the rules of a protocol."""
+"""Cut a network's input from an evaluation batch, by the rules of a protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def network_input(batch: EvaluationBatch, way: Input) -> tuple[Tensor, Tensor | None]:
-    """What the network sees of a batch [B, 3, S, S], and the masks of that part [B, S, S]."""
+    """Return the network's input [B, 3, S, S] for a batch, and the masks of that part [B, S, S]."""
     if way == "resize":
         return batch["image"], batch["mask"]
     uncropped, mask = _uncropped(batch), batch["uncropped_mask"]
@@ -25,7 +25,7 @@ def network_input(batch: EvaluationBatch, way: Input) -> tuple[Tensor, Tensor | 
 
 
 def ten_crop_probabilities(batch: EvaluationBatch, classify: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of the softmax over four corners, the centre, and their mirror images: [B, C].
+    """Return the mean of the softmax over four corners, the centre, and their mirror images, [B, C].
 
     It is NaN for an image with logits that are not finite.
     """
@@ -39,6 +39,6 @@ def _uncropped(batch: EvaluationBatch) -> Tensor:
     uncropped = batch["uncropped"]
     if uncropped is None:
         raise ValueError(
-            "a protocol crops its input, but the batch has no 'uncropped' images: WSOLDataModule makes them"
+            "a protocol crops its input, but the batch has no 'uncropped' images, which WSOLDataModule makes"
         )
     return uncropped

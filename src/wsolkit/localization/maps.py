@@ -1,4 +1,4 @@
-"""From score maps at the network's resolution to localization maps in [0, 1] at the evaluation's."""
+"""Turn score maps at the network's resolution into localization maps in [0, 1] at the resolution of the evaluation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
-_ROUNDING = 8  # units in the last place by which the values of a constant map may differ
+_ROUNDING = 8  # Values of a constant map may differ by this many units in the last place.
 
 
 def min_max(maps: Tensor, epsilon: float = 0) -> Tensor:
-    """Scale each map [..., H, W] to [0, 1] over space; a map that is constant up to rounding becomes 0.
+    """Scale each map [..., H, W] to [0, 1] over space. A map that is constant up to rounding becomes 0.
 
     Args:
-        epsilon: added to the range that is divided by, as some released code does.
+        maps: the maps.
+        epsilon: a number that is added to the range before the division, as in some released code.
     """
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     # Enlarging a constant map leaves differences of a few units in the last place.
@@ -32,7 +33,7 @@ def min_max(maps: Tensor, epsilon: float = 0) -> Tensor:
 
 
 def upsample(maps: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """Resize maps [B, h, w] to size (H, W), corners not aligned (as OpenCV does): [B, H, W]."""
+    """Resize maps [B, h, w] to [B, H, W], without aligned corners, as OpenCV does."""
     if maps.shape[-2:] == size:
         return maps
     aligned = None if interpolation == "nearest" else False
@@ -40,20 +41,20 @@ def upsample(maps: Tensor, size: tuple[int, int], interpolation: Interpolation) 
 
 
 def central_crop(images: Tensor, size: int) -> Tensor:
-    """Cut the central square out of images [..., H, W]: [..., size, size]."""
+    """Cut the central square [..., size, size] out of images [..., H, W]."""
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return images[..., top : top + size, left : left + size]
 
 
 def ten_crops(images: Tensor, size: int) -> Sequence[Tensor]:
-    """Four corners and the centre of images [B, 3, H, W], and their mirror images: ten of [B, 3, size, size]."""
+    """Cut four corners, the centre and their mirror images out of images [B, 3, H, W]: ten of [B, 3, size, size]."""
     ends = slice(size), slice(-size, None)
     crops = [images[..., rows, columns] for rows in ends for columns in ends] + [central_crop(images, size)]
     return crops + [crop.flip(-1) for crop in crops]
 
 
 def enlarge(score_map: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Resize a map [h, w] to size (H, W): bilinear, and by area where it shrinks."""
+    """Resize a map [h, w] to size (H, W), bilinearly, or by area where it shrinks."""
     given = np.ascontiguousarray(score_map, np.float32)
     if given.shape == size:
         return given

@@ -1,4 +1,4 @@
-"""The rules of an evaluation, as data: a protocol is a YAML file in `conf/protocol`, named beside its numbers."""
+"""Define the rules of an evaluation as data. A protocol is a YAML file in `conf/protocol` that names its metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Comparison = Literal["at_least", "above"]
 WhoseMap = Literal["label", "predicted"]
 
 UNKNOWN_THRESHOLD = 0.3
-"""The τ for maps to look at where none has been chosen, for want of boxes: papers' values lie around it."""
+"""The τ for viewing maps if none was selected because there were no boxes. The papers' values are close to it."""
 
 _GRID_TOLERANCE = 1e-9
 _MAX_THRESHOLDS = 10_000
@@ -40,31 +40,36 @@ _MAX_THRESHOLDS = 10_000
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an image, its ground truth and its score map are brought together, and what counts as right.
+    """How the evaluation compares an image's score map with its ground truth, and what counts as right.
 
     Args:
-        input: the network sees the image resized to `resolution`, or resized to `resize` and its centre cut out.
-        resolution, resize: sides in pixels of the network's input, and of the image it is cut out of.
-        frame: maps and ground truth meet at the network's "input", or at the "original" size of the image.
-        far_corner_shift: added to x1 and y1 of the ground truth at its original size, as it is published: if this is
-            not 0, boxes are not cut off at the edges of the image before.
+        input: whether the network sees the image resized to `resolution`, or the centre of the image resized to
+            `resize`.
+        resolution, resize: the side lengths in pixels of the network's input, and of the image that it is cut out of.
+        frame: whether maps and ground truth are compared at the network's "input" size, or at the "original" image
+            size.
+        far_corner_shift: a number that is added to x1 and y1 of the published ground truth at its original size. If it
+            is not 0, boxes are not clipped at the edges of the image before.
         clip_truth: whether ground truth beyond the last pixel is moved on to it.
         interpolation, min_max, epsilon: how maps are enlarged, whether they are scaled to [0, 1] before or after, and
-            what is added to the range then.
-        threshold_rule: "relative_8_bit": the map truncated to 8 bits is above int(τ · its maximum); "above": the map
-            is > τ; "from": it is >= τ.
+            what is added to the range before the division.
+        threshold_rule: "relative_8_bit" truncates the map to 8 bits and needs it above int(τ · its maximum). "above"
+            needs the map > τ, and "from" needs it >= τ.
         component, far_corner, empty: see `BoxRule`.
-        num_thresholds: size n of the grid of thresholds τ = 0, 1/n, …, (n − 1)/n.
-        threshold: the τ of a paper or of one's own; None: the best one is chosen, by GT-known Loc.
-        threshold_range: first and last τ among which is chosen.
-        threshold_per: one τ for the "protocol", or the best for each "metric".
-        selection: where τ is chosen: "val": the held-out split, if there is one; "test": the reported split itself.
-        iou_thresholds: δ; 0.5 must be among them.
-        gt_known_comparison, top_k_comparison: an IoU of just δ is right ("at_least") or not ("above"), for GT-known and
-            MaxBoxAcc, and for Top-1 and Top-5 Loc.
-        gt_known_map: whose map the source calls GT-known, the label's or the predicted class's; τ is chosen by it.
-        top5_map: Top-5 Loc takes the box from the label's map, or from the predicted class's for all five classes.
-        classification: logits of the "single" input, or the mean of the softmax over "ten_crop".
+        num_thresholds: the size n of the grid of thresholds τ = 0, 1/n, …, (n − 1)/n.
+        threshold: the τ of a paper, or your own. None chooses the best one, by GT-known Loc.
+        threshold_range: the first and the last τ of the choice.
+        threshold_per: whether there is one τ for the "protocol", or the best for each "metric".
+        selection: the split on which τ is chosen: "val" for the held-out split, if there is one, or "test" for the
+            reported split itself.
+        iou_thresholds: δ, which must include 0.5.
+        gt_known_comparison, top_k_comparison: whether an IoU of exactly δ is right ("at_least") or not ("above"), for
+            GT-known and MaxBoxAcc, and for Top-1 and Top-5 Loc.
+        gt_known_map: whether the source's GT-known uses the map of the label or of the predicted class. τ is chosen by
+            it.
+        top5_map: whether Top-5 Loc takes the box from the map of the label, or of the predicted class for all five
+            classes.
+        classification: whether to use the logits of the "single" input, or the mean of the softmax over "ten_crop".
     """
 
     input: Input
@@ -122,42 +127,43 @@ class Protocol:
 
     @property
     def thresholds(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """The grid of τ [T]."""
+        """Return the grid of τ [T]."""
         return threshold_grid(self.num_thresholds)
 
     @property
     def admissible(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which of the grid may be chosen: bool [T]."""
+        """Return which thresholds of the grid may be chosen, bool [T]."""
         if len(self.threshold_range) != 2:
             return np.zeros(self.num_thresholds, bool)
         low, high = self.threshold_range
         return (self.thresholds >= low - _GRID_TOLERANCE) & (self.thresholds <= high + _GRID_TOLERANCE)
 
     def index_of(self, threshold: float) -> int | None:
-        """The place of τ in the grid; None if it is not on it."""
+        """Return the place of τ in the grid, or None if it is not on the grid."""
         nearest = int(np.abs(self.thresholds - threshold).argmin())
         return nearest if abs(self.thresholds[nearest] - threshold) < _GRID_TOLERANCE else None
 
     @property
     def box_rule(self) -> BoxRule:
-        """How what is above a threshold becomes boxes."""
+        """Return the rule that draws boxes."""
         return BoxRule(self.component, self.far_corner, self.empty)
 
     @property
     def map_rule(self) -> tuple[object, ...]:
-        """Protocols that agree in this have the same `localization_maps`."""
+        """Return a key that is equal for protocols with the same `localization_maps`."""
         return self.input, self.resolution, self.resize, self.interpolation, self.min_max, self.epsilon
 
     @property
     def level_rule(self) -> tuple[object, ...]:
-        """Protocols that agree in this have the same `levels`."""
+        """Return a key that is equal for protocols with the same `levels`."""
         return *self.map_rule, self.frame, self.threshold_rule, self.num_thresholds
 
     def localization_maps(self, maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Raw score maps [B, h, w] → localization maps in [0, 1], float32.
+        """Turn raw score maps [B, h, w] into localization maps in [0, 1], float32.
 
         Args:
-            size: height and width of the result; None: the resolution of the network's input.
+            maps: the raw score maps.
+            size: the height and width of the result. None takes the resolution of the network's input.
         """
         maps = maps.float()
         side = size or (self.resolution, self.resolution)
@@ -166,26 +172,27 @@ class Protocol:
         return min_max(upsample(maps, side, self.interpolation), self.epsilon)
 
     def levels(self, maps: Tensor, thresholds: npt.NDArray[np.float64] | None = None) -> list[Levels]:
-        """Cut localization maps [B, H, W] in [0, 1] into levels, on the device they are on, one entry a map.
+        """Cut localization maps [B, H, W] in [0, 1] into levels on their device, one entry for each map.
 
         Args:
-            thresholds: rising τ [T] in [0, 1); None: the grid.
+            maps: the localization maps.
+            thresholds: rising τ [T] in [0, 1). None takes the grid.
         """
         if thresholds is None:
             thresholds = self.thresholds
         if self.threshold_rule == "relative_8_bit":
             grey = (maps * 255).to(torch.uint8).cpu().numpy()
             return [Levels(g, grey_cuts(int(g.max()), thresholds), GREY_LEVELS) for g in grey]
-        if maps.device.type == "mps":  # no float64 there, and thresholds need it
+        if maps.device.type == "mps":  # The device has no float64, which thresholds need.
             maps = maps.cpu()
         grid = torch.from_numpy(thresholds).to(maps.device)
-        # The number of thresholds that each pixel passes.
+        # This is the number of thresholds that each pixel passes.
         passed = torch.bucketize(maps.double(), grid, right=self.threshold_rule == "from", out_int32=True)
         cuts = np.arange(len(thresholds))
         return [Levels(level, cuts, len(thresholds)) for level in passed.cpu().numpy().astype(np.uint16)]
 
     def truth(self, boxes: Boxes, width: int, height: int) -> Boxes:
-        """Ground-truth boxes [n, 4] in pixels of the original image → in pixels of the map, truncated."""
+        """Convert true boxes [n, 4] from pixels of the original image to pixels of the map, truncated."""
         boxes = np.asarray(boxes, np.int64) + np.array([0, 0, self.far_corner_shift, self.far_corner_shift])
         sides = np.array([width, height, width, height])
         last = np.array([width, height] * 2) - 1
@@ -197,10 +204,10 @@ class Protocol:
         return np.clip(boxes, 0, last) if self.clip_truth else boxes
 
     def on_image(self, score_map: FloatArray, found: Regions, width: int, height: int) -> tuple[FloatArray, Regions]:
-        """Carry a localization map [H, W], and what was found in it, over to the pixels of the original image.
+        """Convert a localization map [H, W] and its regions to pixels of the original image.
 
-        Of an image that the network saw the centre of, the map is 0 around it. Boxes keep both corners inside, and
-        are cut off at the edges of the image.
+        If the network saw the centre of the image only, the map is 0 around it. Boxes keep both corners inside, and are
+        clipped at the edges of the image.
         """
         if self.frame == "original":
             canvas, shift = np.array([width, height]), 0
@@ -219,6 +226,6 @@ class Protocol:
         labels = enlarge_labels(found.labels, (height, width))
         for number, (x0, y0, x1, y1) in enumerate(boxes.tolist(), start=1):
             inside = labels[y0 : y1 + 1, x0 : x1 + 1]
-            if (scale < 1).any() and not (inside == number).any():  # smaller than a pixel
+            if (scale < 1).any() and not (inside == number).any():  # The region is smaller than a pixel.
                 inside[...] = number
         return enlarge(score_map, (height, width)), Regions(boxes, labels)

@@ -1,7 +1,7 @@
-"""What every method shares: a subclass says how its network is trained and how it localizes.
+"""Define what all methods share. A subclass defines how its network is trained and how it localizes.
 
-A method knows neither optimizer nor metrics. `wsolkit.build_module` attaches them, so that Lightning's Trainer can
-train and evaluate the module.
+A method knows neither its optimizer nor its metrics. `wsolkit.build_module` attaches them, so that Lightning's Trainer
+can train and evaluate the module.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Network(nn.Module):
     """A method's network, which runs without Lightning.
 
     Attributes:
-        passes: names of the functions in which it computes. `torch.compile` compiles them, and a profile counts them as
-            the forward pass.
+        passes: the names of its forward functions. `torch.compile` compiles them, and a profile counts them as the
+            forward pass.
     """
 
     passes: ClassVar[tuple[str, ...]] = ("forward",)
@@ -35,7 +35,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint says of its model: settings, class names by label, mean and std of the network's input."""
+    """Describes a model in its checkpoint: settings, class names by label, and mean and std of the network's input."""
 
     config: PlainConfig = field(default_factory=dict)
     class_names: Sequence[str] = ()
@@ -44,16 +44,16 @@ class Description:
 
 
 class WSOLModule(LightningModule, ABC):
-    """A localization method: subclasses say `losses()` and `localize()`.
+    """A localization method. Subclasses define `losses()` and `localize()`.
 
     Args:
-        network: image [B, 3, H, W] → logits [B, C] among others.
-        no_weight_decay: names of parameters exempt from weight decay besides the one-dimensional ones.
+        network: maps an image [B, 3, H, W] to logits [B, C], among others.
+        no_weight_decay: names of parameters that are exempt from weight decay, besides the one-dimensional ones.
 
     Attributes:
-        description: what checkpoints say of the model.
-        optimization: makes the optimizer and its schedule; None until it is attached.
-        callbacks: what Lightning runs beside the module, such as the evaluation.
+        description: describes the model in checkpoints.
+        optimization: makes the optimizer and its schedule, None until it is attached.
+        callbacks: the callbacks that Lightning runs with the module, for example the evaluation.
     """
 
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
@@ -66,48 +66,50 @@ class WSOLModule(LightningModule, ABC):
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Terms of the loss by name, scalars; "loss" is their total, which is minimised.
+        """Return the terms of the loss as scalars by name. "loss" is their total, which training minimises.
 
-        A name that does not begin with "loss" is of a quantity to watch.
+        Names that do not begin with "loss" are quantities to watch.
         """
 
     @abstractmethod
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """Logits [B, C] and raw score maps [B, K, h, w] at the network's resolution, without gradients.
+        """Compute logits [B, C] and raw score maps [B, K, h, w] at the network's resolution, without gradients.
 
         Args:
-            image: normalised, [B, 3, H, W].
-            classes: whose maps: [B, K]; a function of the logits that returns them; None: each image's top class;
-                "all": K = C, or 1 where all classes have the same map.
+            image: a normalised image [B, 3, H, W].
+            classes: the classes of the maps: indices [B, K]; a function of the logits that returns them; None for the
+                top class of each image; "all" for K = C, or K = 1 if all classes have the same map.
         """
 
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Maps from within the method to look at, by name: a series [B, n, h, w] each; none unless a method has some.
+        """Return maps from inside the method by name, a series [B, n, h, w] each. Most methods have none.
 
         Args:
-            image: normalised, [B, 3, H, W].
-            classes: whose maps, where they differ by class: [B].
+            image: a normalised image [B, 3, H, W].
+            classes: the classes [B] of the maps, if these differ by class.
         """
         return {}
 
     def norms(self, image: Tensor) -> Tensor | None:
-        """Lengths of the feature vectors that are classified, scaled to [0, 1] over space: [B, h, w]; None: not shown.
+        """Return the norms of the feature vectors that are classified, scaled to [0, 1] over space, [B, h, w].
+
+        The result is None if the method does not show them.
 
         Args:
-            image: normalised, [B, 3, H, W].
+            image: a normalised image [B, 3, H, W].
         """
         return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of parameters for the optimizer: see `wsolkit.methods.parameters`."""
+        """Return the parameter groups for the optimizer, see `wsolkit.methods.parameters`."""
         return weight_decay_groups(self, self.no_weight_decay)
 
     def attached(self, kind: type[_Kind]) -> _Kind:
-        """The callback of a class that was attached to the module."""
+        """Return the attached callback of a class."""
         return next(callback for callback in self.callbacks if isinstance(callback, kind))
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
@@ -116,26 +118,26 @@ class WSOLModule(LightningModule, ABC):
         return {"loss": losses["loss"], "terms": {name: value.detach() for name, value in losses.items()}}
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Compute nothing: the evaluation is a callback, since each protocol feeds the network in its own way."""
+        """Do nothing. The evaluation is a callback, because each protocol feeds the network in its own way."""
 
     test_step = validation_step
 
     def configure_callbacks(self) -> list[Callback]:
-        """Give Lightning what was attached."""
+        """Give Lightning the attached callbacks."""
         return self.callbacks
 
     def configure_optimizers(self) -> Any:
         """Give Lightning the optimizer and its schedule.
 
         Raises:
-            ConfigError: none was attached.
+            ConfigError: no optimizer was attached.
         """
         if self.optimization is None:
             raise ConfigError("the module has no optimizer: build it with wsolkit.build_module, or set `optimization`")
         return self.optimization(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the description of the model, as plain containers, to what callbacks say in `checkpoint["wsolkit"]`."""
+        """Add the description of the model to a checkpoint, as plain containers, in `checkpoint["wsolkit"]`."""
         said = self.description
         checkpoint["wsolkit"] = checkpoint.get("wsolkit", {}) | {
             "version": wsolkit.__version__,

@@ -1,26 +1,26 @@
 """Bridging the gap between classification and localization (Kim et al., CVPR 2022).
 
-A CAM factorises: w_c · F_u = ‖w_c‖ ‖F_u‖ cos(F_u, w_c). The network is classified by large products, so that large
-norms and wrong directions go together as well as the other way round. Training aligns the two, with n = ‖F_u‖ scaled
-to [0, 1] over space and s_c = cos(F_u, w_c):
+A CAM factorises: w_c · F_u = ‖w_c‖ ‖F_u‖ cos(F_u, w_c). Classification only needs large products. A large norm may
+therefore come with a wrong direction, and a small norm with a right one. Training aligns the two. With n = ‖F_u‖ scaled
+to [0, 1] over space and s_c = cos(F_u, w_c), the losses are
 
     L_sim  = mean over images of [ mean s_y where n < τ_bg  −  mean s_y where n > τ_fg ]          (feature direction)
     L_norm = mean over images of [ mean n where s < 0       −  mean n where s > 0 ]               (feature norm)
 
-s in L_norm is that of the true class on ILSVRC, and the largest of all classes on CUB, in released code. Regions are
-hard masks, without gradient; an empty one adds 0.
+In the released code, s in L_norm belongs to the true class on ILSVRC, and is the largest of all classes on CUB. Regions
+are hard masks without a gradient. An empty region adds 0.
 
-Attentive dropout makes the network see more than the most telling part: at an intermediate stage, positions whose
-channel mean exceeds γ times its spatial maximum are set to 0, each with a probability; the last feature map shall stay
-the same:
+Attentive dropout makes the network see more than the most discriminative part. At an intermediate stage, it looks at
+the positions whose channel mean exceeds γ times its spatial maximum, and sets each of them to 0 with a probability. The
+last feature map should stay the same:
 
     L_drop = mean |F − F_erased|, with gradient through both
 
-Both branches share the later stages. Cross-entropy is of the clean branch.
+Both branches share the later stages. The cross-entropy uses the clean branch.
 
     L = CE + λ_drop L_drop, and after the warm-up epochs also + λ_sim L_sim + λ_norm L_norm
 
-The paper averages w · F over channels in its CAM, a scale without effect.
+In its CAM, the paper averages w · F over the channels. This scale has no effect.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def alignment_losses(
     background_threshold: float,
     similarity: Similarity = "target",
 ) -> tuple[Tensor, Tensor]:
-    """Losses that align the direction and the norm of features: L_sim and L_norm, scalars.
+    """Compute the losses L_sim and L_norm, which align the direction and the norm of features. Both are scalars.
 
     Args:
-        feature: [B, D, H, W].
-        weight: of the classifier, [C, D].
-        label: [B].
-        foreground_threshold, background_threshold: τ_fg and τ_bg, of the norm scaled to [0, 1].
-        similarity: the similarity in the norm loss is that of the "target" class, or the "max" over all classes.
+        feature: the feature map [B, D, H, W].
+        weight: the classifier's weight [C, D].
+        label: the true classes [B].
+        foreground_threshold, background_threshold: τ_fg and τ_bg, for the norm scaled to [0, 1].
+        similarity: the norm loss uses the similarity to the "target" class, or the "max" over all classes.
 
     >>> import torch
     >>> from wsolkit.methods.bridging_gap import alignment_losses
@@ -80,7 +80,7 @@ def alignment_losses(
 
 
 def _mean_where(values: Tensor, region: Tensor) -> Tensor:
-    """Mean over a region [B, H, W] of each map; 0 where the region is empty: [B]."""
+    """Compute the mean [B] of each map over a region [B, H, W], or 0 where the region is empty."""
     return (values * region).sum(dim=(1, 2)) / region.sum(dim=(1, 2)).clamp(min=1)
 
 
@@ -88,7 +88,8 @@ def attentive_dropout(feature: Tensor, threshold: float, probability: float) -> 
     """Set the most active positions of feature maps [B, D, H, W] to 0, each with a probability.
 
     Args:
-        threshold: γ; positions are those whose channel mean exceeds γ times its maximum over the image.
+        feature: the feature maps.
+        threshold: γ. A position counts if its channel mean exceeds γ times the maximum over the image.
         probability: from 0 to 1.
     """
     activity = feature.mean(dim=1, keepdim=True)  # [B, D, H, W] → [B, 1, H, W]
@@ -101,15 +102,15 @@ class BridgingGap(CAMModule):
     """Bridging the gap, in training and evaluation.
 
     Args:
-        warmup_epochs: epochs before the alignment losses.
+        warmup_epochs: the number of epochs before the alignment losses start.
         similarity_weight, norm_weight, drop_weight: λ_sim, λ_norm and λ_drop.
         foreground_threshold, background_threshold, similarity: see `alignment_losses`.
-        drop_after: stage of the backbone after which attentive dropout acts.
+        drop_after: the stage of the backbone after which attentive dropout acts.
         drop_threshold, drop_probability: γ and p_drop, see `attentive_dropout`.
         head: see `HeadSettings`.
 
     Raises:
-        ConfigError: the backbone has no such stage, or a probability is none.
+        ConfigError: the backbone does not have the stage, or the probability is not in [0, 1].
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class BridgingGap(CAMModule):
         self.erase = functools.partial(attentive_dropout, threshold=drop_threshold, probability=drop_probability)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy, L_drop and, after the warm-up, L_sim and L_norm, each unweighted but for the total."""
+        """Return cross-entropy, L_drop and, after the warm-up, L_sim and L_norm. Only the total is weighted."""
         network, label = self.network, batch["label"]
         feature, erased = network.features_twice(batch["image"], self.drop_after, self.erase)
         losses = {

@@ -1,12 +1,14 @@
-"""CAM: class activation map (Zhou et al., CVPR 2016), and the network that every method on a CNN shares.
+"""CAM: class activation map (Zhou et al., CVPR 2016), and the network that all methods on a CNN share.
 
-The last feature map F [B, D, H, W] is averaged over space and classified by weights w and biases b [C]:
+The network averages the last feature map F [B, D, H, W] over space, and classifies the mean with weights w and biases
+b [C]:
 
     logits_c = w_c · mean_u F_u + b_c,        score map of class c: CAM_c(u) = w_c · F_u
 
-The second form, ACoL's (Zhang et al., CVPR 2018), swaps the two: a 1×1 convolution gives class maps w_c · F_u + b_c,
-whose spatial mean is the logits. Since the mean is linear, logits are the same, and the maps differ by b_c, which
-min-max removes. What works on the class maps in training (SPA) needs the second.
+The second form comes from ACoL (Zhang et al., CVPR 2018) and swaps the two steps. A 1×1 convolution gives class maps
+w_c · F_u + b_c, and their spatial mean gives the logits. Since the mean is linear, the logits are the same. The maps
+differ by b_c, which min-max normalisation removes. A method that works on the class maps in training (SPA) needs the
+second form.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ Form = Literal["average_first", "maps_first"]
 
 
 class FineTuning(TypedDict):
-    """How the layers learn: see `wsolkit.methods.parameters.fine_tuning_groups`.
+    """How the layers learn, see `wsolkit.methods.parameters.fine_tuning_groups`.
 
-    new_from: "head": new layers are those after the backbone; a stage of the backbone: it and all that follows.
+    new_from: the first new layer. "head" stands for the layers after the backbone, and a stage of the backbone for this
+    stage and all that follows.
     """
 
     new_from: str
@@ -44,18 +47,18 @@ class FineTuning(TypedDict):
 
 
 class PostProcess(Protocol):
-    """Refines score maps with the help of feature maps, after training."""
+    """Refines score maps after training, with the help of feature maps."""
 
     @property
     def stages(self) -> Sequence[str]:
-        """Those of the backbone whose feature maps it needs."""
+        """Return the stages of the backbone whose feature maps it needs."""
 
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → score maps [B, K, h, w]."""
+        """Refine score maps [B, K, h, w] with a feature map [B, D, h', w'] of each stage. The shape stays."""
 
 
 class HeadSettings(TypedDict):
-    """What all methods on a CAM network have in common: see `CAMNetwork`, and `FineTuning`."""
+    """The settings that all methods on a CAM network share, see `CAMNetwork` and `FineTuning`."""
 
     head_channels: Sequence[int]
     head_init: Literal["default", "xavier"]
@@ -65,25 +68,26 @@ class HeadSettings(TypedDict):
 
 
 def feature_norm(feature: Tensor) -> Tensor:
-    """The length of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
+    """Compute the norm of each position's vector, scaled to [0, 1] over space: [B, D, H, W] → [B, H, W], float32."""
     return min_max(feature.float().norm(dim=1))
 
 
 class CAMNetwork(Network):
-    """Backbone, convolutions that are added to it, and a linear classifier.
+    """A backbone with additional convolutions and a linear classifier.
 
     Args:
         backbone: a convolutional network.
         num_classes: C.
-        head_channels: widths of 3×3 convolutions, each with a ReLU, between backbone and classifier.
-        form: the features are averaged first and then classified, or class maps are made first and then averaged.
-        head_init: of all layers after the backbone. "default": PyTorch's own; "xavier": uniform, biases 0.
-        keep_classifier: start from the classifier of the backbone's weights: its rows of these class indices.
-            None: a new one.
+        head_channels: the widths of 3×3 convolutions between backbone and classifier, each with a ReLU.
+        form: whether the network averages the features before it classifies them, or averages class maps.
+        head_init: the initialisation of all layers after the backbone. "default" is PyTorch's own, "xavier" is uniform
+            with biases 0.
+        keep_classifier: the class indices whose rows of the pretrained classifier the new one starts from, or None for
+            a new classifier.
         postprocess: refines the maps, or None.
 
     Raises:
-        ConfigError: there is no classifier to keep, or it does not fit; or the backbone lacks a stage that
+        ConfigError: there is no classifier to keep, or it does not fit, or the backbone lacks a stage that
             `postprocess` needs.
     """
 
@@ -101,7 +105,7 @@ class CAMNetwork(Network):
     ) -> None:
         super().__init__()
         for stage in () if postprocess is None else postprocess.stages:
-            backbone.places(stage)  # named now, or an error
+            backbone.places(stage)  # A missing stage raises an error here.
         self.postprocess = postprocess
         widths = [backbone.channels, *head_channels]
         layers: list[nn.Module] = []
@@ -124,7 +128,7 @@ class CAMNetwork(Network):
         if known is None or known.weight.shape[1] != own.in_channels:
             raise ConfigError(
                 "method.keep_classifier needs backbone weights with a linear classifier on the last map, and no "
-                "convolutions in between (method.head_channels=[]); set method.keep_classifier=null"
+                "convolutions in between (method.head_channels=[]). Set method.keep_classifier=null"
             )
         if len(rows) != own.out_channels or not all(0 <= row < len(known.weight) for row in rows):
             raise ConfigError(
@@ -137,28 +141,31 @@ class CAMNetwork(Network):
             own.bias.copy_(known.bias[list(rows)])
 
     def features(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] → the map F [B, D, h, w] that is classified."""
+        """Compute the map F [B, D, h, w] that is classified, from an image [B, 3, H, W]."""
         return self.head(self.backbone(image))  # type: ignore[no-any-return]
 
     def features_and_stages(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Image [B, 3, H, W] → F [B, D, h, w], and a feature map [B, D, h', w'] of each stage of the post-process."""
+        """Compute F [B, D, h, w], and a feature map [B, D, h', w'] of each stage that the post-process needs."""
         last, stages = self.backbone.maps(image, () if self.postprocess is None else self.postprocess.stages)
         return self.head(last), stages
 
     def features_twice(self, image: Tensor, stage: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Image [B, 3, H, W] → F [B, D, h, w] as it is, and with the maps after a stage of the backbone changed."""
+        """Compute F [B, D, h, w] twice: as it is, and with the maps after a stage of the backbone changed."""
         before, after = self.backbone.split(stage)
         early = before(image)
         return self.head(after(early)), self.head(after(change(early)))
 
     def logits(self, feature: Tensor) -> Tensor:
-        """F [B, D, h, w] → logits [B, C]."""
+        """Compute logits [B, C] from F [B, D, h, w]."""
         if self.form == "average_first":
             return self.classifier(feature.mean(dim=(2, 3), keepdim=True)).flatten(1).float()  # type: ignore[no-any-return]
         return self.class_maps(feature).mean(dim=(2, 3))
 
     def class_maps(self, feature: Tensor, classes: Tensor | None = None) -> Tensor:
-        """F [B, D, h, w] → score maps [B, C, h, w], or [B, K, h, w] of classes [B, K]; with bias if maps_first."""
+        """Compute score maps [B, C, h, w], or [B, K, h, w] of classes [B, K], from F [B, D, h, w].
+
+        They include the bias if the form is "maps_first".
+        """
         weight, bias = self.classifier.weight, self.classifier.bias if self.form == "maps_first" else None
         if classes is None:
             return F.conv2d(feature, weight, bias).float()
@@ -166,12 +173,12 @@ class CAMNetwork(Network):
         return maps if bias is None else maps + bias[classes][:, :, None, None]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] → logits [B, C]."""
+        """Compute logits [B, C] from an image [B, 3, H, W]."""
         return self.logits(self.features(image))
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
+        """Localize as `WSOLModule.localize` says, with one map per class."""
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
         maps = self.class_maps(feature, choose_classes(classes, logits))
@@ -181,12 +188,12 @@ class CAMNetwork(Network):
 
     @torch.no_grad()
     def norms(self, image: Tensor) -> Tensor:
-        """See `WSOLModule.norms`."""
+        """Return the norms of the features, see `WSOLModule.norms`."""
         return self.backbone.aligned(feature_norm(self.features(image))[:, None])[:, 0]
 
     @torch.no_grad()
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """What a class's map is made of: norm and similarity, the map, and the refined one if there is a post-process.
+        """Return the parts of a class's map: norm, similarity, the map, and the refined map after a post-process.
 
         Args:
             image: [B, 3, H, W].
@@ -206,10 +213,10 @@ class CAMNetwork(Network):
         return maps if self.postprocess is None else maps | {"refined": self.localize(image, chosen).maps}
 
     def parameter_groups(self, settings: FineTuning) -> list[dict[str, Any]]:
-        """Groups of parameters for the optimizer.
+        """Return the parameter groups for the optimizer.
 
         Raises:
-            ConfigError: the backbone has no stage of the name in `new_from`.
+            ConfigError: the backbone does not have the stage in `new_from`.
         """
         start, stages = settings["new_from"], len(self.backbone.names)
         first = stages if start == "head" else self.backbone.places(start)[0]
@@ -224,7 +231,7 @@ class CAMNetwork(Network):
 
 
 class CAMModule(WSOLModule):
-    """What methods on a CAM network share: they differ in their losses.
+    """The base of all methods on a CAM network, which differ in their losses.
 
     Args:
         backbone, num_classes, form: see `CAMNetwork`.
@@ -248,23 +255,23 @@ class CAMModule(WSOLModule):
         self.fine_tuning = head["fine_tuning"]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `CAMNetwork.parameter_groups`."""
+        """Return the parameter groups, see `CAMNetwork.parameter_groups`."""
         return self.network.parameter_groups(self.fine_tuning)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
         return self.network(image)  # type: ignore[no-any-return]
 
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
+        """Localize as `WSOLModule.localize` says, with one map per class."""
         return self.network.localize(image, classes)
 
     def norms(self, image: Tensor) -> Tensor:
-        """See `WSOLModule.norms`."""
+        """Return the norms of the features, see `WSOLModule.norms`."""
         return self.network.norms(image)
 
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """See `CAMNetwork.inside`."""
+        """Return the parts of a class's map, see `CAMNetwork.inside`."""
         return self.network.inside(image, classes)
 
 
@@ -280,5 +287,5 @@ class CAM(CAMModule):
         super().__init__(backbone, num_classes, form, head)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}

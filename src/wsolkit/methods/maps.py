@@ -1,4 +1,4 @@
-"""Score maps of chosen classes, and the head that makes them from tokens."""
+"""Choose the score maps of classes, and make them from tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wsolkit.types import Classes
 
 
 def choose_classes(classes: Classes, logits: Tensor) -> Tensor | None:
-    """Resolve the `classes` argument of `localize` to indices [B, K]; None: of all classes."""
+    """Turn the `classes` argument of `localize` into indices [B, K]. None stands for all classes."""
     if classes == "all":
         return None
     if classes is None:
@@ -19,17 +19,19 @@ def choose_classes(classes: Classes, logits: Tensor) -> Tensor | None:
 
 
 def select_maps(maps: Tensor, classes: Tensor | None) -> Tensor:
-    """Pick the maps of chosen classes: [B, C, h, w] and [B, K] → [B, K, h, w]; None: all of them."""
+    """Pick the maps [B, K, h, w] of classes [B, K] from maps [B, C, h, w]. None picks all of them."""
     if classes is None:
         return maps
     return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
 
 
 def semantic_head(embed_dim: int, num_classes: int, init: Literal["default", "he"]) -> nn.Conv2d:
-    """The transformer methods' classifier: patch tokens [B, D, H, W] → semantic maps [B, C, H, W].
+    """Make the transformer methods' classifier, which maps patch tokens [B, D, H, W] to semantic maps [B, C, H, W].
 
     Args:
-        init: "default": PyTorch's own for convolutions (released code); "he": He et al., as SCM's paper says.
+        embed_dim: D.
+        num_classes: C.
+        init: "default" is PyTorch's own for convolutions (released code). "he" is He et al., as SCM's paper says.
     """
     head = nn.Conv2d(embed_dim, num_classes, kernel_size=3, padding=1)
     if init == "he":

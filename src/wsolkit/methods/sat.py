@@ -1,21 +1,21 @@
 """SAT: spatial-aware token (Wu et al., ICCV 2023).
 
-A learnable spatial token is appended to the token sequence, last, with a position embedding of its own. In block l,
-with scaled scores s = q kᵀ / sqrt(d) before softmax, its row gives every token a probability of belonging to the
-object: mask^l = sigmoid(mean over heads of s[spatial token]) (Eqn. 3). In the spatial blocks attention becomes
-softmax(s) ⊙ mask^l: columns are weighed, rows are not renormalised (Eqn. 4). The localization map M is the mean of
-the mask^l over the spatial blocks, at the patches (Eqn. 6); it is class-agnostic.
+A learnable spatial token with its own position embedding is appended to the token sequence. In block l, s = q kᵀ /
+sqrt(d) are the scaled scores before softmax. The row of the spatial token gives every token a probability that it
+belongs to the object: mask^l = sigmoid(mean over heads of s[spatial token]) (Eqn. 3). In the spatial blocks, attention
+becomes softmax(s) ⊙ mask^l. This weighs columns and does not renormalise rows (Eqn. 4). The localization map M is the
+mean of mask^l over the spatial blocks, at the patches (Eqn. 6). It is class-agnostic.
 
-Weighing the columns of the attention matrix by a mask equals weighing the rows of v: softmax(s)(mask ⊙ v). So the
-fused attention kernel serves and no N×N matrix is stored.
+Weighing the columns of the attention matrix by a mask equals weighing the rows of v: softmax(s)(mask ⊙ v). The fused
+attention kernel can therefore be used, and no N×N matrix is stored.
 
 Loss = cross-entropy + batch area loss |mean over the batch of M − λ| (Eqn. 7) + normalization loss, the mean of
 M*(1 − M*), where M* is M smoothed by a 3×3 filter (Eqn. 8).
 
-Where the released code differs from the paper:
-- The paper's filter is "a Gaussian with standard deviation 6"; the released kernel is far narrower (0.805 at its
-  centre). `filter="released"` is that kernel, `filter="gaussian"` the paper's phrase with `filter_sigma`.
-- "The batch" of the area loss is the global batch; the released code takes it per device under DDP.
+The released code differs from the paper in two points:
+- The paper's filter is "a Gaussian with standard deviation 6". The released kernel is far narrower, with 0.805 at its
+  centre. `filter="released"` is that kernel, and `filter="gaussian"` follows the paper with `filter_sigma`.
+- "The batch" in the area loss is the global batch here. Under DDP, the released code takes the batch of each device.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.maps import choose_classes, semantic_head
 from wsolkit.types import Classes, Localization, TrainingBatch
 
-# Published ablations with fewer than three spatial blocks keep them where three would start (Table 9).
+# The published ablations with fewer than three spatial blocks put them where three would start (Table 9).
 _PAPER_BLOCKS = 3
 
 
 def spatial_blocks(depth: int, num_blocks: int) -> range:
-    """Which blocks (from 0) are spatial: the last `num_blocks`; for fewer than 3, the first of the last 3 (Table 9).
+    """Return the indices of the spatial blocks: the last `num_blocks`, or fewer than 3 from the last 3 (Table 9).
 
-    Of 12 blocks, counted from 1 as the paper does: block 10; 10 and 11; 10, 11 and 12; 9 to 12; …
+    Counted from 1 as in the paper, the spatial blocks of 12 are 10; 10 and 11; 10 to 12; 9 to 12; …
 
     Raises:
         ConfigError: `num_blocks` is not in 1 … depth.
@@ -52,11 +52,11 @@ def spatial_blocks(depth: int, num_blocks: int) -> range:
 
 
 def smoothing_kernel(name: Literal["released", "gaussian", "none"], sigma: float) -> Tensor:
-    """The 3×3 filter of the normalization loss, [1, 1, 3, 3], summing to 1.
+    """Return the 3×3 filter [1, 1, 3, 3] of the normalization loss, which sums to 1.
 
     Args:
-        name: "released": the fixed kernel of the released code; "gaussian": a sampled Gaussian; "none": no filter.
-        sigma: standard deviation of "gaussian", in patches.
+        name: "released" is the fixed kernel of the released code, "gaussian" a sampled Gaussian, "none" no filter.
+        sigma: the standard deviation of "gaussian", in patches.
     """
     if name == "none":
         weights = torch.tensor([0.0, 1.0, 0.0])
@@ -64,17 +64,17 @@ def smoothing_kernel(name: Literal["released", "gaussian", "none"], sigma: float
         weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * sigma**2))
         weights = weights / weights.sum()
     else:
-        # Separable: centre 0.80544, edge 0.04601, corner 0.00263 are the products of these two numbers.
+        # The filter is separable. Products of these two numbers are 0.80544 (centre), 0.04601 (edge), 0.00263 (corner).
         edge = 0.05126832
         weights = torch.tensor([edge, 1 - 2 * edge, edge])
     return torch.outer(weights, weights)[None, None]
 
 
 def global_mean(values: Tensor) -> Tensor:
-    """Mean over the batches of all processes, which must be equally large; scalar.
+    """Return the mean over the batches of all processes, which must be equally large, as a scalar.
 
-    The gradient is that of this process's share, scaled so that averaging gradients over processes, as DDP does,
-    gives the gradient of the global mean.
+    Its gradient is the gradient of this process's share, scaled up. DDP averages gradients over processes, and so gets
+    the gradient of the global mean.
     """
     mean = values.mean()
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -85,35 +85,36 @@ def global_mean(values: Tensor) -> Tensor:
 
 
 def batch_area_loss(maps: Tensor, area_prior: float) -> Tensor:
-    """|mean of the maps over the whole batch − λ| (Eqn. 7).
+    """Compute |mean of the maps over the whole batch − λ| (Eqn. 7).
 
     Args:
         maps: localization maps [B, H, W] in [0, 1].
-        area_prior: λ, the share of an image that an object is expected to cover.
+        area_prior: λ, the expected share of an image that an object covers.
     """
     return (global_mean(maps) - area_prior).abs()
 
 
 def image_area_loss(maps: Tensor, area_prior: float) -> Tensor:
-    """The ablation of Table 13: the area of each map [B, H, W] is drawn to λ by itself."""
+    """Compute the ablation of Table 13, which draws the area of each map [B, H, W] to λ by itself."""
     return (maps.mean(dim=(1, 2)) - area_prior).abs().mean()
 
 
 def normalization_loss(maps: Tensor, kernel: Tensor) -> Tensor:
-    """Mean of M*(1 − M*) over maps [B, H, W] smoothed by a kernel [1, 1, 3, 3], zero padding (Eqn. 8)."""
+    """Compute the mean of M*(1 − M*). M* are maps [B, H, W] smoothed by [1, 1, 3, 3] with zero padding (Eqn. 8)."""
     smooth = F.conv2d(maps[:, None], kernel.to(maps), padding=1)
     return (smooth * (1 - smooth)).mean()
 
 
 class SATNetwork(Network):
-    """Backbone, spatial token and head.
+    """A backbone with a spatial token and a head.
 
     Args:
         backbone: a vision transformer.
-        num_classes: number of classes.
-        num_blocks: number of spatial blocks, see `spatial_blocks`.
-        mask_position: weigh attention "after" softmax (the method) or scores "before" it (Table 10).
-        token_init: the spatial token starts "random", as a copy of the "class" token, or "shared" with it (Table 11).
+        num_classes: the number of classes.
+        num_blocks: the number of spatial blocks, see `spatial_blocks`.
+        mask_position: whether the mask weighs attention "after" softmax (the method) or scores "before" it (Table 10).
+        token_init: whether the spatial token starts "random", as a copy of the "class" token, or "shared" with it
+            (Table 11).
         head_init: see `semantic_head`.
     """
 
@@ -141,7 +142,7 @@ class SATNetwork(Network):
         self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [B, 3, H, W] → logits [B, C] and localization map [B, h, w] in [0, 1], float32."""
+        """Compute logits [B, C] and the localization map [B, h, w] in [0, 1], float32, from an image [B, 3, H, W]."""
         tokens = self.backbone.embed(image)
         spatial = (self.spatial_token + self.spatial_embed).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([tokens, spatial.to(tokens.dtype)], dim=1)  # [B, 1 + N, D] → [B, 1 + N + 1, D]
@@ -164,17 +165,17 @@ class SATNetwork(Network):
 
 
 def mask_probabilities(scores: Tensor) -> Tensor:
-    """The spatial token's scores [B, h, N + 2] → probability of each token to be on the object [B, N + 2] (Eqn. 3)."""
+    """Turn scores [B, h, N + 2] of the spatial token into probabilities [B, N + 2] to be on the object (Eqn. 3)."""
     return scores.mean(dim=1).sigmoid()
 
 
 class SAT(WSOLModule):
-    """SAT in training and evaluation; see `SATNetwork` for the arguments not named here.
+    """SAT in training and evaluation. `SATNetwork` explains the arguments that are not named here.
 
     Args:
         area_prior: λ of the area loss.
-        area_level: the area loss is over the "batch" (the method) or of each "image" (Table 13).
-        area_weight, norm_weight: factors of the two spatial losses; 0 leaves a term out (Table 2).
+        area_level: whether the area loss takes the "batch" (the method) or each "image" (Table 13).
+        area_weight, norm_weight: the factors of the two spatial losses. 0 leaves a term out (Table 2).
         filter, filter_sigma: see `smoothing_kernel`.
     """
 
@@ -209,17 +210,17 @@ class SAT(WSOLModule):
         self.register_buffer("kernel", smoothing_kernel(filter, filter_sigma), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
         logits: Tensor = self.network(image)[0]
         return logits
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy, area and normalization loss; "map_area" is the mean of the maps, to watch against λ."""
+        """Return cross-entropy, area and normalization loss. "map_area" is the mean of the maps, to watch against λ."""
         logits, maps = self.network(batch["image"])
         classification = F.cross_entropy(logits, batch["label"])
         area_loss = batch_area_loss if self.area_level == "batch" else image_area_loss
         area = area_loss(maps, self.area_prior)
-        with torch.autocast(maps.device.type, enabled=False):  # half precision would drown M*(1 − M*) in rounding
+        with torch.autocast(maps.device.type, enabled=False):  # In half precision, M*(1 − M*) would drown in rounding.
             normalization = normalization_loss(maps, self.kernel)
         total = classification + self.area_weight * area + self.norm_weight * normalization
         return {
@@ -233,7 +234,7 @@ class SAT(WSOLModule):
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; every class has the same map."""
+        """Localize as `WSOLModule.localize` says. Every class has the same map."""
         logits, maps = self.network(image)
         chosen = choose_classes(classes, logits)
         count = 1 if chosen is None else chosen.shape[1]

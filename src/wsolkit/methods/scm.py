@@ -1,11 +1,11 @@
-"""SCM: spatial calibration module (Bai et al., ECCV 2022), with its diffusion solved without matrices.
+"""SCM: spatial calibration module (Bai et al., ECCV 2022), with a diffusion that needs no N×N matrix.
 
-A network of TS-CAM's form gives semantic maps S⁰ [B, C, H, W] and, min-max normalised, the class token's attention map
-F⁰ [B, H, W]. In training a stack of L activation diffusion blocks (ADB) calibrates both, and the logits are the spatial
-mean of S^L; so the network learns maps that need no calibration. At inference the stack is dropped: logits are the mean
-of S⁰, and the score map of class c is F⁰ · S⁰_c.
+A network like TS-CAM's gives semantic maps S⁰ [B, C, H, W] and the min-max normalised attention map of the class token,
+F⁰ [B, H, W]. In training, a stack of L activation diffusion blocks (ADB) calibrates both, and the spatial mean of S^L
+gives the logits. The network thus learns maps that need no calibration. At inference the stack is dropped. The mean of
+S⁰ then gives the logits, and the score map of class c is F⁰ · S⁰_c.
 
-One ADB (Eqn. 3 to 7), on the 4-neighbour grid of N = H·W patches:
+One ADB works on the 4-neighbour grid of N = H·W patches (Eqn. 3 to 7):
 
     E_ij = cosine similarity of patches i and j over the channels of S^l
     M    = (D − A) ⊙ (λE − 1), with adjacency A, degrees D, and a learnable λ
@@ -14,21 +14,22 @@ One ADB (Eqn. 3 to 7), on the 4-neighbour grid of N = H·W patches:
     F'   = min-max(z − tanh z), z = F' / (β max F^l), which drops the background; β is learnable
     S^{l+1} = S^l + S^l ⊙ F',  F^{l+1} = F^l + F'
 
-Why no N×N matrix is needed. The iteration has a closed form: X_p = X₀ Σ_{k < 2^p} (I − M X₀)^k, as each step doubles
-the number of terms. M and X₀ are symmetric, so with C = X₀
+Why no N×N matrix is needed: each step of the iteration doubles the number of terms, which gives the closed form
+X_p = X₀ Σ_{k < 2^p} (I − M X₀)^k. M and X₀ are symmetric, so with C = X₀
 
     Xᵀ v = Σ_{k < 2^p} (I − C M)^k C v,    by Horner's rule  u ← C v + u − C M u,  2^p − 1 times.
 
-M joins only neighbours: M u is a five-point stencil, whose cost and memory are linear in N.
+M only joins neighbours, so M u is a five-point stencil, whose cost and memory are linear in N.
 
-Why the stack needs the channels only once. 1 + F' lies in [1, 2], so S^{l+1} is S^l with each patch scaled by a
-positive number, and the cosine similarity does not see it: E is the same in every block, S^L = S⁰ ⊙ Π_l (1 + F'^l).
+Why the stack needs the channels only once: 1 + F' lies in [1, 2], so S^{l+1} is S^l with each patch scaled by a
+positive number. The cosine similarity does not change with this scale. E is therefore the same in every block, and S^L
+= S⁰ ⊙ Π_l (1 + F'^l).
 
-Where the released code differs from the paper, it is the default or a recipe's value here:
-- p is 16 in the first block and 4 in the others; the paper says 4 everywhere.
-- X₀ is a constant for the gradient (`detach_initial`), which makes the gradients of λ and S about ten times smaller
-  at p = 4.
-- the supplement writes 1 − λE; M's sign goes through to F', and the released one is taken.
+The released code differs from the paper in three points. The defaults or the recipes follow the released code:
+- p is 16 in the first block and 4 in the others. The paper says 4 everywhere.
+- X₀ is a constant for the gradient (`detach_initial`). At p = 4, this makes the gradients of λ and S about ten times
+  smaller.
+- The supplement writes 1 − λE. The sign of M carries over to F', and this code uses the released sign.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ Solver = Literal["auto", "stencil", "dense"]
 
 
 class Stencil(NamedTuple):
-    """A symmetric matrix [N, N] for each of B images, in which only neighbours on a grid of width W meet.
+    """A symmetric matrix [N, N] for each of B images, with entries only between neighbours on a grid of width W.
 
-    The grid is laid out row by row as one line of N patches, and images come last, so that a neighbour is always the
-    same step away and every operation runs over contiguous memory.
+    The rows of the grid form one line of N patches. Images come last, so a neighbour is always the same step away, and
+    every operation runs over contiguous memory.
 
     Attributes:
         diagonal: [N, B].
-        right: [N − 1, B], between patches i and i + 1; 0 where i ends a row.
+        right: [N − 1, B], between patches i and i + 1, with 0 where i ends a row.
         down: [N − W, B], between patches i and i + W.
     """
 
@@ -69,15 +70,15 @@ class Stencil(NamedTuple):
 
     @property
     def width(self) -> int:
-        """W of the grid."""
+        """Return the width W of the grid."""
         return self.diagonal.shape[-2] - self.down.shape[-2]
 
     def times(self, vector: Tensor) -> Tensor:
-        """matrix · vector, [..., N, B]."""
+        """Compute matrix · vector, [..., N, B]."""
         return self._add_neighbours(self.diagonal * vector, vector, 1)
 
     def subtract_product(self, out: Tensor, vector: Tensor) -> Tensor:
-        """out −= matrix · vector, in place; both [..., N, B]."""
+        """Compute out −= matrix · vector in place, both [..., N, B]."""
         return self._add_neighbours(out.addcmul_(self.diagonal, vector, value=-1), vector, -1)
 
     def _add_neighbours(self, out: Tensor, vector: Tensor, sign: int) -> Tensor:
@@ -88,11 +89,11 @@ class Stencil(NamedTuple):
         return out
 
     def scaled(self, factor: float) -> Stencil:
-        """factor · matrix."""
+        """Return factor · matrix."""
         return Stencil(*(factor * entries for entries in self))
 
     def gradient(self, left: Tensor, right: Tensor) -> Stencil:
-        """The gradient for the matrix of Σ_k left_kᵀ · matrix · right_k; both [K, N, B]."""
+        """Return the gradient of Σ_k left_kᵀ · matrix · right_k for the matrix, both [K, N, B]."""
 
         def both_ways(step: int) -> Tensor:  # one number stands for (i, j) and for (j, i)
             return (left[:, :-step] * right[:, step:] + left[:, step:] * right[:, :-step]).sum(dim=0)
@@ -100,7 +101,7 @@ class Stencil(NamedTuple):
         return Stencil((left * right).sum(dim=0), both_ways(1), both_ways(self.width))
 
     def dense(self) -> Tensor:
-        """The matrices [B, N, N], differentiable."""
+        """Return the matrices [B, N, N], differentiable."""
         matrix = torch.diag_embed(self.diagonal.T)
         for entries, offset in ((self.right.T, 1), (self.down.T, self.width)):
             if entries.shape[-1]:
@@ -110,9 +111,9 @@ class Stencil(NamedTuple):
 
 
 class _Products(torch.autograd.Function):
-    """Scalar products over the channels of S [B, C, N]: of each patch with itself, the next, and the one W further.
+    """Scalar products over the channels of S [B, C, N]: each patch with itself, the next, and the one W further.
 
-    Plain autograd would make a copy of S for every term of the gradient; S is the largest tensor here.
+    Plain autograd would copy S, the largest tensor here, for every term of the gradient.
     """
 
     @staticmethod
@@ -137,14 +138,14 @@ class _Products(torch.autograd.Function):
 
 
 def neighbour_similarity(semantic: Tensor) -> Stencil:
-    """Cosine similarity E of each patch with itself and its neighbours.
+    """Compute the cosine similarity E of each patch with itself and its neighbours.
 
     Args:
-        semantic: S [B, C, H, W]. A patch of zeros is similar to nothing.
+        semantic: S [B, C, H, W]. A patch of zeros has similarity 0 to all others.
 
     Returns:
-        the entries of E [N, N] that the grid needs, float32, or float64 if S is: a power series needs the digits. What
-        `right` holds between the end of a row and the beginning of the next has no meaning.
+        the entries of E [N, N] that the grid needs, in float32, or in float64 if S has it, because a power series needs
+        the digits. `right` has no meaning between the end of a row and the beginning of the next.
     """
     semantic = semantic if semantic.dtype == torch.float64 else semantic.float()
     width = semantic.shape[-1]
@@ -159,7 +160,7 @@ def neighbour_similarity(semantic: Tensor) -> Stencil:
 
 
 def diffusion_matrix(similarity: Stencil, semantic_weight: Tensor | float) -> Stencil:
-    """M = (D − A) ⊙ (λE − 1).
+    """Compute M = (D − A) ⊙ (λE − 1).
 
     Args:
         similarity: E, see `neighbour_similarity`.
@@ -181,13 +182,13 @@ def diffusion_matrix(similarity: Stencil, semantic_weight: Tensor | float) -> St
 
 
 class _Series(torch.autograd.Function):
-    """Xᵀ v by Horner's rule, for v [N, B] and M given by its entries; see the head of this file.
+    """Computes Xᵀ v by Horner's rule, for v [N, B] and the entries of M. The head of this file explains it.
 
-    Backward runs the adjoint of the loop, from the last step to the first, ū being the gradient of u:
+    Backward runs the adjoint loop from the last step to the first. ū is the gradient of u:
 
         a = C ū,    M̄ −= a ⊗ u,    ū ← ū − M a;    v̄ = C w̄, where w̄ is the sum of all ū.
 
-    Where X₀ is differentiated too, C = αM has the gradient C̄ = w̄ ⊗ v − Σ ū ⊗ M u.
+    If X₀ is differentiated too, C = αM has the gradient C̄ = w̄ ⊗ v − Σ ū ⊗ M u.
     """
 
     @staticmethod
@@ -239,7 +240,10 @@ class _Series(torch.autograd.Function):
 
 
 def newton_schulz(matrix: Stencil, vector: Tensor, iterations: int, alpha: float, detach_initial: bool) -> Tensor:
-    """Xᵀ v by the matrix iteration itself: X₀ = α Mᵀ, p times X ← X (2I − M X); vector and result [N, B]."""
+    """Compute Xᵀ v by the matrix iteration itself: X₀ = α Mᵀ, then p times X ← X (2I − M X).
+
+    `vector` and the result are [N, B].
+    """
     dense = matrix.dense()
     x = alpha * (dense.detach() if detach_initial else dense)
     for _ in range(iterations):
@@ -262,7 +266,7 @@ COSTS = {"cpu": Costs(0.3, 2e-5, 1.2, 1.1e-7), "cuda": Costs(0.11, 2e-7, 0.04, 3
 
 
 def choose_solver(device: str, batch: int, patches: int, iterations: int) -> Literal["stencil", "dense"]:
-    """The quicker solver for a batch of images with N patches and p iterations on a "cpu" or "cuda" device."""
+    """Choose the faster solver for a batch of images with N patches and p iterations on a "cpu" or "cuda" device."""
     costs = COSTS.get(device, COSTS["cuda"])
     stencil = 2**iterations * (costs.step + costs.element * patches * batch)
     dense = iterations * (costs.product + costs.term * patches**3 * batch)
@@ -278,20 +282,20 @@ def diffuse(
     solver: Solver = "auto",
     detach_initial: bool = True,
 ) -> Tensor:
-    """Diffuse an attention map along similar neighbours: F' = Xᵀ F^l: a block without its filter.
+    """Diffuse an attention map along similar neighbours: F' = Xᵀ F^l. This is a block without its filter.
 
     Args:
         semantic: S^l [B, C, H, W].
         attention: F^l [B, H, W].
         semantic_weight: λ, a number or a tensor [1].
         iterations: p of the Newton–Schulz iteration.
-        alpha: of X₀ = α Mᵀ.
-        solver: "stencil": matrix-free, linear in N, doubling with each p; "dense": with N×N matrices, linear in p; both
-            are exact. "auto": the quicker one.
-        detach_initial: X₀ is a constant for the gradient (released code).
+        alpha: α in X₀ = α Mᵀ.
+        solver: "stencil" needs no matrix, is linear in N, and doubles its cost with each p. "dense" uses N×N matrices
+            and is linear in p. Both are exact. "auto" takes the faster one.
+        detach_initial: whether X₀ is a constant for the gradient (released code).
 
     Returns:
-        F' [B, H, W] in the type of `attention`; computed in float32, or in float64 if `semantic` is.
+        F' [B, H, W] in the type of `attention`. It is computed in float32, or in float64 if `semantic` has it.
 
     Raises:
         ConfigError: sizes do not fit, or there is no such solver.
@@ -332,7 +336,7 @@ def _diffuse(
     with torch.autocast(attention.device.type, enabled=False):
         matrix = diffusion_matrix(similarity, semantic_weight)
         vector = attention.to(similarity.diagonal).reshape(batch, patches).T.contiguous()  # [B, H, W] → [N, B]
-        if solver == "stencil" or iterations == 0:  # alike, but with dense λ would be no part of the loss
+        if solver == "stencil" or iterations == 0:  # They are alike, but with dense λ would be no part of the loss.
             diffused: Tensor = _Series.apply(vector, *matrix, iterations, alpha, detach_initial)
         else:
             diffused = newton_schulz(matrix, vector, iterations, alpha, detach_initial)
@@ -340,9 +344,9 @@ def _diffuse(
 
 
 def shrink(z: Tensor) -> Tensor:
-    """z − tanh z, also where z is small: there the difference drowns in rounding, and min-max would enlarge the noise.
+    """Compute z − tanh z, also for small z, where rounding drowns the difference and min-max would enlarge the noise.
 
-    From 0.01 on, where float32 keeps the difference to 0.2 %, it is taken as released code does.
+    From 0.01 on, float32 keeps the difference to 0.2 %, and this code computes it as the released code does.
     """
     small = z.clamp(-0.01, 0.01)
     square = small.square()
@@ -351,28 +355,28 @@ def shrink(z: Tensor) -> Tensor:
 
 
 def suppress_background(diffused: Tensor, attention: Tensor, threshold: Tensor | float) -> Tensor:
-    """Shrink what is small beside the map before diffusion, and scale to [0, 1].
+    """Shrink what is small compared with the map before diffusion, and scale the result to [0, 1].
 
     Args:
         diffused: F' [B, H, W].
         attention: F^l [B, H, W], the map before diffusion.
-        threshold: β: what is below β max F^l shrinks with its third power.
+        threshold: β. Values below β max F^l shrink with their third power.
 
     Returns:
-        [B, H, W] in [0, 1]; 0 where a map is constant.
+        maps [B, H, W] in [0, 1], or 0 where a map is constant.
     """
     scale = threshold * attention.amax(dim=(1, 2), keepdim=True)
     return min_max(shrink(diffused / scale.masked_fill(scale == 0, 1)))
 
 
 class ActivationDiffusionBlock(nn.Module):
-    """One ADB, residuals included.
+    """One ADB with its residuals.
 
     Args:
         iterations: p.
-        alpha: of X₀.
-        semantic_weight: where λ starts; learnable.
-        threshold: where β starts; learnable.
+        alpha: α in X₀ = α Mᵀ.
+        semantic_weight: the start of the learnable λ.
+        threshold: the start of the learnable β.
         solver, detach_initial: see `diffuse`.
 
     >>> import torch
@@ -402,12 +406,12 @@ class ActivationDiffusionBlock(nn.Module):
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
 
     def forward(self, semantic: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """S^l [B, C, H, W] and F^l [B, H, W] → S^{l+1} and F^{l+1}."""
+        """Compute S^{l+1} and F^{l+1} from S^l [B, C, H, W] and F^l [B, H, W]."""
         update = self.update(neighbour_similarity(semantic), attention)
         return semantic * (1 + update[:, None]), attention + update
 
     def update(self, similarity: Stencil, attention: Tensor) -> Tensor:
-        """F' [B, H, W] in [0, 1] of the map F^l [B, H, W], once E is known."""
+        """Compute F' [B, H, W] in [0, 1] from the map F^l [B, H, W], once E is known."""
         diffused = _diffuse(
             similarity,
             attention,
@@ -421,10 +425,10 @@ class ActivationDiffusionBlock(nn.Module):
 
 
 class SpatialCalibration(nn.Module):
-    """The stack of ADBs, for any grid H×W.
+    """A stack of ADBs, for any grid H×W.
 
     Args:
-        blocks: L of them; with none, the maps stay as they are.
+        blocks: the L blocks. Without blocks, the maps stay as they are.
     """
 
     blocks: Sequence[ActivationDiffusionBlock]
@@ -434,12 +438,12 @@ class SpatialCalibration(nn.Module):
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
 
     def forward(self, semantic: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """S⁰ [B, C, H, W] and F⁰ [B, H, W] → S^L and F^L."""
+        """Compute S^L and F^L from S⁰ [B, C, H, W] and F⁰ [B, H, W]."""
         *_, (gain, attention) = self.states(semantic, attention)
         return semantic * gain[:, None], attention
 
     def states(self, semantic: Tensor, attention: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """G^l and F^l [B, H, W] for l = 0 … L, where S^l = S⁰ ⊙ G^l; see the head of this file."""
+        """Yield G^l and F^l [B, H, W] for l = 0 … L, where S^l = S⁰ ⊙ G^l. The head of this file explains it."""
         gain = torch.ones_like(attention)
         yield gain, attention
         similarity = neighbour_similarity(semantic)
@@ -450,14 +454,14 @@ class SpatialCalibration(nn.Module):
 
 
 class SCM(WSOLModule):
-    """SCM in training and evaluation; network as in TS-CAM, see `TSCAMNetwork`.
+    """SCM in training and evaluation, with the network of TS-CAM, see `TSCAMNetwork`.
 
     Args:
-        num_blocks: L, number of ADBs; 0 trains the network without calibration.
-        iterations: p, of all blocks or of each.
+        num_blocks: the number L of ADBs. 0 trains the network without calibration.
+        iterations: p, for all blocks or for each.
         alpha, semantic_weight, threshold, solver, detach_initial: see `ActivationDiffusionBlock`.
-        semantic_level, attention_level: the evaluated map is S^i · F^j with these i and j, from 0 to L (supplement,
-            Fig. 2); 0 and 0 need no ADB.
+        semantic_level, attention_level: i and j, from 0 to L, of the evaluated map S^i · F^j (supplement, Fig. 2). 0
+            and 0 need no ADB.
     """
 
     network: TSCAMNetwork
@@ -493,12 +497,12 @@ class SCM(WSOLModule):
         self.attention_level = attention_level
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C], without calibration."""
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W], without calibration."""
         semantic: Tensor = self.network(image)
         return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy of the calibrated maps; beside it λ and β of each block, to watch."""
+        """Return the cross-entropy of the calibrated maps, and λ and β of each block, to watch."""
         semantic, attention = self.network.with_attention(batch["image"])
         semantic, _ = self.calibration(semantic, min_max(attention))
         losses = {"loss": F.cross_entropy(semantic.mean(dim=(2, 3)), batch["label"])}
@@ -509,7 +513,7 @@ class SCM(WSOLModule):
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
+        """Localize as `WSOLModule.localize` says, with one map per class."""
         semantic, attention = self.network.with_attention(image)
         attention = min_max(attention)
         logits = semantic.mean(dim=(2, 3))
@@ -521,7 +525,7 @@ class SCM(WSOLModule):
 
     @torch.no_grad()
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """S^l of a class and F^l, for l = 0 … L (Fig. 6): two of [B, 1 + L, h, w]."""
+        """Return S^l of a class and F^l for l = 0 … L (Fig. 6), two series [B, 1 + L, h, w]."""
         semantic, attention = self.network.with_attention(image)
         own = select_maps(semantic, classes[:, None])  # [B, C, h, w] → [B, 1, h, w]
         gains, attentions = zip(*self.calibration.states(semantic, min_max(attention)), strict=True)
@@ -536,7 +540,7 @@ def check_settings(
     semantic_level: int,
     attention_level: int,
 ) -> None:
-    """Check what types do not say.
+    """Check what types cannot express.
 
     Raises:
         ConfigError: a setting is out of its range or does not fit another.
@@ -552,8 +556,8 @@ def check_settings(
         raise ConfigError(f"method.iterations={list(iterations)}: expected 0 to 30 (the papers' are 4 and 16)")
     if solver == "stencil" and max(iterations, default=0) > 12:
         raise ConfigError(
-            f"method.iterations={list(iterations)}: method.solver=stencil would take 2^{max(iterations)} steps; "
-            "use auto or dense"
+            f"method.iterations={list(iterations)}: method.solver=stencil would take 2^{max(iterations)} steps. "
+            "Use auto or dense"
         )
     if not alpha > 0:
         raise ConfigError(f"method.alpha={alpha}: expected a small positive number, such as 0.002")

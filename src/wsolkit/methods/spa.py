@@ -1,22 +1,22 @@
 """SPA: structure-preserving activation (Pan et al., CVPR 2021).
 
-In training, a restricted activation loss (RAM, Eqn. 2 to 5) on the class maps F [B, C, H, W]: at each position the
-spread of softmax(F) over the classes tells background (no class stands out) from object, and the true class's map is
-to be low on the first and high on the second:
+In training, a restricted activation loss (RAM, Eqn. 2 to 5) acts on the class maps F [B, C, H, W]. At each position,
+the spread of softmax(F) over the classes tells background, where no class stands out, from object. The loss draws the
+map of the true class down on the background and up on the object:
 
     v = spread, min-max over space;  background: v < τ;  object: v > τ + σ
     L = CE + α · mean(sigmoid(F_y) · background + (1 − sigmoid(F_y)) · object)
 
-The spread is the standard deviation in the paper, the unbiased variance in the released code, which is the default.
+The spread is the standard deviation in the paper, and the unbiased variance in the released code, which is the default.
 
-At inference, self-correlation (`SelfCorrelationGenerator`, SCG) completes a CAM from what positions have in common
-(Eqn. 6 to 13): the correlation of two is the cosine of their feature vectors ("first order"), or goes over a third that
-is like both, and so on ("high order"). The map is where positions like those on the object lie, minus where positions
-like those on the background lie. It refines any CNN's CAM.
+At inference, self-correlation (`SelfCorrelationGenerator`, SCG) completes a CAM from the similarity between positions
+(Eqn. 6 to 13). The first-order correlation of two positions is the cosine of their feature vectors. A high-order
+correlation goes over other positions that are similar to both. The final map adds the positions that are similar to the
+object, and subtracts those that are similar to the background. SCG refines the CAM of any CNN.
 
-First and high order are brought together in two ways: per stage, the element-wise maximum of the correlations, the high
-order's weighted (Eqn. 10, `merge="correlations"`); or the maximum of the two maps they lead to, as released code also
-does (`merge="maps"`).
+First and high order can be merged in two ways. `merge="correlations"` takes the element-wise maximum of the
+correlations of each stage, with a weight for the high order (Eqn. 10). `merge="maps"` takes the maximum of the two
+resulting maps, as the released code also does.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from wsolkit.types import TrainingBatch
 
 Spread = Literal["variance", "std"]
 
-_EPSILON = 1e-5  # released
+_EPSILON = 1e-5  # The released code has this value.
 
 
 def restricted_activation_loss(
     logit_map: Tensor, label: Tensor, background_threshold: float, gap: float, spread: Spread = "variance"
 ) -> Tensor:
-    """Restricted activation loss (Eqn. 2 to 5), without its weight α: a scalar.
+    """Compute the restricted activation loss (Eqn. 2 to 5) without its weight α, as a scalar.
 
     Args:
         logit_map: class maps [B, C, H, W].
-        label: [B].
-        background_threshold: τ, of the spread scaled to [0, 1].
+        label: true classes [B].
+        background_threshold: τ, for the spread scaled to [0, 1].
         gap: σ, between background and object.
-        spread: "std" (paper), "variance" (released code).
+        spread: "std" (paper) or "variance" (released code).
     """
     logit_map = logit_map.float()
-    with torch.no_grad():  # where background and object are is no matter of the gradient
+    with torch.no_grad():  # The regions of background and object carry no gradient.
         probability = logit_map.softmax(dim=1)
         over_classes = probability.var(dim=1) if spread == "variance" else probability.std(dim=1)
         scaled = min_max(over_classes)  # [B, H, W]
@@ -66,20 +66,20 @@ def restricted_activation_loss(
 def self_correlation(
     feature: Tensor, order: int, first_order_threshold: float, high_order_threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """What the positions of a feature map have in common (Eqn. 6 to 9), HW × HW for each image.
+    """Compute the correlation between all positions of a feature map (Eqn. 6 to 9), HW × HW for each image.
 
-    Memory: each of the results has B·(HW)² numbers, 0.15 MB an image at 14×14 and 2.5 MB at 28×28 in float32; four such
-    arrays exist at a time.
+    Memory: each result has B·(HW)² numbers, which is 0.15 MB per image at 14×14 and 2.5 MB at 28×28 in float32. Four
+    arrays of this size exist at a time.
 
     Args:
-        feature: [B, D, H, W].
-        order: m of the high order; with 1 there is none, and the second result is 0.
-        first_order_threshold: cosines below it count as 0.
+        feature: the feature map [B, D, H, W].
+        order: m of the high order. With 1 there is none, and the second result is 0.
+        first_order_threshold: smaller cosines count as 0.
         high_order_threshold: high-order values below it, divided by HW, count as 0.
 
     Returns:
-        first and high order, [B, HW, HW]; entry (i, j) is position i's share in what is like position j: columns of the
-        first sum to 1.
+        first and high order, [B, HW, HW]. Entry (i, j) is the weight of position i among the positions that are similar
+        to j. The columns of the first order sum to 1.
 
     >>> import torch
     >>> from wsolkit.methods.spa import self_correlation
@@ -114,10 +114,10 @@ def self_correlation_map(
     """Complete CAMs by self-correlation (Eqn. 11 to 13).
 
     Args:
-        cam: [B, H, W] in [0, 1], or [B, K, H, W], several of an image.
+        cam: [B, H, W] in [0, 1], or [B, K, H, W] for K maps of an image.
         correlation: [B, HW, HW].
-        object_threshold, background_threshold: δ_h and δ_l; positions with a CAM of at least the first, and of at most
-            the second, are taken for object and for background.
+        object_threshold, background_threshold: δ_h and δ_l. A position counts as object if its CAM is at least δ_h, and
+            as background if it is at most δ_l.
 
     Returns:
         maps in [0, 1], shaped as `cam`.
@@ -136,23 +136,23 @@ def self_correlation_map(
 
 @dataclass(frozen=True)
 class SelfCorrelationGenerator:
-    """SCG (Eqn. 11 to 13) as a post-process of any CNN's CAM.
+    """SCG (Eqn. 11 to 13), as a post-process for the CAM of any CNN.
 
-    Memory: see `self_correlation`, for each stage, on the CAM's grid.
+    It needs the memory of `self_correlation` for each stage, on the CAM's grid.
 
     Args:
-        stages: of the backbone, whose correlations are brought together. Maps of another size than the CAM's are
-            brought to it by adaptive average pooling.
-        order: of the high order, 2 in the paper; 1 leaves it out.
+        stages: the stages of the backbone whose correlations are combined. Adaptive average pooling brings maps of
+            another size to the size of the CAM.
+        order: the high order, 2 in the paper. 1 leaves it out.
         correlation: "first", "high" or "both" orders.
-        merge: with "both", the maximum is that of "correlations" or of the resulting "maps".
-        high_order_weight: w of the high order, before the maximum of correlations.
+        merge: with "both", whether to take the maximum of "correlations" or of the resulting "maps".
+        high_order_weight: the weight w of the high order in the maximum of correlations.
         first_order_threshold, high_order_threshold: see `self_correlation`.
-        combine: stages by "sum" or "maximum".
+        combine: whether to combine stages by "sum" or "maximum".
         object_threshold, background_threshold: see `self_correlation_map`.
 
     Raises:
-        ConfigError: no stage, or an order below 1, or no order to take.
+        ConfigError: there is no stage, an order is below 1, or no order is left.
     """
 
     stages: Sequence[str]
@@ -171,13 +171,13 @@ class SelfCorrelationGenerator:
             raise ConfigError("postprocess.stages=[]: name one or more stages of the backbone")
         if self.order < 1 or (self.order == 1 and self.correlation == "high"):
             raise ConfigError(
-                f"postprocess.order={self.order}: expected 1, the first order only, or more; "
+                f"postprocess.order={self.order}: expected 1, the first order only, or more. "
                 "postprocess.correlation=high needs 2 or more"
             )
 
     @torch.no_grad()
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Score maps [B, K, h, w] and a feature map [B, D, h', w'] of each stage → maps in [0, 1], [B, K, h, w]."""
+        """Refine score maps [B, K, h, w] with a feature map [B, D, h', w'] of each stage. The result is in [0, 1]."""
         cam = min_max(maps.float().relu())
         orders = [
             self_correlation(
@@ -208,10 +208,10 @@ class SPA(CAMModule):
     """SPA in training and evaluation.
 
     Args:
-        start_epoch: first epoch, counted from 0, with the restricted activation loss.
+        start_epoch: the first epoch, counted from 0, with the restricted activation loss.
         activation_weight: α.
         background_threshold, gap, spread: see `restricted_activation_loss`.
-        head: see `HeadSettings`; class maps are made first and then averaged.
+        head: see `HeadSettings`. The network makes class maps first and then averages them.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class SPA(CAMModule):
         self.spread: Spread = spread
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy `loss_cls` and, from `start_epoch` on, restricted activation `loss_activation`, unweighted."""
+        """Return the cross-entropy `loss_cls` and, from `start_epoch` on, the unweighted `loss_activation`."""
         maps = self.network.class_maps(self.network.features(batch["image"]))
         losses = {"loss_cls": F.cross_entropy(maps.mean(dim=(2, 3)), batch["label"])}
         if self.current_epoch < self.start_epoch:

@@ -1,12 +1,12 @@
 """TS-CAM: token semantic coupled attention map (Gao et al., ICCV 2021).
 
-The patch tokens of the last block are classified by a 3×3 convolution into semantic maps S [B, C, H, W], whose
-spatial average gives the logits (Eqn. 5, 6). The class token's softmax attention over the patches, averaged over the
-heads and summed over all blocks, gives a class-agnostic attention map A [B, H, W] (Eqn. 3, 4). The score map of
-class c is A · S_c (Eqn. 7).
+A 3×3 convolution classifies the patch tokens of the last block into semantic maps S [B, C, H, W], whose spatial average
+gives the logits (Eqn. 5, 6). The softmax attention of the class token over the patches, averaged over the heads and
+summed over all blocks, gives a class-agnostic attention map A [B, H, W] (Eqn. 3, 4). The score map of class c is A ·
+S_c (Eqn. 7).
 
-The paper averages A over the blocks, the released code sums: the same after min-max normalisation, which every
-evaluation applies. The released sum is kept.
+The paper averages A over the blocks, and the released code sums. Both are the same after min-max normalisation, which
+every evaluation applies. This code sums.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from wsolkit.types import Classes, Localization, TrainingBatch
 
 
 def couple(semantic: Tensor, attention: Tensor) -> Tensor:
-    """Score maps from semantic maps [B, K, H, W] and the attention map [B, H, W] (Eqn. 7): [B, K, H, W]."""
+    """Multiply semantic maps [B, K, H, W] by the attention map [B, H, W] into score maps [B, K, H, W] (Eqn. 7)."""
     return semantic * attention[:, None]
 
 
 class TSCAMNetwork(Network):
-    """Backbone and head.
+    """A backbone with a head.
 
     Args:
         backbone: a vision transformer.
-        num_classes: number of classes.
+        num_classes: the number of classes.
         head_init: see `semantic_head`.
-        keep_head_bias: start from the bias of the classifier that the backbone's weights came with, if they did, as
-            released code does for ImageNet.
+        keep_head_bias: whether to start from the bias of the classifier in the backbone's weights, if they have one, as
+            the released code does for ImageNet.
     """
 
     passes = ("forward", "with_attention")
@@ -54,17 +54,17 @@ class TSCAMNetwork(Network):
             if len(bias) != num_classes:
                 raise ConfigError(
                     f"method.keep_head_bias=true needs backbone weights with a classifier of {num_classes} classes, "
-                    f"these have {len(bias)}: set method.keep_head_bias=false"
+                    f"but these have {len(bias)}. Set method.keep_head_bias=false"
                 )
             self.head.bias = nn.Parameter(bias.clone())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] → semantic maps [B, C, h, w]; their spatial mean is the logits."""
+        """Compute semantic maps [B, C, h, w] from an image [B, 3, H, W]. Their spatial mean gives the logits."""
         tokens = self.backbone.blocks(self.backbone.embed(image))
         return self._semantic(tokens, image)
 
     def with_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [B, 3, H, W] → semantic maps [B, C, h, w] and attention map [B, h, w]."""
+        """Compute semantic maps [B, C, h, w] and the attention map [B, h, w] from an image [B, 3, H, W]."""
         tokens = self.backbone.embed(image)
         attention = torch.zeros(tokens.shape[:2], device=tokens.device)
         for block in self.backbone.blocks:
@@ -78,7 +78,7 @@ class TSCAMNetwork(Network):
 
 
 class TSCAM(WSOLModule):
-    """TS-CAM in training and evaluation; see `TSCAMNetwork` for the arguments."""
+    """TS-CAM in training and evaluation. `TSCAMNetwork` explains the arguments."""
 
     network: TSCAMNetwork
 
@@ -94,17 +94,17 @@ class TSCAM(WSOLModule):
         super().__init__(network, no_weight_decay)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] → logits [B, C]."""
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
         semantic: Tensor = self.network(image)
         return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
-        """See `WSOLModule.localize`; one map per class."""
+        """Localize as `WSOLModule.localize` says, with one map per class."""
         semantic, attention = self.network.with_attention(image)
         logits = semantic.mean(dim=(2, 3))
         return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))

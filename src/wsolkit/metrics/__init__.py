@@ -1,4 +1,4 @@
-"""Metrics of weakly supervised localization: torchmetrics classes with fixed-size state over pure functions."""
+"""Metrics for weakly supervised localization: torchmetrics classes with fixed-size state, on top of pure functions."""
 
 from wsolkit.metrics.boxes import MaxBoxAccuracy
 from wsolkit.metrics.classification import TopKAccuracy

@@ -1,4 +1,4 @@
-"""Localization maps that know nothing of the image, to compare with."""
+"""Make localization maps that ignore the image, as baselines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BASELINES = ("center_box", "gaussian", "full_image")
 
 
 def baseline_map(name: str, size: int) -> npt.NDArray[np.float64]:
-    """Localization maps [size, size] that know nothing of the image.
+    """Make a localization map [size, size] that ignores the image.
 
-    "center_box": falls linearly from the centre to the border, so that its level sets are the centred squares of
-    every size; "gaussian": round, with a standard deviation of a quarter of the side; "full_image": 1 everywhere, so
-    that every threshold keeps the whole image.
+    "center_box" falls linearly from the centre to the border, so that its level sets are the centred squares of every
+    size. "gaussian" is round, with a standard deviation of a quarter of the side. "full_image" is 1 everywhere, so that
+    every threshold keeps the whole image.
     """
     if name == "full_image":
         return np.ones((size, size))

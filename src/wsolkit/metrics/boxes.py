@@ -1,4 +1,4 @@
-"""Box metrics: MaxBoxAcc (Choe et al., CVPR 2020; V2 from its journal version), and all that papers report of boxes."""
+"""Box metrics: MaxBoxAcc (Choe et al., CVPR 2020), its V2 from the journal version, and what else papers report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from wsolkit.metrics.errors import CLS, ERRORS
 from wsolkit.metrics.functional import histogram_median, max_box_accuracy
 from wsolkit.types import Boxes
 
-# Under which condition a box counts: always; with the map of the predicted class instead of the label's; if the label
-# is the first, or among the first five predictions. Those after the first need a classification.
+# The conditions under which a box counts: always, from the label's map; always, from the map of the predicted class;
+# if the label is the top prediction; if it is among the top five. All but the first need a classification.
 CONDITIONS = ("gt_known_loc", "gt_known_loc_predicted_class", "top1_loc", "top5_loc")
 
 IOU_BINS = 1000
@@ -29,14 +29,14 @@ _NO_IMAGE = torch.iinfo(torch.int64).max
 
 
 class MaxBoxAccuracy(Metric):
-    """Share of images whose box is right, at every threshold τ and IoU threshold δ, and its maximum over τ.
+    """The share of images with a right box at every threshold τ and IoU threshold δ, and its maximum over τ.
 
-    The state is a table of counts [δ, τ]: it does not grow with the data set and sums across processes.
+    The state is a table of counts [δ, τ]. It does not grow with the data set, and sums across processes.
 
     Args:
-        select: "largest": the outline of largest area makes the box (V1); "any": any outline may be right (V2).
+        select: "largest" takes the box of the outline with the largest area (V1). "any" accepts any right outline (V2).
         iou_thresholds: δ.
-        num_thresholds: size of the grid τ = 0, 1/n, …, (n − 1)/n.
+        num_thresholds: the size n of the grid τ = 0, 1/n, …, (n − 1)/n.
 
     >>> import numpy as np
     >>> from wsolkit.metrics import MaxBoxAccuracy
@@ -73,10 +73,10 @@ class MaxBoxAccuracy(Metric):
 
         Args:
             score_maps: [B, H, W] in [0, 1].
-            boxes: ground truth of each image [n, 4], n ≥ 1, in pixels of the maps, both corners inside.
+            boxes: the true boxes of each image [n, 4], n ≥ 1, in pixels of the maps, with both corners inside.
 
         Raises:
-            ValueError: numbers of maps and boxes differ, a map leaves [0, 1], or an image has no box.
+            ValueError: the numbers of maps and boxes differ, a map leaves [0, 1], or an image has no box.
         """
         maps = score_maps.detach().cpu().numpy() if isinstance(score_maps, Tensor) else np.asarray(score_maps)
         if len(maps) != len(boxes):
@@ -94,21 +94,21 @@ class MaxBoxAccuracy(Metric):
         self.total += len(maps)
 
     def counts(self) -> Tensor:
-        """Correct images [δ, τ] of what this process has seen."""
+        """Return the number of correct images [δ, τ] that this process has seen."""
         return self.correct
 
     def compute(self) -> dict[str, Tensor]:
-        """Percentages from 0 to 100, and the best thresholds in [0, 1): see `max_box_accuracy`."""
+        """Return percentages from 0 to 100, and the best thresholds in [0, 1), see `max_box_accuracy`."""
         return max_box_accuracy(self.correct, self.total, self.iou_thresholds, self.thresholds)
 
 
 class Verdicts(NamedTuple):
-    """What is known of the boxes of B images at each of T thresholds.
+    """The result for the boxes of B images at each of T thresholds.
 
-    image, label [B]: position in the split, and class; iou [B, T]: of the box from the label's map; error [B, T]: see
-    `localization_errors`; baseline_iou [baselines, B, T]. Where there is a classification: predicted_iou [B, T]: of
-    the box from the map of the predicted class; top1, top5 [B]: whether the label is the first, or among the first
-    five; predicted [B]: the first.
+    image, label [B]: the position in the split, and the class; iou [B, T]: the IoU of the box from the label's map;
+    error [B, T]: see `localization_errors`; baseline_iou [baselines, B, T]. A classification adds: predicted_iou [B,
+    T]: the IoU of the box from the map of the predicted class; top1, top5 [B]: whether the label is the first, or among
+    the first five; predicted [B]: the predicted class.
     """
 
     image: npt.NDArray[np.int64]
@@ -123,17 +123,17 @@ class Verdicts(NamedTuple):
 
 
 class BoxEvaluation(Metric):
-    """Boxes of a method, and of the baselines, under one protocol.
+    """Box metrics of a method, and of the baselines, under one protocol.
 
-    The state is tables of counts of fixed size that sum across processes.
+    The state consists of tables of counts with a fixed size, which sum across processes.
 
     Args:
-        protocol: its rules.
-        num_classes: for the table by class.
+        protocol: the rules.
+        num_classes: the number of classes in the table by class.
 
     Attributes:
-        selected: thresholds τ chosen on another split, by condition; {}: the best ones on this split.
-        on_verdicts: called with what is counted.
+        selected: thresholds τ that were selected on another split, by condition. {} means the best ones on this split.
+        on_verdicts: a function that is called with each result that is counted.
     """
 
     correct: Tensor
@@ -210,9 +210,9 @@ class BoxEvaluation(Metric):
         self.extremes = _merge_extremes(torch.stack([self.extremes, _padded(packed)]))
 
     def chosen(self, condition: str | None = None) -> int:
-        """The place in the grid of the threshold at which a condition of `CONDITIONS` is reported.
+        """Return the place in the grid of the threshold at which a condition of `CONDITIONS` is reported.
 
-        None, and whatever has no threshold of its own, is reported at that of what the protocol calls GT-known.
+        For None, and for a condition without a threshold of its own, this is the threshold of the protocol's GT-known.
         """
         rules = self.protocol
         if condition is None or rules.threshold_per == "protocol":
@@ -229,9 +229,9 @@ class BoxEvaluation(Metric):
         return int(counts.masked_fill(~torch.from_numpy(rules.admissible), -1).argmax())
 
     def compute(self) -> dict[str, Tensor]:
-        """Metrics by name, float64: scalars; and curves [T], tables by class [C] and the IoU histogram [100].
+        """Return metrics by name, float64: scalars, curves [T], tables by class [C] and the IoU histogram [100].
 
-        Percentages from 0 to 100, thresholds in [0, 1). Empty where no image had a box.
+        Percentages run from 0 to 100, and thresholds are in [0, 1). The result is empty if no image had a box.
         """
         if not int(self.images):
             return {}
@@ -289,19 +289,22 @@ def _count_in_rows(table: Tensor, columns: npt.NDArray[np.generic]) -> None:
 
 
 def _pack(iou: npt.NDArray[np.float64], image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """IoU [B, T] and image [B] as whole numbers [2, T, B] that rise with IoU, and with falling IoU; ties by image."""
+    """Pack IoU [B, T] and image [B] into whole numbers [2, T, B], which rise with IoU and with falling IoU.
+
+    Ties are in the order of the images.
+    """
     rising = np.round(iou.T * 2**30).astype(np.int64)
     return np.stack([rising, 2**30 - rising]) << 32 | image
 
 
 def _padded(packed: Tensor) -> Tensor:
-    """The NUM_EXTREMES smallest of [2, T, B], filled up: [2, T, NUM_EXTREMES]."""
+    """Return the NUM_EXTREMES smallest of [2, T, B], filled up to [2, T, NUM_EXTREMES]."""
     smallest = packed.topk(min(NUM_EXTREMES, packed.shape[-1]), dim=-1, largest=False).values
     fill = smallest.new_full((*smallest.shape[:-1], NUM_EXTREMES - smallest.shape[-1]), _NO_IMAGE)
     return torch.cat([smallest, fill], dim=-1)
 
 
 def _merge_extremes(parts: Tensor) -> Tensor:
-    """The smallest of several such tables [n, 2, T, NUM_EXTREMES], in rising order."""
+    """Merge several tables [n, 2, T, NUM_EXTREMES] into the smallest entries, in rising order."""
     together = parts.movedim(0, -1).flatten(-2)
     return together.sort(dim=-1).values[..., :NUM_EXTREMES].contiguous()

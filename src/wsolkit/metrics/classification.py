@@ -1,4 +1,4 @@
-"""Top-k classification accuracy."""
+"""Compute top-k classification accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wsolkit.metrics.functional import in_top_k
 
 
 class TopKAccuracy(Metric):
-    """Share of images, in percent, whose label is among the k highest logits (all classes, if there are fewer)."""
+    """The percentage of images whose label is among the k highest logits (or all classes, if there are fewer)."""
 
     correct: Tensor
     total: Tensor
@@ -22,10 +22,10 @@ class TopKAccuracy(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, label: Tensor) -> None:
-        """Count a batch: logits [B, C], label [B]."""
+        """Count a batch with logits [B, C] and label [B]."""
         self.correct += in_top_k(logits, label, self.k).sum()
         self.total += len(label)
 
     def compute(self) -> Tensor:
-        """Percentage from 0 to 100, float64 scalar."""
+        """Return the percentage from 0 to 100, a float64 scalar."""
         return 100 * self.correct.cpu().double() / self.total.cpu()

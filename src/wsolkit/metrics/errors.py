@@ -1,4 +1,4 @@
-"""What is wrong with a box: the error analysis of SPA (Pan et al., CVPR 2021, supplement, Algorithm 1)."""
+"""Analyse the errors of boxes as in SPA (Pan et al., CVPR 2021, supplement, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from wsolkit.localization.boxes import iou
 from wsolkit.system.compiled import compiled
 
 ERRORS = ("correct", "cls", "m_ins", "part", "more", "other")
-"""Every image is one of these: right; wrong class; several objects in one box; a part of the object; more than it."""
+"""The errors, one for every image: none, a wrong class, several objects in one box, a part of the object, too much."""
 
 CORRECT, CLS, M_INS, PART, MORE, OTHER = range(len(ERRORS))
 
 
 @compiled
 def localization_errors(boxes: Any, truth: Any) -> Any:
-    """Sort boxes [m, 4] of rightly classified images by what is wrong with them, given true boxes [n, 4]: uint8 [m].
+    """Sort the boxes [m, 4] of rightly classified images by their error, given true boxes [n, 4]. Return uint8 [m].
 
-    In this order: correct: IoU > 0.5 with a true box; m_ins: more than one true box has IoG > 0.3; part: IoP > 0.5 with
-    one; more: IoG > 0.7 with one; other. IoG and IoP are the intersection's share of the true and of the predicted
-    box. Both corners are inside a box.
+    The first of these conditions that holds counts. correct: IoU > 0.5 with a true box. m_ins: more than one true box
+    has IoG > 0.3. part: IoP > 0.5 with a true box. more: IoG > 0.7 with a true box. other: none of these. IoG and IoP
+    divide the intersection by the area of the true and of the predicted box. Both corners are inside a box.
     """
     kinds = np.full(len(boxes), OTHER, np.uint8)
     for m in range(len(boxes)):

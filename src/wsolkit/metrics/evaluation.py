@@ -1,4 +1,4 @@
-"""One pass over a split, every metric: classification, boxes and masks under each protocol, and baselines."""
+"""Compute all metrics in one pass over a split: classification, boxes and masks under each protocol, and baselines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wsolkit.types import Classes, EvaluationBatch, Localization
 
 
 class _Shared:
-    """What protocols that feed the network alike share of a batch: made once for all that agree on how."""
+    """What protocols share of a batch if they feed the network in the same way. It is computed once for all of them."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, object], Any] = {}
@@ -33,7 +33,7 @@ class _Shared:
 
 
 class Outcome(NamedTuple):
-    """Metrics of a pass by name: numbers, and curves and tables."""
+    """The metrics of a pass by name: numbers, and curves and tables."""
 
     results: dict[str, float]
     curves: dict[str, list[Any]]
@@ -42,11 +42,11 @@ class Outcome(NamedTuple):
 class Evaluation(nn.Module):
     """All metrics of a validation or test pass.
 
-    Boxes are drawn by threads while the network works on the next batch; `compute` waits for the last ones.
+    Threads draw the boxes while the network works on the next batch. `compute` waits for the last ones.
 
     Args:
-        protocols: by the name under which each reports.
-        num_classes: of the data set.
+        protocols: the protocols by the name under which each reports.
+        num_classes: the number of classes in the data set.
     """
 
     def __init__(self, protocols: Mapping[str, Protocol], num_classes: int) -> None:
@@ -57,16 +57,16 @@ class Evaluation(nn.Module):
         self.not_finite = NotFinite()
         self._workers = BoxWorkers()
         self.on_maps: Callable[[EvaluationBatch, list[Tensor]], None] | None = None
-        """Called with each batch and its localization maps by label, under the first protocol."""
+        """A function that is called with each batch and its labels' localization maps, under the first protocol."""
 
     @property
     def protocols(self) -> dict[str, ProtocolEvaluation]:
-        """The protocols' metrics by name."""
+        """Return the metrics of the protocols by name."""
         return cast("dict[str, ProtocolEvaluation]", dict(self._protocols.items()))
 
     @property
     def names(self) -> list[str]:
-        """Names of the numbers that `compute` may return for the method, where there are boxes and masks."""
+        """Return the names of the numbers that `compute` returns for the method if there are boxes and masks."""
         names = ["top1_cls", "top5_cls"]
         for name, metric in self.protocols.items():
             deltas = [round(100 * delta) for delta in metric.protocol.iou_thresholds]
@@ -87,11 +87,12 @@ class Evaluation(nn.Module):
         localize: Callable[[Tensor, Classes], Localization],
         classify: Callable[[Tensor], Tensor],
     ) -> None:
-        """Count a batch. An image whose logits or score maps are not finite counts as wrong, and is named.
+        """Count a batch. An image with logits or score maps that are not finite counts as wrong.
 
         Args:
-            localize: see `WSOLModule.localize`; called once for each way in which protocols feed the network.
-            classify: images [B, 3, H, W] → logits [B, C], for protocols that classify ten crops.
+            batch: the images and their ground truth.
+            localize: see `WSOLModule.localize`. It is called once for each way in which protocols feed the network.
+            classify: maps images [B, 3, H, W] to logits [B, C], for protocols that classify ten crops.
         """
         label = batch["label"]
         pooled = ten_crop_probabilities(batch, classify) if self._ten_crop else None
@@ -143,14 +144,14 @@ class Evaluation(nn.Module):
         finite: Tensor,
         shared: _Shared,
     ) -> Pending:
-        """Have the boxes of some images of a batch drawn.
+        """Draw the boxes of some images of a batch in threads.
 
         Args:
             maps: localization maps [B, R, R] of the labels.
             raw: score maps [B, h, w] of the labels and of the predicted classes.
             logits: [B, C].
-            finite: whether the score maps are, bool [B].
-            shared: with other protocols.
+            finite: whether the score maps are finite, bool [B].
+            shared: what the protocol shares with other protocols.
         """
         rules, sizes = metric.protocol, metric.sizes(batch)
         # A class-agnostic map is the same for every class, and a right prediction has the label's own map.
@@ -171,9 +172,9 @@ class Evaluation(nn.Module):
         return self._workers.draw(metric, batch, rows, levels, predicted, logits, finite)
 
     def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
-        """Count a batch of localization maps in [0, 1] that are ready, each [R, R] or at its image's own size.
+        """Count a batch of localization maps in [0, 1] that are ready, each [R, R] or at the size of its image.
 
-        They count as those of the label's class; there is no classification.
+        They count as maps of the label's class. There is no classification.
         """
         submitted = []
         for metric in self.protocols.values():
@@ -188,21 +189,22 @@ class Evaluation(nn.Module):
             if rows:
                 sized = metric.at_size(maps, batch)
                 levels = [rules.levels(sized[row][None])[0] for row in rows]
-                finite = torch.ones(len(maps), dtype=torch.bool)  # files of others are not read
+                finite = torch.ones(len(maps), dtype=torch.bool)  # The reader of files refuses others.
                 submitted.append(self._workers.draw(metric, batch, rows, levels, {}, None, finite))
         self._workers.count(submitted)
 
     def map_sizes(self, batch: EvaluationBatch) -> list[set[tuple[int, int]]]:
-        """Heights and widths that `update_maps` takes for each image of a batch."""
+        """Return the heights and widths that `update_maps` accepts for each image of a batch."""
         squares = {(m.protocol.resolution,) * 2 for m in self.protocols.values()}
         if any(metric.protocol.frame == "input" for metric in self.protocols.values()):
             return [squares] * len(batch["boxes"])
         return [squares | {(height, width)} for width, height in batch["size"].tolist()]
 
     def compute(self) -> dict[str, Tensor]:
-        """Sum over processes: `top1_cls`, `top5_cls`, `<protocol>/<metric>`, `<protocol>/<baseline>/<metric>`.
+        """Sum over processes. Return `top1_cls`, `top5_cls`, `<protocol>/<metric>`, `<protocol>/<baseline>/<metric>`.
 
-        Scalars are numbers, others curves and tables. Classification without a protocol is the first one's.
+        Scalars are numbers, and other tensors are curves and tables. Classification without a protocol is that of the
+        first one.
         """
         self._workers.finish()
         values: dict[str, Tensor] = {}
@@ -213,7 +215,7 @@ class Evaluation(nn.Module):
         return values | self.not_finite.compute()
 
     def reset(self) -> None:
-        """Forget what was counted, and end the threads; selected thresholds stay."""
+        """Forget all counts, and end the threads. Selected thresholds stay."""
         self._workers.close()
         self.not_finite.reset()
         for metric in self.protocols.values():
@@ -222,7 +224,7 @@ class Evaluation(nn.Module):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Thresholds τ selected on another split, as `<protocol>/<condition>`; assigning replaces them, {} forgets."""
+        """The thresholds τ selected on another split, as `<protocol>/<condition>`. {} stands for none."""
         return {
             f"{name}/{condition}": threshold
             for name, metric in self.protocols.items()
@@ -239,7 +241,7 @@ class Evaluation(nn.Module):
             }
 
     def select(self, results: Mapping[str, float]) -> None:
-        """Take the thresholds of these numbers, of another split, as selected."""
+        """Select the thresholds in the numbers of another split."""
         selected: dict[str, float] = {}
         for name in self.protocols:
             for condition in CONDITIONS:
@@ -249,7 +251,7 @@ class Evaluation(nn.Module):
         self.thresholds = selected
 
     def chosen_on(self, held_out: bool) -> dict[str, str]:
-        """Where each protocol's threshold is chosen: "fixed", "val", or "test", the reported split itself."""
+        """Say where each protocol's threshold is chosen: "fixed", "val", or "test" for the reported split itself."""
         chosen = {}
         for name, metric in self.protocols.items():
             taken_over = held_out and metric.protocol.selection == "val" and metric.boxes.selected
@@ -258,6 +260,6 @@ class Evaluation(nn.Module):
 
 
 def outcome(values: Mapping[str, Tensor]) -> Outcome:
-    """Sort what `Evaluation.compute` returns into numbers, and curves and tables."""
+    """Divide the result of `Evaluation.compute` into numbers, and curves and tables."""
     results = {name: float(value) for name, value in values.items() if value.ndim == 0}
     return Outcome(results, {name: value.tolist() for name, value in values.items() if value.ndim > 0})

@@ -1,4 +1,4 @@
-"""Images for which a network gives values that are not finite."""
+"""Find images for which a network gives values that are not finite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NO_IMAGE = torch.iinfo(torch.int64).max
 
 
 class NotFinite(Metric):
-    """Images whose logits or score maps are not finite: how many, and the positions of the first ones.
+    """Counts images with logits or score maps that are not finite, and notes the positions of the first ones.
 
     The state has a fixed size and sums across processes.
     """
@@ -25,12 +25,12 @@ class NotFinite(Metric):
         self.add_state("first", torch.full((_NUM_NAMED,), _NO_IMAGE), dist_reduce_fx=_lowest)
 
     def update(self, finite: Tensor, index: Tensor) -> None:
-        """Count a batch: whether each image's are finite, bool [B], and its position in the split [B]."""
+        """Count a batch: whether each image has finite values, bool [B], and its position in the split [B]."""
         self.count += (~finite).sum()
         self.first = _lowest(torch.cat([self.first, index.masked_fill(finite, _NO_IMAGE)]))
 
     def compute(self) -> dict[str, Tensor]:
-        """`not_finite`, and positions as `not_finite_images`, filled up with −1; nothing where all are finite."""
+        """Return `not_finite`, and positions as `not_finite_images`, filled up with −1. Return {} if all are finite."""
         if not int(self.count):
             return {}
         named = self.first.masked_fill(self.first == _NO_IMAGE, -1)

@@ -13,17 +13,17 @@ from wsolkit.types import Boxes
 
 
 def in_top_k(logits: Tensor, label: Tensor, k: int) -> Tensor:
-    """Whether each label [B] is among the k classes with the highest logits [B, C]: bool [B].
+    """Say whether each label [B] is among the k classes with the highest logits [B, C], bool [B].
 
-    No label is among logits that are not finite.
+    The result is False for logits that are not finite.
     """
-    # Not torchmetrics' accuracy: it breaks ties in another way, and counts images whose logits are not finite.
+    # torchmetrics' accuracy breaks ties in another way, and counts images whose logits are not finite.
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == label[:, None]).any(dim=1) & logits.isfinite().all(dim=1)
 
 
 def box_iou(boxes: Boxes, others: Boxes) -> npt.NDArray[np.float64]:
-    """IoU of boxes [n, 4] with others [m, 4]: [n, m]. Both corners are inside a box: its width is x1 − x0 + 1."""
+    """Compute the IoU [n, m] of boxes [n, 4] with others [m, 4]. Both corners are inside: the width is x1 − x0 + 1."""
     first, second = np.asarray(boxes)[:, None], np.asarray(others)[None]
     low = np.maximum(first[..., :2], second[..., :2])
     high = np.minimum(first[..., 2:], second[..., 2:])
@@ -39,16 +39,19 @@ def max_box_accuracy(
     thresholds: npt.NDArray[np.float64],
     admissible: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Tensor]:
-    """Summarise correct images [δ, τ] out of `total`, as percentages from 0 to 100, float64.
+    """Summarise the correct images [δ, τ] out of `total`, as percentages from 0 to 100, float64.
 
     Args:
-        admissible: bool [τ]: among which thresholds the best is sought; None: all.
+        correct: the numbers of correct images.
+        total: the number of images.
+        iou_thresholds: δ.
+        admissible: bool [τ], the thresholds among which the best is sought. None admits all.
 
     Returns:
-        max_box_acc_30 and so on: best over τ for each δ, and threshold_30 and so on: the τ in [0, 1) that reaches it;
-        max_box_acc_v2: their mean; and where 0.5 is among the δ, max_box_acc and threshold: those for 0.5.
+        max_box_acc_30 and so on, the best over τ for each δ; threshold_30 and so on, the τ in [0, 1) that reaches it;
+        max_box_acc_v2, their mean; and with 0.5 among the δ, max_box_acc and threshold for 0.5.
     """
-    accuracy = 100 * correct.cpu().double() / total.cpu()  # some devices have no float64
+    accuracy = 100 * correct.cpu().double() / total.cpu()  # Some devices have no float64.
     if admissible is not None:
         accuracy = accuracy.masked_fill(~torch.from_numpy(admissible), -1)
     best, at = accuracy.amax(dim=1), accuracy.argmax(dim=1)
@@ -63,9 +66,10 @@ def max_box_accuracy(
 
 
 def histogram_median(counts: Tensor, start: int = 0) -> Tensor:
-    """Median of values in [0, 1) counted in bins [n] of equal width, from bin `start` on, to half a bin; float64.
+    """Compute the median of values in [0, 1), up to half a bin, float64.
 
-    NaN where nothing was counted.
+    The values are counted in bins [n] of equal width, and bins before `start` do not count. The result is NaN if
+    nothing was counted.
     """
     cumulated = counts[start:].double().cumsum(0)
     if cumulated[-1] == 0:
@@ -75,17 +79,17 @@ def histogram_median(counts: Tensor, start: int = 0) -> Tensor:
 
 
 def pixel_histogram(scores: Tensor, masks: Tensor, num_thresholds: int) -> Tensor:
-    """Count pixels by score, background and object apart; ignored pixels are left out.
+    """Count pixels by score, separately for background and object, without ignored pixels.
 
     Args:
         scores: [B, H, W] in [0, 1].
         masks: [B, H, W], 0 background, 1 object, 255 ignored.
-        num_thresholds: n; the bins are [i/n, (i + 1)/n), then [1, 2) and [2, 3), as in the reference evaluation.
+        num_thresholds: n. The bins are [i/n, (i + 1)/n), then [1, 2) and [2, 3), as in the reference evaluation.
 
     Returns:
         int64 [B, 2, n + 2]: background, object.
     """
-    if scores.device.type == "mps":  # no float64 there, and the bins' edges need it
+    if scores.device.type == "mps":  # The device has no float64, which the edges of the bins need.
         scores, masks = scores.cpu(), masks.cpu()
     edges = torch.arange(0, 1, 1 / num_thresholds, dtype=torch.float64, device=scores.device)[:num_thresholds]
     edges = torch.cat([edges, edges.new_tensor([1.0, 2.0])])
@@ -97,9 +101,9 @@ def pixel_histogram(scores: Tensor, masks: Tensor, num_thresholds: int) -> Tenso
 
 
 def pixel_average_precision(histogram: Tensor) -> Tensor:
-    """Area under the pooled pixel precision-recall curve in [0, 100] from a histogram [2, bins]; NaN without objects.
+    """Compute the area under the pooled pixel precision-recall curve in [0, 100] from a histogram [2, bins].
 
-    Source: Choe et al. 2020: Σ precision · Δrecall, from the highest bin down.
+    The result is NaN without objects. Source: Choe et al. 2020: Σ precision · Δrecall, from the highest bin down.
     """
     positives = histogram.cpu().double().flip(1).cumsum(1)
     false_positives, true_positives = positives
@@ -110,7 +114,7 @@ def pixel_average_precision(histogram: Tensor) -> Tensor:
 
 
 def peak_iou(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of `pixel_iou` over the thresholds in [0, 1), and that threshold on a scale of 0 to 255."""
+    """Return the best `pixel_iou` over the thresholds in [0, 1), and its threshold on a scale of 0 to 255."""
     num_thresholds = histogram.shape[1] - 2
     iou = pixel_iou(histogram)[:num_thresholds]
     peak = iou.argmax()
@@ -118,9 +122,9 @@ def peak_iou(histogram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_iou(histogram: Tensor) -> Tensor:
-    """IoU of pixels with score ≥ τ with the objects, in [0, 100], for each bin's lower edge τ.
+    """Compute the IoU of pixels with score ≥ τ and the objects, in [0, 100], for each bin's lower edge τ.
 
-    [..., 2, bins] → [..., bins]. NaN where there is neither a pixel of an object nor one with such a score.
+    [..., 2, bins] → [..., bins]. The result is NaN if no pixel is on an object or has this score.
     """
     false_positives, true_positives = histogram.cpu().double().flip(-1).cumsum(-1).flip(-1).unbind(-2)
     objects = true_positives[..., :1]
@@ -128,7 +132,7 @@ def pixel_iou(histogram: Tensor) -> Tensor:
 
 
 def precision_recall(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled precision and recall in [0, 100] of pixels with score ≥ τ, for each bin's lower edge τ: [bins] each."""
+    """Compute pooled precision and recall in [0, 100] of pixels with score ≥ τ, for each bin's lower edge τ: [bins]."""
     false_positives, true_positives = histogram.cpu().double().flip(1).cumsum(1).flip(1)
     found = (true_positives + false_positives).clamp(min=1)
     return 100 * true_positives / found, 100 * true_positives / true_positives[0]

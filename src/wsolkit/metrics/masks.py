@@ -1,4 +1,4 @@
-"""Pixel metrics against masks: PxAP (Choe et al., CVPR 2020) and peak IoU."""
+"""Pixel metrics with masks: PxAP (Choe et al., CVPR 2020) and peak IoU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SIZE_BINS = 20
 
 
 class PixelAveragePrecision(Metric):
-    """PxAP: area under the pixel precision-recall curve pooled over all images.
+    """PxAP: the area under the pixel precision-recall curve, pooled over all images.
 
-    The state is a histogram of scores [2, n + 2]: it does not grow with the data set and sums across processes.
+    The state is a histogram of scores [2, n + 2]. It does not grow with the data set, and sums across processes.
 
     Args:
-        num_thresholds: n, number of bins in [0, 1).
+        num_thresholds: the number n of bins in [0, 1).
 
     >>> import torch
     >>> from wsolkit.metrics import PixelAveragePrecision
@@ -59,23 +59,23 @@ class PixelAveragePrecision(Metric):
         self.histogram += pixel_histogram(score_maps, masks, self.num_thresholds).sum(0).to(self.histogram.device)
 
     def compute(self) -> Tensor:
-        """PxAP in [0, 100], float64 scalar; NaN where no pixel is on an object."""
+        """Return PxAP in [0, 100], a float64 scalar. It is NaN if no pixel is on an object."""
         return pixel_average_precision(self.histogram)
 
 
 class PeakIoU(PixelAveragePrecision):
-    """Best pooled IoU of thresholded maps with the masks, and the threshold where it is."""
+    """The best pooled IoU of thresholded maps with the masks, and its threshold."""
 
     def compute(self) -> Tensor:
-        """[peak IoU in [0, 100], its threshold on a scale of 0 to 255], float64."""
+        """Return [peak IoU in [0, 100], its threshold on a scale of 0 to 255], float64."""
         return torch.stack(peak_iou(self.histogram))
 
 
 class MaskEvaluation(Metric):
-    """Masks of a method, and of the baselines, under one protocol; the state is histograms of fixed size.
+    """Mask metrics of a method, and of the baselines, under one protocol. The state is histograms with a fixed size.
 
     Args:
-        num_rows: of score maps that are judged against the same masks, the method's first.
+        num_rows: the number of score maps that are compared with the same masks. The method's comes first.
     """
 
     histogram: Tensor
@@ -88,12 +88,12 @@ class MaskEvaluation(Metric):
         self.add_state("iou_by_size", by_size, dist_reduce_fx="sum")
 
     def update(self, histograms: Tensor) -> None:
-        """Count a batch: histograms [rows, B, 2, bins] of its images, see `pixel_histogram`."""
+        """Count a batch with histograms [rows, B, 2, bins] of its images, see `pixel_histogram`."""
         self.histogram += histograms.sum(dim=1)
         method = histograms[0]
         objects, pixels = method[:, 1].sum(dim=1), method.sum(dim=(1, 2))
         method, share = method[objects > 0], (objects / pixels)[objects > 0]  # [b, 2, bins], [b]
-        # float32: half a bin's width is far above its rounding, and some devices have no float64.
+        # float32 is enough, since half a bin is far wider than its rounding. Some devices have no float64.
         above = method.flip(-1).cumsum(-1).flip(-1)[..., :PIXEL_BINS].float()
         iou = above[:, 1] / (above[:, 1, :1] + above[:, 0])  # [b, τ]
         row = (share * SIZE_BINS).long().clamp(max=SIZE_BINS - 1)[:, None]
@@ -103,10 +103,11 @@ class MaskEvaluation(Metric):
         self.iou_by_size.view(-1).scatter_add_(0, places, torch.ones_like(places))
 
     def compute(self) -> dict[str, Tensor]:
-        """Metrics of the method, and those of the baselines as `<baseline>/<metric>`; empty without masks.
+        """Return metrics of the method, and those of the baselines as `<baseline>/<metric>`, or {} without masks.
 
-        pxap, peak_iou in [0, 100], peak_threshold on a scale of 0 to 255; curves over 1,000 thresholds; and
-        mask_iou_by_size: images by the object's share of the image [20] and the IoU at the peak's threshold [20].
+        pxap and peak_iou are in [0, 100], and peak_threshold is on a scale of 0 to 255. The curves have 1,000
+        thresholds. mask_iou_by_size has the number of images by the object's share of the image [20] and the IoU at the
+        peak's threshold [20].
         """
         values: dict[str, Tensor] = {}
         if not int(self.histogram.sum()):

@@ -1,4 +1,4 @@
-"""How long feature vectors are on objects and on background: the histogram of Kim et al. (CVPR 2022, Fig. A2)."""
+"""Compare the norms of features on objects and on background: the histogram of Kim et al. (CVPR 2022, Fig. A2)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ NORM_BINS = 50
 
 
 def box_mask(boxes: Boxes, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Which positions of a feature map have their centre in a box: bool [h, w].
+    """Say which positions of a feature map have their centre in a box, bool [h, w].
 
     Args:
-        boxes: [n, 4] in pixels of the image, both corners inside.
-        image_size: width and height of the image.
+        boxes: [n, 4] in pixels of the image, with both corners inside.
+        image_size: the width and height of the image.
         grid: h and w.
     """
     y, x = ((torch.arange(count) + 0.5) * side / count for count, side in zip(grid, image_size[::-1], strict=True))
@@ -28,9 +28,9 @@ def box_mask(boxes: Boxes, image_size: tuple[int, int], grid: tuple[int, int]) -
 
 
 class NormHistogram(Metric):
-    """Histograms of feature norms on the background and on objects: masks where there are some, or boxes.
+    """Histograms of feature norms on background and objects, from masks, or from boxes if there are none.
 
-    The state is [2, bins]: it does not grow with the data set and sums across processes.
+    The state is [2, bins]. It does not grow with the data set, and sums across processes.
     """
 
     histogram: Tensor
@@ -44,7 +44,7 @@ class NormHistogram(Metric):
 
         Args:
             norms: [B, h, w] in [0, 1].
-            batch: its ground truth; an image without any is not counted.
+            batch: the ground truth. An image without any does not count.
         """
         grid = (norms.shape[-2], norms.shape[-1])
         bins = (norms * NORM_BINS).long().clamp(0, NORM_BINS - 1)
@@ -63,7 +63,7 @@ class NormHistogram(Metric):
                 self.histogram[kind] += torch.bincount(chosen, minlength=NORM_BINS).to(self.histogram.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Shares in percent of the positions in each bin: `norms/background`, `norms/object`; {} without positions."""
+        """Return the percentage of positions in each bin, `norms/background` and `norms/object`, or {} if empty."""
         if not self.histogram.any():
             return {}
         shares = 100 * self.histogram.double() / self.histogram.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Metrics under one protocol."""
+"""Compute metrics under one protocol."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wsolkit.types import Boxes, EvaluationBatch
 _MAX_SIZES = 64
 
 Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
-"""Of an image's boxes at T thresholds: IoU [T], what is wrong with them [T], and the baselines' IoU [baselines, T]."""
+"""The result for an image's boxes at T thresholds: IoU [T], error [T], and the baselines' IoU [baselines, T]."""
 
 
 class ProtocolEvaluation(nn.Module):
@@ -45,9 +45,9 @@ class ProtocolEvaluation(nn.Module):
 
         Args:
             maps: localization maps [B, R, R].
-            raw: score maps [B, h, w] that they come from.
-            rows: of which images.
-            sizes: height and width of each original image of the batch.
+            raw: the score maps [B, h, w] that they come from.
+            rows: the images to use.
+            sizes: the height and width of each original image of the batch.
         """
         rules = self.protocol
         if rules.frame == "input":
@@ -55,24 +55,24 @@ class ProtocolEvaluation(nn.Module):
         return [rules.levels(rules.localization_maps(raw[row : row + 1], sizes[row]))[0] for row in rows]
 
     def sizes(self, batch: EvaluationBatch) -> list[tuple[int, int]]:
-        """Height and width of the maps of a batch."""
+        """Return the height and width of the maps of a batch."""
         if self.protocol.frame == "input":
             return [(self.protocol.resolution, self.protocol.resolution)] * len(batch["boxes"])
         return [(height, width) for width, height in batch["size"].tolist()]
 
     def localization_maps(self, raw: Tensor, batch: EvaluationBatch) -> list[Tensor]:
-        """Localization maps of a batch from its score maps [B, h, w], each at the size at which it is judged."""
+        """Make localization maps of a batch from its score maps [B, h, w], each at the size of its evaluation."""
         rules = self.protocol
         return [rules.localization_maps(raw[row : row + 1], size)[0] for row, size in enumerate(self.sizes(batch))]
 
     def at_size(self, maps: Sequence[Tensor], batch: EvaluationBatch) -> list[Tensor]:
-        """Localization maps that are ready, each at the size at which it is judged."""
+        """Resize localization maps that are ready, each to the size of its evaluation."""
         return [at_size(score, size)[0] for score, size in zip(maps, self.sizes(batch), strict=True)]
 
     def truths(self, batch: EvaluationBatch, rows: Sequence[int]) -> list[Boxes]:
-        """Ground-truth boxes of some images of a batch, in pixels of the maps."""
+        """Return the true boxes of some images of a batch, in pixels of the maps."""
         sizes = batch["size"].tolist()
-        # A far corner that is to be moved must not have been moved already, to the last pixel of the image.
+        # If the protocol shifts the far corner, the corner must not have been moved to the last pixel before.
         boxes = batch["uncut_boxes"] if self.protocol.far_corner_shift else batch["boxes"]
         return [self.protocol.truth(boxes[row], *sizes[row]) for row in rows]
 
@@ -84,7 +84,7 @@ class ProtocolEvaluation(nn.Module):
         return overlap, localization_errors(boxes, truth), baselines
 
     def _baseline_boxes(self, size: tuple[int, int]) -> list[Boxes]:
-        """The baselines' boxes at each threshold, on maps of a height and width; kept for a few sizes."""
+        """Return the baselines' boxes at each threshold, for a height and width of maps. A few sizes are kept."""
         drawn = self._drawn.get(size)
         if drawn is None:
             drawn = self._draw_baselines(size)
@@ -96,26 +96,26 @@ class ProtocolEvaluation(nn.Module):
     def _draw_baselines(self, size: tuple[int, int]) -> list[Boxes]:
         rules = self.protocol
         maps = upsample(torch.from_numpy(np.stack(self._baselines)).float(), size, "bilinear")
-        # Each of their level sets has one outline only, so which of several is meant does not matter.
+        # Each of their level sets has one outline only, so it does not matter which outline counts.
         component = "largest_outline" if rules.component == "all_outlines" else rules.component
         any_box = np.zeros((1, 4), np.int64)
         rule = rules.box_rule._replace(component=component)
         return [matched_boxes(levels, rule, any_box)[0] for levels in rules.levels(maps)]
 
     def histograms(self, maps: Tensor, mask: Tensor) -> Tensor:
-        """Pixels by score, of localization maps [B, R, R] and of the baselines: [1 + baselines, B, 2, bins]."""
+        """Count the pixels of localization maps [B, R, R] and baselines by score: [1 + baselines, B, 2, bins]."""
         constant = [torch.from_numpy(score).to(maps).expand_as(maps) for score in self._baselines]
         mask = F.interpolate(mask[:, None], maps.shape[-2:], mode="nearest")[:, 0]
         return torch.stack([pixel_histogram(scores, mask, PIXEL_BINS) for scores in (maps, *constant)])
 
     def compute(self) -> dict[str, Tensor]:
-        """Metrics by name, and those of the baselines as `<baseline>/<metric>`; only what there was truth for."""
-        # Each part synchronises the processes, so all of them compute all parts, whatever they have seen themselves.
+        """Return metrics by name, and the baselines' as `<baseline>/<metric>`, if there was ground truth for them."""
+        # Each part synchronises the processes, so all processes compute all parts, whatever they have seen themselves.
         classification = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
         known = {name: value for name, value in classification.items() if not value.isnan()}
         return known | self.boxes.compute() | self.masks.compute()
 
 
 def at_size(score: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map [h, w] at another size [1, H, W]; as it is, in its own precision, where it has that size."""
+    """Resize a map [h, w] to [1, H, W]. A map of that size stays as it is, in its own precision."""
     return score[None] if score.shape == size else upsample(score[None].float(), size, "bilinear")

@@ -1,4 +1,4 @@
-"""Threads that draw boxes beside the forward pass of the next batch."""
+"""Draw boxes in threads, beside the forward pass of the next batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wsolkit.types import EvaluationBatch
 
 
 class Pending(NamedTuple):
-    """A batch whose boxes are being drawn; `finite` says of which images the score maps are."""
+    """A batch whose boxes are being drawn. `finite` says which images have finite score maps."""
 
     metric: BoxEvaluation
     finite: npt.NDArray[np.bool_]
@@ -56,14 +56,15 @@ class Pending(NamedTuple):
             self.top5,
             self.predicted,
         )
-        with torch.inference_mode():  # each thread has its own mode, and the state may have been made in this one
+        # Each thread has its own mode, and the state may have been created in inference mode.
+        with torch.inference_mode():
             self.metric.update(verdicts)
 
 
 class BoxWorkers:
     """Draws the boxes of batches, and counts them, one batch after the other.
 
-    Its threads live from the first batch of a pass to `close`.
+    Its threads live from the first batch of a pass until `close`.
     """
 
     def __init__(self) -> None:
@@ -81,16 +82,16 @@ class BoxWorkers:
         logits: Tensor | None,
         finite: Tensor,
     ) -> Pending:
-        """Have the boxes of some images of a batch drawn.
+        """Start to draw the boxes of some images of a batch.
 
         Args:
-            metric: counts them.
-            batch: of the images.
-            rows: of which images.
-            levels: of the maps of these images' labels.
-            predicted: of the maps of predicted classes, where they differ, by place in `rows`.
-            logits: [B, C]; None: there is no classification.
-            finite: whether the score maps are, bool [B].
+            metric: counts the boxes.
+            batch: the batch of the images.
+            rows: the images to draw.
+            levels: the levels of the maps of these images' labels.
+            predicted: the levels of the maps of predicted classes, where they differ, by place in `rows`.
+            logits: [B, C], or None without a classification.
+            finite: whether the score maps are finite, bool [B].
         """
         if self._threads is None:
             together = distributed.is_available() and distributed.is_initialized()
@@ -112,9 +113,9 @@ class BoxWorkers:
         )
 
     def count(self, pending: Sequence[Pending]) -> None:
-        """Have the boxes of a batch counted once they are drawn.
+        """Count the boxes of a batch once they are drawn.
 
-        It waits for the batch before, whose boxes were drawn meanwhile, so that no more than two are in memory.
+        It waits for the batch before, whose boxes were drawn in the meantime, so that no more than two are in memory.
         """
         if self._counter is None:
             self._counter = ThreadPoolExecutor(1, thread_name_prefix="counts")
@@ -127,7 +128,7 @@ class BoxWorkers:
         self.count(())
 
     def close(self) -> None:
-        """Wait, and end the threads."""
+        """Wait for the boxes, and end the threads."""
         self.finish()
         for pool in (self._counter, self._threads):
             if pool is not None:

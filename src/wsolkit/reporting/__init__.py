@@ -1,1 +1,1 @@
-"""What people look at: tables and pictures."""
+"""Make the tables and pictures that people look at."""

@@ -1,7 +1,7 @@
-"""Charts of an evaluation, one function each; the report page and W&B show the same ones.
+"""Draw the charts of an evaluation, one function for each. The report page and W&B show the same ones.
 
-`results` and `curves` are flat, keyed `<protocol>/<name>` and `<protocol>/<baseline>/<name>`. A chart whose data is
-missing is None.
+`results` and `curves` are flat, with keys `<protocol>/<name>` and `<protocol>/<baseline>/<name>`. A chart without data
+is None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wsolkit.reporting.figure import PlainFigure
 from wsolkit.reporting.terminal import picture
 
 if TYPE_CHECKING:
-    from wsolkit.types import Boxes, Image  # with torch, which the report of a sweep does without
+    from wsolkit.types import Boxes, Image  # It loads torch, which the report of a sweep does not need.
 
 Results = Mapping[str, float]
 Curves = Mapping[str, Sequence[Any]]
@@ -30,7 +30,7 @@ Curves = Mapping[str, Sequence[Any]]
 TRUTH, PREDICTED = "#00e000", "#ff3030"
 SCORE_COLOURS = "plasma"
 
-# Okabe and Ito's colours, which stay apart under every colour blindness.
+# Okabe and Ito's colours differ under every colour blindness.
 _SKY, _BLUE, _GREEN, _RED, _ORANGE = "#56b4e9", "#0072b2", "#009e73", "#d55e00", "#e69f00"
 _BASELINE_STYLES = (("#444444", (4, 2)), ("#666666", (1, 1.2)), ("#888888", (6, 2, 1, 2)))
 
@@ -51,8 +51,8 @@ class Shown(NamedTuple):
     """An image of the gallery.
 
     name: the image's id; image [S, S, 3]; score_map [R, R] in [0, 1]; truth [n, 4] and predicted [m, 4] in pixels of
-    the map; label and predicted_label: names of classes, the latter None if unknown; iou in [0, 1],
-    NaN where there is no ground truth.
+    the map; label and predicted_label: names of classes, None for an unknown prediction; iou in [0, 1], NaN without
+    ground truth.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Shown(NamedTuple):
 
 
 def charts(results: Results, curves: Curves) -> dict[str, Figure]:
-    """All charts there is data for, keyed `<protocol>/<chart>`."""
+    """Draw all charts that have data, with keys `<protocol>/<chart>`."""
     drawn: dict[str, Figure] = {}
     for protocol, (name, draw) in itertools.product(protocol_names(results, curves), _CHARTS.items()):
         with picture(f"chart {protocol}/{name}"):
@@ -77,13 +77,13 @@ def charts(results: Results, curves: Curves) -> dict[str, Figure]:
 
 
 def protocol_names(results: Results, curves: Curves) -> list[str]:
-    """Protocols that have a number or a curve, in order of appearance."""
+    """Return the protocols that have a number or a curve, in order of appearance."""
     names = dict.fromkeys(key.split("/")[0] for key in (*results, *curves) if "/" in key)
     return [name for name in names if name not in ("epochs", "norms")]
 
 
 def telling_protocols(results: Results, curves: Curves) -> list[str]:
-    """Protocols that say more than the run's own numbers of classification do."""
+    """Return the protocols that say more than the run's own classification numbers do."""
 
     def tells(key: str, protocol: str) -> bool:
         start, _, name = key.partition("/")
@@ -93,26 +93,26 @@ def telling_protocols(results: Results, curves: Curves) -> list[str]:
 
 
 def baseline_names(results: Results, protocol: str) -> list[str]:
-    """Baselines that have a number under a protocol, in order of appearance."""
+    """Return the baselines that have a number under a protocol, in order of appearance."""
     keys = [key.split("/") for key in results]
     return list(dict.fromkeys(key[1] for key in keys if len(key) == 3 and key[0] == protocol))
 
 
 def series(curves: Curves, key: str) -> npt.NDArray[np.float64] | None:
-    """A curve or table as an array, or None if there is no number in it."""
-    values = np.array(curves.get(key, ()), dtype=np.float64)  # None, as JSON has it, becomes NaN
+    """Return a curve or table as an array, or None if it contains no number."""
+    values = np.array(curves.get(key, ()), dtype=np.float64)  # None, as in JSON, becomes NaN.
     return values if np.isfinite(values).any() else None
 
 
 def threshold_curves(curves: Curves, protocol: str) -> tuple[Sequence[float], dict[str, Sequence[float]]]:
-    """Thresholds τ [T], and what a protocol reaches at each, in percent, by name: each [T]."""
+    """Return thresholds τ [T], and the metrics of a protocol at each in percent, by name: each [T]."""
     start = f"{protocol}/curves/"
     own = {key.removeprefix(start): values for key, values in curves.items() if key.startswith(start)}
     return own.get("threshold", ()), {name: values for name, values in own.items() if "_loc" in name}
 
 
 def threshold_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """GT-known Loc against the threshold τ, a curve for each IoU threshold δ, and the baselines at δ = 0.5."""
+    """Draw GT-known Loc against τ, with a curve for each IoU threshold δ, and the baselines at δ = 0.5."""
     tau = series(curves, f"{protocol}/curves/threshold")
     known = {delta: series(curves, f"{protocol}/curves/gt_known_loc_{delta}") for delta in ("30", "50", "70")}
     if tau is None or all(values is None for values in known.values()):
@@ -136,7 +136,7 @@ def threshold_chart(results: Results, curves: Curves, protocol: str) -> Figure |
 
 
 def iou_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Images by the IoU of their box at the chosen threshold, with the medians of all boxes and of the correct ones."""
+    """Draw the IoU of boxes at the chosen threshold, with the medians of all boxes and of the correct ones."""
     counts = series(curves, f"{protocol}/iou_histogram")
     if counts is None or not counts.sum():
         return None
@@ -157,7 +157,7 @@ def iou_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
 
 
 def error_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Shares of the images by what is wrong with their box: SPA's error analysis (supplement, Algorithm 1)."""
+    """Draw the share of each error of boxes, as in SPA's error analysis (supplement, Algorithm 1)."""
     shares = {label: _value(results, f"{protocol}/error_{name}") for name, label in _ERRORS.items()}
     known = {label: share for label, share in shares.items() if share is not None}
     if not known:
@@ -175,7 +175,7 @@ def error_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
 
 
 def size_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Number of images by the object's share of the image and by the IoU of the thresholded map with the mask."""
+    """Draw the number of images by the object's share of the image and by the IoU of thresholded map and mask."""
     counts = series(curves, f"{protocol}/mask_iou_by_size")
     if counts is None or not counts.sum():
         return None
@@ -193,7 +193,7 @@ def size_chart(results: Results, curves: Curves, protocol: str) -> Figure | None
 
 
 def pixel_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Precision against recall of pixels, and pixel IoU against the threshold on the scale of 8-bit maps."""
+    """Draw precision against recall of pixels, and pixel IoU against the threshold on the scale of 8-bit maps."""
     names = ("recall", "precision", "pixel_threshold", "pixel_iou")
     recall, precision, threshold, iou = (series(curves, f"{protocol}/curves/{name}") for name in names)
     if recall is None or precision is None or threshold is None or iou is None:
@@ -215,11 +215,11 @@ def pixel_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
 
 
 EPOCH_METRICS = ("top1_cls", "max_box_acc", "max_box_acc_v2", "top1_loc", "pxap")
-"""What is kept of the validation after each epoch: `epochs/…` in `curves`."""
+"""The numbers that are kept of the validation after each epoch, as `epochs/…` in `curves`."""
 
 
 def epoch_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Localization against classification, a point for each epoch's validation."""
+    """Draw localization against classification, with a point for each epoch's validation."""
     epochs, classification = series(curves, "epochs/epoch"), series(curves, "epochs/top1_cls")
     localization = series(curves, f"epochs/{protocol}/max_box_acc")
     if epochs is None or classification is None or localization is None or len(epochs) < 2:
@@ -235,7 +235,7 @@ def epoch_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
 
 
 def norm_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
-    """Lengths of feature vectors on objects and on background, which do not depend on a protocol: with the first."""
+    """Draw the norms of features on objects and on background. They do not depend on a protocol."""
     found = {kind: series(curves, f"norms/{kind}") for kind in ("background", "object")}
     if protocol != protocol_names(results, curves)[0] or any(shares is None for shares in found.values()):
         return None
@@ -262,9 +262,9 @@ _CHARTS = {
 
 
 def example_image(shown: Shown, side: int = 320) -> Image:
-    """The image with its boxes, and beside it the same under the score map: [side, 2·side + 4, 3].
+    """Draw the image with its boxes beside the image under the score map: [side, 2·side + 4, 3].
 
-    Ground truth is solid, predicted boxes are dashed.
+    Ground truth is solid, and predicted boxes are dashed.
     """
     plain = _draw_both(_resized(PIL.Image.fromarray(shown.image), side), shown)
     gap = np.full((side, 4, 3), 255, np.uint8)
@@ -272,7 +272,7 @@ def example_image(shown: Shown, side: int = 320) -> Image:
 
 
 def map_image(shown: Shown, side: int = 320) -> Image:
-    """The image under the score map, with ground truth and predicted boxes: [side, side, 3]."""
+    """Draw the image under the score map, with ground truth and predicted boxes: [side, side, 3]."""
     plain = _resized(PIL.Image.fromarray(shown.image), side)
     scores = _resized(PIL.Image.fromarray(np.asarray(shown.score_map, np.float32)), side).clip(0, 1)
     colours = 255 * matplotlib.colormaps[SCORE_COLOURS](scores)[..., :3]  # [side, side] → [side, side, 3]
@@ -280,22 +280,22 @@ def map_image(shown: Shown, side: int = 320) -> Image:
 
 
 def truth_image(shown: Shown, side: int = 320) -> Image:
-    """The image with ground truth alone: [side, side, 3]."""
+    """Draw the image with ground truth alone: [side, side, 3]."""
     picture = _resized(PIL.Image.fromarray(shown.image), side)
     _draw_boxes(picture, shown, shown.truth, TRUTH, dashed=False)
     return picture
 
 
 def jpeg(picture: Image) -> bytes:
-    """A picture as a JPEG file whose thin lines keep their colours."""
+    """Encode a picture as a JPEG file whose thin lines keep their colours."""
     file = io.BytesIO()
     PIL.Image.fromarray(picture).save(file, "JPEG", quality=85, subsampling=0)
     return file.getvalue()
 
 
 def _draw_both(picture: Image, shown: Shown) -> Image:
-    """Draw ground truth and predicted boxes into a picture [side, side, 3], which is returned."""
-    # White below the dashes sets them off; green, drawn between the two, still shows where both boxes agree.
+    """Draw ground truth and predicted boxes into a picture [side, side, 3], and return it."""
+    # White below the dashes makes them visible. Green between the two still shows where both boxes agree.
     _draw_boxes(picture, shown, shown.predicted, "#ffffff", dashed=False)
     _draw_boxes(picture, shown, shown.truth, TRUTH, dashed=False)
     _draw_boxes(picture, shown, shown.predicted, PREDICTED, dashed=True)
@@ -308,11 +308,12 @@ def _resized(picture: PIL.Image.Image, side: int) -> npt.NDArray[Any]:
 
 def _draw_boxes(picture: Image, shown: Shown, boxes: Boxes, colour: str, *, dashed: bool) -> None:
     """Draw the outlines of an image's boxes [n, 4], four pixels wide, into a picture [side, side, 3] of it."""
-    height, width = shown.score_map.shape  # of the original image, under some protocols: it is shown squashed
+    # Under some protocols this is the size of the original image, which is shown squashed.
+    height, width = shown.score_map.shape
     scale = len(picture) / np.array([width, height, width, height])
     y, x = np.mgrid[: len(picture), : len(picture)]
     for box in boxes:
-        x0, y0, x1, y1 = scale * (box + np.array([0, 0, 1, 1]))  # the last corner lies inside the box
+        x0, y0, x1, y1 = scale * (box + np.array([0, 0, 1, 1]))  # The last corner lies inside the box.
         depth = np.minimum(np.minimum(x - x0, x1 - 1 - x), np.minimum(y - y0, y1 - 1 - y)).round()
         line = (depth >= 0) & (depth < 4)
         if dashed:
@@ -321,7 +322,7 @@ def _draw_boxes(picture: Image, shown: Shown, boxes: Boxes, colour: str, *, dash
 
 
 def spelled(name: str) -> str:
-    """A key as people write it: "center_box" → "center box"."""
+    """Return a key as people write it: "center_box" → "center box"."""
     return name.replace("_", " ")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run's example images, one by one, in the folder `examples/` of its directory."""
+"""Write the pictures of a run's example images, one by one, into the folder `examples/` of its directory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ FOLDER, LIST = "examples", "examples.json"
 
 @dataclass(frozen=True)
 class Example:
-    """What `examples.json` says of an image.
+    """The entry of an image in `examples.json`.
 
-    image: its id; label, predicted_label: names of classes, the latter None if unknown; iou: of the predicted box, in
-    [0, 1], None without ground truth; protocol, threshold: whose map and box are drawn, and at which τ; truth_file: the
-    image with ground truth; map_file: the image under the score map, with ground truth and predicted box.
+    image: its id; label, predicted_label: names of classes, None for an unknown prediction; iou: of the predicted box,
+    in [0, 1], None without ground truth; protocol, threshold: the protocol of the map and the box, and their τ;
+    truth_file: the image with ground truth; map_file: the image under the score map, with ground truth and predicted
+    box.
     """
 
     image: str
@@ -41,10 +42,10 @@ def write_examples(folder: Path, images: Sequence[Shown], protocol: str, thresho
     """Write two pictures of each image, and the list of them.
 
     Args:
-        folder: of the run.
-        images: what is drawn.
-        protocol: under which the maps and boxes were made.
-        threshold: of the boxes, from 0 to 1.
+        folder: the run directory.
+        images: the images to draw.
+        protocol: the protocol of the maps and boxes.
+        threshold: the threshold of the boxes, from 0 to 1.
     """
     folder = folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,13 +69,13 @@ def write_examples(folder: Path, images: Sequence[Shown], protocol: str, thresho
 
 
 def read_examples(folder: Path) -> list[Example]:
-    """The examples of a run; none if it has left no pictures.
+    """Read the examples of a run, or return none if it has left no pictures.
 
     Args:
-        folder: of the run.
+        folder: the run directory.
 
     Raises:
-        JobError: the list is damaged, or a picture that it names is, or is missing.
+        JobError: the list is damaged, or a picture in it is damaged or missing.
     """
     path = folder / FOLDER / LIST
     try:
@@ -100,7 +101,7 @@ def _example(entry: Any, path: Path) -> Example:
         files = [path.parent / name for name in (example.truth_file, example.map_file)]
     except TypeError as error:
         raise JobError(f"'{path}' is damaged ({error})") from error
-    # A list may come from anywhere: what it names outside its folder is not shown.
+    # A list may come from anywhere, so files outside of its folder are not shown.
     if not fine or any(file.parent != path.parent for file in files):
         raise JobError(f"'{path}' is damaged: a field is of a wrong type, or a picture is not beside it")
     for file in files:

@@ -1,4 +1,4 @@
-"""Figures in which text is text."""
+"""Draw figures in which text appears as it is."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from matplotlib.ticker import ScalarFormatter
 from wsolkit.reporting.terminal import warn
 from wsolkit.system.names import readable
 
-_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # categories of characters that need no glyph
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Characters of these categories need no glyph.
 _NO_GLYPHS = (
     "Last Resort",
     "LastResort",
     "Adobe Blank",
     "AdobeBlank",
-)  # have every character, show none
+)  # These fonts have every character, but show none.
 
 
 class PlainFigure(Figure):
-    """Matplotlib's figure, but dollars are no mathematics, TeX is not asked, and other fonts help out.
+    """A Matplotlib figure in which dollars do not start mathematics, and which never uses TeX.
 
-    Characters that a text's font lacks are drawn with an installed font that has them.
+    If a text's font lacks a character, an installed font that has it is used.
     """
 
     def draw(self, renderer: Any) -> None:
-        """Matplotlib's hook, through which all pictures of a figure go."""
+        """Draw the figure. All of its pictures go through this method."""
         for axes in self.axes:
             for axis in (axes.xaxis, axes.yaxis):
                 formatter = axis.get_major_formatter()
-                if isinstance(formatter, ScalarFormatter):  # which would write `$\mathdefault{0.5}$` where TeX is asked
+                if isinstance(formatter, ScalarFormatter):  # It would write `$\mathdefault{0.5}$` for TeX.
                     formatter.set_useMathText(False)
                     formatter._usetex = False  # type: ignore[attr-defined]
         texts = [text for text in self.findobj(Text) if text.get_text()]
@@ -52,13 +52,13 @@ class PlainFigure(Figure):
             if lacking[text]:
                 text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *families])))
         with warnings.catch_warnings(), _quiet_search():
-            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # `fallback` has said so
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # `fallback` has warned of it.
             super().draw(renderer)
 
 
 @contextmanager
 def _quiet_search() -> Iterator[None]:
-    """Without a line for each font that has no regular face."""
+    """Suppress a line for each font that has no regular face."""
     log = logging.getLogger(font_manager.__name__)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -69,7 +69,7 @@ def _quiet_search() -> Iterator[None]:
 
 
 def _lacking(text: Text) -> set[str]:
-    """Characters of a text that its own font lacks."""
+    """Return the characters of a text that its own font lacks."""
     characters = {char for char in readable(text.get_text()) if ord(char) > 126 and _needs_glyph(char)}
     if not characters:
         return set()
@@ -82,13 +82,13 @@ def _needs_glyph(char: str) -> bool:
 
 
 _chosen: dict[str, str | None] = {}
-"""The font family that helps out with a character; None: no installed font has it."""
+"""The font family that is used for a character, or None if no installed font has it."""
 
 
 def fallback(characters: Iterable[str]) -> list[str]:
-    """The installed font families, as few as possible, that have characters; those that none has are said once.
+    """Return as few installed font families as possible that have the characters. Warn once of those that no font has.
 
-    Fonts are looked through only for characters that were not asked for before.
+    It looks through fonts only for characters that were not requested before.
     """
     new = np.array(sorted(ord(char) for char in characters if char not in _chosen), np.int64)
     while len(new):
@@ -109,11 +109,12 @@ def fallback(characters: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _installed() -> list[tuple[str, npt.NDArray[np.int64]]]:
-    """Each installed font family, and the codes of its characters as the map in its regular face has them."""
+    """Return each installed font family, and the codes of the characters in its regular face."""
     listed = {entry.fname for entry in font_manager.fontManager.ttflist}
     for path in font_manager.findSystemFonts():
-        if path not in listed:  # Matplotlib keeps the list that it has once made
-            with suppress(OSError, RuntimeError, ValueError, NotImplementedError):  # damaged, or made of pictures
+        if path not in listed:  # Matplotlib keeps the list that it has made once.
+            # The font is damaged, or made of pictures.
+            with suppress(OSError, RuntimeError, ValueError, NotImplementedError):
                 font_manager.fontManager.addfont(path)
     faces: dict[str, Any] = {}
     for entry in font_manager.fontManager.ttflist:
@@ -122,7 +123,7 @@ def _installed() -> list[tuple[str, npt.NDArray[np.int64]]]:
             faces[entry.name] = entry
     found = []
     for family, entry in faces.items():
-        with suppress(OSError, RuntimeError, ValueError):  # deleted since, or damaged
+        with suppress(OSError, RuntimeError, ValueError):  # The font was deleted since, or is damaged.
             found.append((family, np.array(list(FT2Font(entry.fname).get_charmap()), np.int64)))
     return found
 

@@ -1,4 +1,4 @@
-"""Pictures of what a method sees: images with ground truth, score map and box."""
+"""Draw what a method sees: images with ground truth, score map and box."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from wsolkit.reporting.charts import Shown
 from wsolkit.types import EvaluationBatch
 
 Localize = Callable[[EvaluationBatch], tuple[list[Tensor], list[int | None]]]
-"""A batch → localization maps by label, each at the size at which it is judged, and predicted classes if known."""
+"""A batch → the labels' localization maps at the size of the evaluation, and predicted classes if known."""
 
 
 def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
-    """Localization maps of a module, under the first protocol of an evaluation."""
+    """Return a function that makes a module's localization maps, under the first protocol of an evaluation."""
     metric = next(iter(evaluation.protocols.values()))
 
     def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
         image = network_input(batch, metric.protocol.input)[0]
-        # With trainer.precision=bf16-true the weights are half precision, and so must the images be.
+        # With trainer.precision=bf16-true, the weights have half precision, and the images need it, too.
         image = image.to(next(module.parameters()))
         training = module.training
         module.eval()
         try:
             with torch.inference_mode():
                 localization = module.localize(image, batch["label"].to(module.device)[:, None])
-        finally:  # what cannot be shown must not change what is trained
+        finally:  # Showing an image must not change the training.
             module.train(training)
         maps = metric.localization_maps(localization.maps[:, 0], batch)
         return [score.cpu() for score in maps], list(localization.logits.argmax(dim=1).tolist())
@@ -45,7 +45,7 @@ def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
 
 
 def shown_threshold(results: Mapping[str, float], protocol: str) -> float:
-    """Where a protocol's boxes are drawn for people to look at: at its τ, or at `UNKNOWN_THRESHOLD`."""
+    """Return the threshold of the boxes in pictures: the protocol's τ, or `UNKNOWN_THRESHOLD`."""
     return results.get(f"{protocol}/threshold", UNKNOWN_THRESHOLD)
 
 
@@ -58,15 +58,16 @@ def show(
     class_names: Sequence[str],
     normalization: tuple[Sequence[float], Sequence[float]],
 ) -> list[Shown]:
-    """Images of a split under the first protocol, at `shown_threshold`.
+    """Return images of a split under the first protocol, at `shown_threshold`.
 
     Args:
+        dataset: the split.
         localize: makes the maps.
         evaluation: names the protocols.
-        results: numbers of a pass, for the threshold.
-        indices: which images.
-        class_names: by label.
-        normalization: mean and standard deviation of the images.
+        results: the numbers of a pass, for the threshold.
+        indices: the images.
+        class_names: the names of the classes by label.
+        normalization: the mean and standard deviation of the images.
     """
     if not indices:
         return []

@@ -1,4 +1,4 @@
-"""What an evaluation says of single images: images.csv in the run directory, and W&B's tables."""
+"""Tabulate single images of an evaluation: images.csv in the run directory, and W&B's tables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FILE = "images.csv"
 class ImageRow(NamedTuple):
     """An image under a protocol.
 
-    image: its id; label, predicted: names of classes, the latter None if unknown; iou: of the box from the label's
-    map at the protocol's threshold, in [0, 1]; error: one of `ERRORS`; correct: box and class are right, as Top-1 Loc
-    counts it at that threshold.
+    image: its id; label, predicted: names of classes, None for an unknown prediction; iou: of the box from the label's
+    map at the protocol's threshold, in [0, 1]; error: one of `ERRORS`; correct: whether box and class are right, as for
+    Top-1 Loc at that threshold.
     """
 
     image: str
@@ -46,14 +46,14 @@ class _Seen(NamedTuple):
 
 
 class ImageTables:
-    """Listens to an evaluation, for the rows of some of a split's images with boxes, under each protocol.
+    """Collects rows of some images with boxes from an evaluation, under each protocol.
 
-    A row is not much, but before all images are seen nobody knows at which threshold: 9 bytes are kept for each.
+    The threshold is unknown before all images are seen, so it keeps 9 bytes for each image and threshold.
 
     Args:
-        evaluation: of the split.
+        evaluation: the evaluation of the split.
         dataset: the split.
-        count: how many images at most, spread evenly over it; None: all.
+        count: the maximum number of images, spread evenly over the split. None takes all.
     """
 
     def __init__(self, evaluation: Evaluation, dataset: WSOLDataset, count: int | None) -> None:
@@ -75,11 +75,11 @@ class ImageTables:
                 )
 
     def rows(self, results: Mapping[str, float], class_names: Sequence[str]) -> dict[str, list[ImageRow]]:
-        """Rows of each protocol that saw boxes, in the split's order, those of all processes; listens no more.
+        """Return the rows of each protocol that saw boxes, in the split's order, from all processes. Stop collecting.
 
         Args:
-            results: numbers of the evaluation, for the thresholds.
-            class_names: by label.
+            results: the numbers of the evaluation, for the thresholds.
+            class_names: the names of the classes by label.
         """
         tables: dict[str, list[ImageRow]] = {}
         for name, metric in self._evaluation.protocols.items():
@@ -105,12 +105,12 @@ class ImageTables:
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers below `total`, spread evenly."""
+    """Return at most `count` of the numbers below `total`, spread evenly."""
     return np.unique(np.linspace(0, total - 1, max(count, 0), dtype=int)).tolist()  # type: ignore[no-any-return]
 
 
 def _gather(rows: dict[int, ImageRow]) -> dict[int, ImageRow]:
-    """Rows of all processes."""
+    """Gather the rows of all processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows
     parts: list[Any] = [None] * distributed.get_world_size()
@@ -119,7 +119,7 @@ def _gather(rows: dict[int, ImageRow]) -> dict[int, ImageRow]:
 
 
 def write_images(tables: Mapping[str, Iterable[ImageRow]], path: Path) -> None:
-    """Write the rows of all protocols as CSV: the columns of `ImageRow` after the protocol's name."""
+    """Write the rows of all protocols as CSV, with the columns of `ImageRow` after the protocol's name."""
     with draft(path) as file:
         write_csv(file, [("protocol", *ImageRow._fields)])
         write_csv(file, ((protocol, *row) for protocol, rows in tables.items() for row in rows))

@@ -1,4 +1,4 @@
-"""The log of a run, metrics.csv, as it is found: a process may have been killed as it wrote, or a disk lost power."""
+"""Read the log of a run, metrics.csv, even if a process was killed while writing it, or a disk lost power."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAME = "metrics.csv"
-_LONGEST = 2**20  # bytes of a line; of a longer one, which is rubbish, no more are held at a time
+_LONGEST = 2**20  # In bytes. A longer line is rubbish, and no more of it is held at a time.
 
 
 class LogFile(NamedTuple):
-    """A log: its columns, none if its header is damaged; what each row has in them; how many lines are no rows."""
+    """A log: its columns, empty if its header is damaged; the values of each row; the number of damaged lines."""
 
     columns: list[str]
     rows: list[dict[str, str]]
@@ -20,7 +20,7 @@ class LogFile(NamedTuple):
 
 
 def read_log(path: Path) -> LogFile:
-    """Read a log, and leave out what is no row of it: a line with other than numbers, or without its end."""
+    """Read a log without damaged lines, which lack their end or hold something other than numbers."""
     with path.open("rb") as file:
         columns = _columns(file.readline(_LONGEST))
         rows: list[dict[str, str]] = []
@@ -36,7 +36,7 @@ def read_log(path: Path) -> LogFile:
 
 
 def _values(line: bytes) -> list[str]:
-    """The values in a line of CSV; none if it is no whole line of text."""
+    """Return the values in a line of CSV, or none if it is not a whole line of text."""
     try:
         return next(csv.reader([line.decode("utf-8-sig")])) if line.endswith(b"\n") and b"\0" not in line else []
     except (ValueError, csv.Error):

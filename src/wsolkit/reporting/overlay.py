@@ -1,4 +1,4 @@
-"""Pictures of predictions: an image under its score map, with boxes."""
+"""Draw predictions: an image under its score map, with boxes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ScoreMap = npt.NDArray[np.floating[Any]]
 
 
 def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
-    """The image under its score map, with boxes: [h, w, 3], of the image's proportions.
+    """Draw the image under its score map, with boxes: [h, w, 3], in the image's proportions.
 
-    The longer side has 256 to 1,024 pixels, so that lines are neither lost nor in the way.
+    The longer side has 256 to 1,024 pixels, so that lines are neither lost nor too thick.
 
     Args:
-        image: [H, W, 3]; None: the map alone.
+        image: [H, W, 3], or None for the map alone.
         score_map: [H, W] in [0, 1].
         boxes: [n, 4] in pixels of both.
     """
@@ -45,14 +45,14 @@ def overlay(image: Image | None, score_map: ScoreMap, boxes: Boxes) -> Image:
     line = max(1, round(max(size) / 200))
     for box in boxes:
         x0, y0, x1, y1 = (box + np.array([0, 0, 1, 1])) * np.tile(np.array(size) / [width, height], 2)
-        corners = x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)  # the last pixel is drawn too
+        corners = x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)  # The last pixel is drawn, too.
         draw.rectangle(corners, outline="#ffffff", width=line + 2)
         draw.rectangle(corners, outline=PREDICTED, width=line)
     return np.asarray(picture)
 
 
 def draw_boxes(axes: Axes, boxes: Boxes, colour: str = PREDICTED, linestyle: str = "-") -> None:
-    """Draw boxes [n, 4], both corners inside, around their pixels of an image that `imshow` shows on these axes."""
+    """Draw boxes [n, 4], with both corners inside, around their pixels in an image that `imshow` shows."""
     for x0, y0, x1, y1 in np.asarray(boxes).tolist():
         frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor=colour, linewidth=2)
         frame.set_linestyle(linestyle)
@@ -60,7 +60,7 @@ def draw_boxes(axes: Axes, boxes: Boxes, colour: str = PREDICTED, linestyle: str
 
 
 def prediction_figure(image: Image | None, score_map: ScoreMap, boxes: Boxes, title: str) -> Figure:
-    """The image, if there is one, and beside it its overlay."""
+    """Draw the image, if there is one, beside its overlay."""
     drawn = overlay(image, score_map, boxes)
     pictures = [drawn] if image is None else [image, drawn]
     figure = PlainFigure(figsize=(4 * len(pictures), 4.3), layout="constrained")

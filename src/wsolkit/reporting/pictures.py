@@ -1,4 +1,4 @@
-"""What a run leaves to look at: pictures, images.csv and report.html in its directory, and the same in W&B."""
+"""Write a run's pictures, images.csv and report.html into its directory, and log the same to W&B."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def write_report(
 ) -> None:
     """Write report.html and, if there are examples, examples.png and examples/ into a run directory.
 
-    What cannot be drawn is left out, see `wsolkit.reporting.terminal.picture`.
+    Pictures that cannot be drawn are left out, see `wsolkit.reporting.terminal.picture`.
 
     Args:
-        folder: of the run.
-        title: what was run.
-        method: name of the row of numbers.
-        class_names: of the classes that were told apart, by label.
-        settings: of the run, shown in the report.
-        datamodule: whose test split was evaluated.
-        evaluation: its protocols; the first one's maps and boxes are shown.
-        outcome: of the pass.
-        localize: makes the maps of the images that are shown.
-        examples: indices of the images in examples.png and examples/.
+        folder: the run directory.
+        title: describes the run.
+        method: the name of the row of numbers.
+        class_names: the names of the classes, by label.
+        settings: the settings of the run, which the report shows.
+        datamodule: the data set whose test split was evaluated.
+        evaluation: names the protocols. The report shows maps and boxes of the first one.
+        outcome: the metrics of the pass.
+        localize: makes the maps of the images in the report.
+        examples: the indices of the images in examples.png and examples/.
     """
     dataset = datamodule.dataset("test")
 
@@ -105,7 +105,7 @@ def write_report(
 
 
 def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ()) -> list[int]:
-    """Indices of the images that are named, or else of `count` images spread evenly over a split.
+    """Return the indices of the named images, or else of `count` images spread evenly over a split.
 
     Raises:
         ConfigError: the split has no image of that name.
@@ -116,15 +116,15 @@ def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ())
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1) or list(known)[:1]
-            raise ConfigError(f"examples: the test split has no image '{name}'; it has '{close[0]}', for instance")
+            raise ConfigError(f"examples: the test split has no image '{name}'. It has '{close[0]}', for instance")
     return [known[name] for name in dict.fromkeys(names)]
 
 
 def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
-    """A sheet of examples, two in a row, with a legend."""
+    """Draw a sheet of examples, two per row, with a legend."""
     rows = max(1, (len(examples) + 1) // 2)
     height = 2.95 * rows + 0.85
-    figure = PlainFigure(figsize=(10, height))  # of equal cells, for which a layout engine takes long
+    figure = PlainFigure(figsize=(10, height))  # All cells are equal, and a layout engine would take long for them.
     for axes in figure.subplots(rows, 2, squeeze=False).ravel():
         axes.set_axis_off()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.5 / height, top=1 - 0.85 / height, wspace=0.03, hspace=0.2)
@@ -146,18 +146,18 @@ def draw_examples(examples: Sequence[Shown], title: str) -> Figure:
 def write_inside(
     folder: Path, module: WSOLModule, datamodule: WSOLDataModule, examples: Sequence[int]
 ) -> Figure | None:
-    """Write maps from within a method, of the class of each image: inside.png, and inside.npz with the numbers.
+    """Write maps from inside a method, for the class of each image: inside.png, and inside.npz with the numbers.
 
-    The file of numbers has `<name>` [n, steps, h, w] for each series of maps, and `image` [n], the images' ids.
+    The file of numbers has `<name>` [n, steps, h, w] for each series of maps, and `image` [n] with the images' ids.
 
     Args:
-        folder: of the run.
-        module: whose `inside` is asked.
-        datamodule: whose test split has the images.
+        folder: the run directory.
+        module: the module whose `inside` makes the maps.
+        datamodule: the data set whose test split has the images.
         examples: their indices.
 
     Returns:
-        the picture; None if there are no examples, or the method has no such maps.
+        the picture, or None if there are no examples, or the method has no maps of this kind.
     """
     if not examples:
         return None
@@ -184,9 +184,9 @@ _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def draw_inside(pictures: Sequence[Image], series: Mapping[str, npt.NDArray[np.float32]]) -> Figure:
-    """A sheet with a row for each image and series, the steps from left to right, each map on its own scale.
+    """Draw a sheet with a row for each image and series. Steps go from left to right, each map on its own scale.
 
-    Where no series has more than one step, they share the image's row.
+    If no series has more than one step, the series share the image's row.
     """
     steps = max(maps.shape[1] for maps in series.values())
     rows: list[tuple[Image | None, list[tuple[str, npt.NDArray[np.float32]]]]] = []

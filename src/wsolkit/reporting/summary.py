@@ -1,4 +1,4 @@
-"""What a run says at its beginning and at its end."""
+"""Print what a run says at its beginning and at its end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from wsolkit.system.signals import is_first
 
 
 def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
-    """What was run on what, and where the checkpoint was chosen, in one line.
+    """Return one line on the run: the method, the data set, and the split that selected the checkpoint.
 
     Args:
-        cfg: settings of this run.
-        trained: settings of the run that the checkpoint is from.
+        cfg: the settings of this run.
+        trained: the settings of the run that wrote the checkpoint.
     """
     held_out = trained["dataset"]["held_out"] and trained.get("selection") == "val"
     selected = "the held-out val split" if held_out else "the reported split itself"
@@ -31,7 +31,7 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """The method, and what refines its maps: "cam + scg"."""
+    """Return the name of the method with its post-process: "cam + scg"."""
     postprocess = cfg.get("postprocess")
     return f"{cfg.method.name} + {postprocess.name}" if postprocess else str(cfg.method.name)
 
@@ -39,14 +39,14 @@ def method_name(cfg: DictConfig) -> str:
 def print_summary(
     folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]
 ) -> None:
-    """Print the table of a run's numbers, and where everything is.
+    """Print the table of a run's numbers, and where all files are.
 
     Args:
-        folder: run directory.
-        title: what was run.
-        row: name of the method in the table.
-        chosen_on: where each protocol's threshold was chosen.
-        results: numbers by name.
+        folder: the run directory.
+        title: describes the run.
+        row: the name of the method in the table.
+        chosen_on: the split that chose each protocol's threshold.
+        results: the numbers by name.
     """
     console = PlainConsole()
     print_results(console, results, chosen_on, row, title)
@@ -54,7 +54,7 @@ def print_summary(
 
 
 def what_next(folder: Path, cfg: DictConfig) -> str:
-    """What to open, and which commands to try on the model in a run directory."""
+    """Say what to open, and which commands to try on the model in a run directory."""
     checkpoint = shlex.quote(f"checkpoint={as_named(folder) / 'checkpoints' / 'best.ckpt'}")
     settings = [f"method={'ts_cam' if cfg.method.name == 'sat' else 'sat'}", f"dataset={cfg.dataset.name}"]
     if "root" in cfg.dataset:
@@ -73,12 +73,12 @@ _OF_RECIPES = ("optimizer.lr", "schedule.name", "dataset.batch_size", "trainer.m
 
 
 def about_recipe(cfg: DictConfig, recipe: Path | None, overrides: Sequence[str]) -> str:
-    """Return a sentence that says which recipe a run takes, or what it trains with where there is none.
+    """Return a sentence that says which recipe a run takes, or what it trains with if there is none.
 
     Args:
-        cfg: settings.
-        recipe: its file.
-        overrides: what the user gave on the command line.
+        cfg: the settings.
+        recipe: the file of the recipe.
+        overrides: the user's overrides on the command line.
     """
     if recipe is not None:
         comment = re.findall(r"^# ([^@].*)", recipe.read_text(encoding="utf-8-sig"), re.MULTILINE)
@@ -94,6 +94,6 @@ def about_recipe(cfg: DictConfig, recipe: Path | None, overrides: Sequence[str])
 
 
 def print_recipe(cfg: DictConfig) -> None:
-    """Say which recipe a command takes, once."""
+    """Say once which recipe a command takes."""
     if HydraConfig.initialized() and is_first():
         logging.getLogger("wsolkit").info(about_recipe(cfg, chosen_file("recipe"), given_overrides()))

@@ -1,4 +1,4 @@
-"""The table at the end of a run, and the files of its numbers."""
+"""Print the table at the end of a run, and write its numbers to files."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ _DIGITS = 4
 
 _LOCALIZED = (
     "Boxes for GT-known Loc, by the label's and by the predicted class's map, and for Top-1 and Top-5 Loc are drawn at "
-    "the threshold τ; it comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
+    "the threshold τ. It comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
     "MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, takes the best τ of the reported split."
 )
 _CLASSIFIED = "The images have neither boxes nor masks: classification is all that can be evaluated."
-_WIDTH = 90  # of what is said below a table
+_WIDTH = 90  # The width of the text below a table.
 
 
 def print_results(
     console: Console, results: Mapping[str, float], chosen_on: Mapping[str, str], method: str, title: str
 ) -> None:
-    """Print the table at the end of a run; it is never cut off, which would be worse than long lines.
+    """Print the table at the end of a run. It is never cut off, because long lines are better than missing numbers.
 
     Args:
-        results: in percent, τ from 0 to 1.
-        chosen_on: where each protocol's threshold was chosen, see `Evaluation.chosen_on`.
-        method: its name in the table.
-        title: what was run.
+        results: in percent, with τ from 0 to 1.
+        chosen_on: the split that chose each protocol's threshold, see `Evaluation.chosen_on`.
+        method: the name of the method in the table.
+        title: describes the run.
     """
     table = results_table(results, chosen_on, method)
     console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
@@ -67,7 +67,7 @@ def print_results(
 
 
 def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], method: str) -> Table:
-    """A row for each protocol; below those that agree on the baselines, one for each of these."""
+    """Make a table with a row for each protocol, and with the baselines below the protocols that agree on them."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(method, no_wrap=True)
     protocols = telling_protocols(results, {})
@@ -80,7 +80,7 @@ def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], me
     used = [
         key
         for key in _COLUMNS
-        if key != "top5_cls"  # for which there is no room
+        if key != "top5_cls"  # There is no room for it.
         and any(f"{protocol}/{'threshold' if key == 'chosen_on' else key}" in results for protocol in protocols)
     ]
     for key in used:
@@ -99,7 +99,7 @@ def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], me
 def _by_baselines(
     results: Mapping[str, float], protocols: Iterable[str], used: Sequence[str]
 ) -> dict[tuple[tuple[str, ...], ...], list[str]]:
-    """The rows of the baselines, and the protocols that have these same ones."""
+    """Return the rows of the baselines, and the protocols that share them."""
     grouped: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for protocol in protocols:
         rows = [(name, *(_cell(key, results.get(f"{protocol}/{name}/{key}")) for key in used)) for name in BASELINES]
@@ -124,7 +124,7 @@ def write_results(
 
 
 def write_metrics(outcome: Outcome, class_names: Sequence[str], path: Path) -> None:
-    """Write numbers, curves and tables as a JSON object with flat keys; what is not a number (0/0) is null."""
+    """Write numbers, curves and tables as a JSON object with flat keys. NaN (0/0) becomes null."""
     content: dict[str, Any] = {name: _plain(value) for name, value in outcome.results.items()}
     content |= {name: _plain(values) for name, values in outcome.curves.items()}
     content["class_names"] = list(class_names)

@@ -1,4 +1,4 @@
-"""What is printed: text as it is, and which pictures are missing."""
+"""Print text as it is, and name the pictures that are missing."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from wsolkit.system.names import one_line, readable
 
 
 class PlainConsole(Console):
-    """A console for which text is text: [brackets] are no markup, :colons: no emoji, and nothing moves the cursor.
+    """A console that prints text as it is: [brackets] and :colons: have no meaning, and nothing moves the cursor.
 
     Args:
-        options: of rich's console.
+        options: the options of rich's console.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Rich's hook, through which every string goes, those in tables too."""
+        """Render a string as plain text. Every string goes through this method, also in tables."""
         return super().render_str(readable(text), **options)
 
 
 @contextmanager
 def picture(what: Path | str) -> Iterator[None]:
-    """What fails within costs this picture alone: one line on stderr says which, and why.
+    """Leave out a picture if it fails within this context. One line on stderr says which picture failed, and why.
 
     Args:
-        what: its file, of which nothing is left if it fails, or its name.
+        what: the file of the picture, which is deleted if it fails, or its name.
     """
     try:
         yield

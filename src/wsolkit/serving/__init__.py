@@ -1,1 +1,1 @@
-"""A trained model as a page in the browser."""
+"""Serve a trained model as a page in the browser."""

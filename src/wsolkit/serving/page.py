@@ -1,4 +1,4 @@
-"""The page of `python -m wsolkit.demo`: its controls, and what they do. Needs Gradio."""
+"""Build the page of `python -m wsolkit.demo` with its controls. It needs Gradio."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from wsolkit.types import Exif, Image, Select
 _RANKED = 5
 _EXAMPLES = 24
 _THUMBNAIL = 160
-_MAX_SIDE = 1024  # of what is sent to the browser
+_MAX_SIDE = 1024  # The browser gets pictures of this size at most.
 _KEPT = 3600
 """Seconds after which uploaded files, and the images of visitors who left, are forgotten."""
 
@@ -55,18 +55,18 @@ _STYLE = f"""
 .examples .grid-container {{ grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); }}
 """
 
-_network = threading.Lock()  # one image at a time goes through it
+_network = threading.Lock()  # One image at a time goes through the network.
 
 
 class Opened:
-    """An image that a visitor looks at, and the maps of the classes looked for in it so far.
+    """An image that a visitor looks at, and the maps of the classes that were looked for in it so far.
 
-    It keeps a small picture: the image itself is read again where it is needed.
+    It keeps a small picture. The image itself is read again when it is needed.
 
     Args:
-        localizer: that finds objects.
+        localizer: finds the objects.
         read: reads the image, [H, W, 3].
-        name: of the image.
+        name: the name of the image.
 
     Attributes:
         ranked: the most probable classes and their probabilities, by label.
@@ -84,7 +84,7 @@ class Opened:
         self.small: Image = np.asarray(small)
 
     def find(self, label: int, threshold: float | None, select: Select) -> Prediction:
-        """Where the image shows a class; only a class that was not looked for before needs the network."""
+        """Find where the image shows a class. Only a new class needs the network."""
         if label not in self._maps:
             with _network:
                 (raw,) = raw_maps_of_labels(self._localizer, self._read(), [label])
@@ -93,7 +93,7 @@ class Opened:
 
 
 def _without_pixels(raw: RawMap) -> RawMap:
-    """A map with an image that has its shape and takes no memory."""
+    """Return a map with an image that has the right shape but takes no memory."""
     return replace(raw, image=np.broadcast_to(np.uint8(0), raw.image.shape))
 
 
@@ -105,13 +105,13 @@ def build_app(
     host: str = "127.0.0.1",
     hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """What answers the browser; it loads nothing from elsewhere, and keeps no record of what was looked at.
+    """Build the app that answers the browser. It loads nothing from elsewhere, and keeps no record of the images.
 
-    Its `state.uploads` has to be closed in the end.
+    Close its `state.uploads` in the end.
 
     Args:
         localizer, threshold, select, examples: see `build_page`.
-        host, hosts: where it is served, and under which other names; see `KnownHosts`.
+        host, hosts: the address of the page, and its other names, see `KnownHosts`.
     """
     uploads = Uploads(Path(get_upload_folder()), localizer.exif)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -128,24 +128,24 @@ def build_app(
 def build_page(
     localizer: Localizer, threshold: float, select: Select, examples: Sequence[Path], uploads: Uploads
 ) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        localizer: that finds objects.
-        threshold, select: what it starts with.
-        examples: images to choose from; the first ones that can be read are shown.
+        localizer: finds the objects.
+        threshold, select: the values at the start.
+        examples: images to choose from. The page shows the first ones that can be read.
         uploads: reads what visitors upload.
     """
     names = unlike(list(map(readable, localizer.class_names)))
     offered = list(islice(thumbnails(examples, localizer.exif), _EXAMPLES))
 
     def choices(ranked: dict[int, float]) -> list[tuple[str, int]]:
-        """All classes, the most probable ones first."""
+        """List all classes, with the most probable ones first."""
         probable = [(f"{names[label]} ({score:.1%})", label) for label, score in ranked.items()]
         return probable + [(name, label) for label, name in enumerate(names) if label not in ranked]
 
     def show(opened: Opened | None, label: int | None, threshold: float | None, select: Select) -> tuple[str, str]:
-        """Pictures and boxes."""
+        """Return the pictures and the boxes."""
         if opened is None or label is None:
             return _WELCOME, ""
         try:
@@ -160,7 +160,7 @@ def build_page(
     def open_image(
         path: str | None, read: Callable[[Path], Image], threshold: float | None, select: Select
     ) -> tuple[object, ...]:
-        """What is opened, classes, probabilities, pictures and boxes."""
+        """Return the opened image, classes, probabilities, pictures and boxes."""
         nothing = None, gr.Dropdown(choices({}), value=None), None
         if path is None:
             return *nothing, _WELCOME, ""
@@ -177,10 +177,10 @@ def build_page(
         classes = gr.Dropdown(choices(opened.ranked), value=best)
         return opened, classes, probabilities, *show(opened, best, threshold, select)
 
-    def choose(
+    def show_class(
         chosen: gr.SelectData, opened: Opened | None, threshold: float | None, select: Select
     ) -> tuple[int, str, str]:
-        """Class, pictures and boxes."""
+        """Return the class, the pictures and the boxes."""
         label = names.index(chosen.value)
         return label, *show(opened, label, threshold, select)
 
@@ -199,7 +199,7 @@ def build_page(
                 selected = localizer.threshold_origin != "default"
                 own = f"The model's own is {localizer.threshold:g}." if selected else "None was selected in validation."
                 tau = gr.Slider(0, 1 - step, threshold, step=step, label="Threshold τ", info=own)
-                tau.preprocess = lambda typed: typed  # what is out of range is answered by `show`, not by a traceback
+                tau.preprocess = lambda typed: typed  # `show` answers a value out of range, instead of a traceback.
                 parts = gr.Radio(
                     [("largest component", "largest"), ("all components", "all")], value=select, label="Boxes around"
                 )
@@ -219,42 +219,43 @@ def build_page(
                         elem_classes="examples",
                     )
         outputs = [opened, classes, probabilities, pictured, listed]
-        # While one event is worked on, only the last of those after it is kept: a slider gives many. Gradio's queue is
-        # for slow work, and now and then loses the answer to what is done at once.
+        # A slider gives many events. While the page handles one, it keeps only the last of those after it. Gradio's
+        # queue is for slow work, and sometimes loses the answer to a quick event.
         on = partial(gr.on, trigger_mode="always_last", show_progress="hidden", queue=False)
         on([file.upload, file.clear], open_upload, [file, tau, parts], outputs)
         on([classes.input, tau.input, parts.input], show, [opened, classes, tau, parts], [pictured, listed])
-        on(probabilities.select, choose, [opened, tau, parts], [classes, pictured, listed])
+        on(probabilities.select, show_class, [opened, tau, parts], [classes, pictured, listed])
         if offered:
             on(gallery.select, open_example, [tau, parts], [file, *outputs])
     return page
 
 
 def unlike(names: Sequence[str]) -> list[str]:
-    """Names of classes, with the number behind those that several have: the page tells classes apart by their names."""
+    """Return names of classes, with a number where several are the same, since the page needs unique names."""
     several = set(repeated(names))
     return [f"{name} (number {label})" if name in several else name for label, name in enumerate(names)]
 
 
 def thumbnails(paths: Sequence[Path], exif: Exif) -> Iterator[tuple[Image, Path]]:
-    """Small pictures of the images that can be read."""
+    """Yield small pictures of the images that can be read."""
     for path in paths:
-        with suppress(Exception):  # decoders of broken files raise whatever comes
+        with suppress(Exception):  # Decoders raise all kinds of errors on broken files.
             picture = PIL.Image.fromarray(read_image(path, exif))
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
             yield np.asarray(picture), path
 
 
 def message(text: str) -> str:
-    """What went wrong, as HTML."""
+    """Return a message about an error, as HTML."""
     return f'<p class="error" role="alert">{escape(readable(text))}</p>'
 
 
 def pictures(image: Image, found: Prediction) -> str:
-    """The image, the same under its score map, and the mask in it, each with boxes, as HTML.
+    """Return the image, the image under its score map, and the image with the mask, each with boxes, as HTML.
 
     Args:
-        image: [h, w, 3] of the proportions of the original.
+        image: [h, w, 3], with the proportions of the original.
+        found: the prediction.
     """
     height, width = found.score_map.shape
     mask = PIL.Image.fromarray(found.mask).resize(image.shape[1::-1], PIL.Image.Resampling.NEAREST)
@@ -278,7 +279,7 @@ def pictures(image: Image, found: Prediction) -> str:
 
 
 def boxes(name: str, found: Prediction) -> str:
-    """A table of the boxes in an image, as HTML."""
+    """Return a table of the boxes in an image, as HTML."""
     height, width = found.score_map.shape
     count = f"{len(found.boxes)} box{'' if len(found.boxes) == 1 else 'es'}"
     head = "".join(f'<th scope="col">{corner}</th>' for corner in ("x0", "y0", "x1", "y1"))

@@ -1,4 +1,4 @@
-"""What a server on this machine reads for its visitors, and which names it answers to."""
+"""Read files for visitors of a server on this machine, and decide which requests it answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from wsolkit.errors import DataError
 from wsolkit.types import Exif, Image
 
 MAX_BYTES = 64 * 2**20
-"""Size of the largest file that visitors may upload."""
+"""The size of the largest file that visitors may upload."""
 MAX_PIXELS = 50_000_000
-"""Pixels of the largest image that is decoded for a visitor: photos of phones have up to 50 million."""
+"""The pixels of the largest image that is decoded for a visitor. Photos of phones have up to 50 million."""
 _SECONDS = 10.0
-_MAX_REQUEST = 2**20  # bytes: what a page asks is text
-_UPLOAD = "/gradio_api/upload"  # where Gradio takes files
+_MAX_REQUEST = 2**20  # In bytes. A page only sends text.
+_UPLOAD = "/gradio_api/upload"  # Gradio takes files at this address.
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,17 +37,17 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 class Uploads:
-    """Images that visitors have uploaded, decoded in a process of their own within limits of size and time.
+    """Images that visitors have uploaded. A separate process decodes them within limits of size and time.
 
     Args:
-        folder: that uploads lie in; a path that leads anywhere else is refused.
+        folder: the folder of the uploads. A path that leads anywhere else is refused.
         exif: see `Exif`.
-        seconds: that decoding an image may take.
+        seconds: the time that decoding an image may take.
     """
 
     def __init__(self, folder: Path, exif: Exif, seconds: float = _SECONDS) -> None:
         self._folder, self._exif, self._seconds = folder.resolve(), exif, seconds
-        self._one = threading.Lock()  # image at a time
+        self._one = threading.Lock()  # It admits one image at a time.
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -55,7 +55,7 @@ class Uploads:
         """Decode an upload: [H, W, 3].
 
         Raises:
-            DataError: it is none, is too large, cannot be decoded, or not in time.
+            DataError: it is not an upload, is too large, cannot be decoded, or takes too long.
         """
         if not self.holds(path):
             raise DataError(f"'{path.name}' was not uploaded here")
@@ -70,14 +70,14 @@ class Uploads:
         return self.decode(path.resolve())
 
     def holds(self, path: Path) -> bool:
-        """Whether a path leads into the folder of uploads."""
+        """Say whether a path leads into the folder of uploads."""
         try:
             return path.resolve().is_relative_to(self._folder)
-        except (OSError, ValueError):  # no path at all, such as one with a null character
+        except (OSError, ValueError):  # It is not a path. It may contain a null character.
             return False
 
     def decode(self, path: Path) -> Image:
-        """Decode a file that need not be an upload; see `read`."""
+        """Decode a file that need not be an upload, see `read`."""
         with self._one:
             try:
                 connection = self._connection or self._start()
@@ -97,25 +97,25 @@ class Uploads:
         return image
 
     def close(self) -> None:
-        """End the process that decodes; the next image starts another."""
+        """End the decoding process. The next image starts another one."""
         process, self._process, self._connection = self._process, None, None
         if process is not None:
             process.kill()
             process.join(_SECONDS)
 
     def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # a fork would keep this process's threads waiting
+        context = multiprocessing.get_context("spawn")  # A fork would keep this process's threads waiting.
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_decode_each, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        assert self._connection.recv() == "ready"  # its imports do not count as time of an image
+        assert self._connection.recv() == "ready"  # Its imports do not count for the time of an image.
         return self._connection
 
 
 def _decode_each(connection: Connection) -> None:
-    """Decode files that are named through a connection, and answer with their pixels, or with what is wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which ends this
+    """Decode files that are named through a connection, and answer with their pixels, or with an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which ends this process.
     connection.send("ready")
     while True:
         try:
@@ -124,7 +124,7 @@ def _decode_each(connection: Connection) -> None:
             return
         try:
             connection.send(_decoded(Path(path), exif))
-        except Exception as error:  # decoders of broken files raise whatever comes
+        except Exception as error:  # Decoders raise all kinds of errors on broken files.
             connection.send(str(error) or type(error).__name__)
 
 
@@ -142,12 +142,12 @@ def _decoded(path: Path, exif: Exif) -> Image:
 
 
 class OnlyUploads:
-    """Passes on only requests that name no files of this machine but uploads.
+    """Passes on only requests that name no files of this machine except uploads.
 
-    Gradio may copy a file that a request names, wherever it lies, before anybody asks what it is for.
+    Gradio may copy any file that a request names, before other code checks it.
 
     Args:
-        app: that answers.
+        app: answers the requests.
         uploads: the files that may be named.
     """
 
@@ -186,7 +186,7 @@ class OnlyUploads:
 
 
 def _paths(content: object) -> Iterator[str]:
-    """The files that a request's content names."""
+    """Yield the files that a request's content names."""
     if isinstance(content, dict):
         if "path" in content and content["path"] is not None:
             yield str(content["path"])
@@ -206,12 +206,13 @@ async def _refuse(send: _Send, status: int, reason: str) -> None:
 class KnownHosts:
     """Passes on only requests whose `Host` names this machine.
 
-    A page of another site may have its name point to this machine (DNS rebinding): its requests come under that name.
+    A page of another site may point its own name to this machine (DNS rebinding). Its requests then come under that
+    name.
 
     Args:
-        app: that answers.
-        host: name or address on which the server listens.
-        others: names that are known besides, as of a proxy.
+        app: answers the requests.
+        host: the name or address on which the server listens.
+        others: other names that are accepted, for example of a proxy.
     """
 
     def __init__(self, app: _App, host: str, others: Sequence[str]) -> None:
@@ -231,13 +232,13 @@ class KnownHosts:
             await _refuse(send, 421, own)
 
     def knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Whether the one `Host` among a request's headers is this machine."""
+        """Say whether the one `Host` among a request's headers is this machine."""
         given = [value.decode("latin-1").strip().lower() for name, value in headers if name.lower() == b"host"]
         if len(given) != 1:
             return False
         name = given[0][1:].partition("]")[0] if given[0].startswith("[") else given[0].partition(":")[0]
         address = _address(name)
-        if address is not None:  # no page of another site has an address of this machine for its name
+        if address is not None:  # A page of another site cannot have an address of this machine as its name.
             return address.is_loopback or not self._here.is_loopback
         return name in self._names
 

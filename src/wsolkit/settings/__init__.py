@@ -1,1 +1,1 @@
-"""Settings: compose, check and explain them, restore those of a checkpoint, run a command."""
+"""Compose, check and explain settings, restore those of a checkpoint, and run a command."""

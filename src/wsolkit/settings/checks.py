@@ -1,4 +1,4 @@
-"""Check settings against the signatures of what they configure."""
+"""Check settings against the signatures of the classes that they configure."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from wsolkit.settings.limits import check_limits
 
 
 def check_config(cfg: DictConfig, own: type | None = None) -> None:
-    """Check settings against their types and, for every node with a `_target_`, against that target's signature.
+    """Check settings against their types, and each node with a `_target_` against the signature of that target.
 
     Args:
         cfg: the settings.
-        own: a dataclass of the settings that belong to no group; None: these are not checked.
+        own: a dataclass of the settings that belong to no group. None leaves these unchecked.
 
     Raises:
-        ConfigError: a setting is missing (`???`), unknown to the target, or of another type than its annotation.
+        ConfigError: a setting is missing (`???`), unknown to the target, or of the wrong type.
     """
     missing = sorted(_missing(cfg, ""))
     if missing:
@@ -68,18 +68,18 @@ def _check_signature(node: Mapping[str, Any], path: str) -> None:
     target = locate(str(node["_target_"]), path)
     parameters, open_ended = accepted(target)
     unknown = [key for key in node if key not in HYDRA_KEYS | LABELS | parameters.keys()]
-    # A data set's node also holds what its records are read with, such as dataset.root.
+    # The node of a data set also holds arguments of its reader, for example dataset.root.
     if unknown and not open_ended and path != "dataset.":
         raise ConfigError(f"there is no setting '{path}{unknown[0]}'{suggestion(unknown[0], parameters)}")
     _check_types({key: node[key] for key in node.keys() & parameters.keys()}, parameters, path)
 
 
 def accepted(target: Any) -> tuple[dict[str, Any], bool]:
-    """Arguments of a class or function with their types, and whether it takes any others.
+    """Return the arguments of a class or function with their types, and whether it accepts any others.
 
-    Arguments that are declared together, as `**settings: Unpack[SomeTypedDict]`, count one by one. A constructor that
-    takes `**others` passes them on: the arguments of the base class's constructor belong to it, too. The type is `Any`
-    where a library's annotation cannot be resolved: the library then checks for itself.
+    Arguments that are declared together as `**settings: Unpack[SomeTypedDict]` count one by one. A constructor with
+    `**others` passes these on, so it also accepts the arguments of its base class. A type is `Any` if a library's
+    annotation cannot be resolved, and the library then checks the value itself.
     """
     takers = [target]
     if inspect.isclass(target):
@@ -108,7 +108,7 @@ def accepted(target: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str) -> None:
-    import pydantic  # not needed for --help
+    import pydantic  # Imported here, because --help does not need it.
 
     for key, value in values.items():
         built_later = isinstance(value, Mapping) and "_target_" in value
@@ -120,7 +120,7 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
             continue
         adapter = pydantic.TypeAdapter(hints[key], config=pydantic.ConfigDict(arbitrary_types_allowed=True))
         try:
-            # YAML has lists only: where one is given, a tuple is as good.
+            # YAML only has lists, so a list may stand for a tuple.
             adapter.validate_python(value, strict=not isinstance(value, list))
         except pydantic.ValidationError as error:
             reasons = "; ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
@@ -128,12 +128,12 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str)
 
 
 def locate(target: str, path: str) -> Any:
-    """Import what a `_target_` names, if a YAML file of the package or of `--config-dir` names it as one.
+    """Import the `_target_` of a node, if a YAML file of the package or of `--config-dir` names it.
 
-    Wherever settings come from, they can run nothing else.
+    Settings from any other place, such as a checkpoint, can therefore run nothing else.
 
     Raises:
-        ConfigError: no such file names it, or there is no such thing.
+        ConfigError: no such file names it, or it does not exist.
     """
     folders = [CONF, *own_folders()]
     if not any(target in _targets(folder) for folder in folders):
@@ -151,7 +151,7 @@ def locate(target: str, path: str) -> Any:
 
 @functools.cache
 def _targets(folder: Path) -> frozenset[str]:
-    """What the YAML files of a folder and its groups name as a `_target_`."""
+    """Return the `_target_` values in the YAML files of a folder and its groups."""
     paths = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     return frozenset(name for text in texts for name in re.findall(r"""_target_["']?\s*:\s*["']?([\w.]+)""", text))

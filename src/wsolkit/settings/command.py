@@ -1,4 +1,4 @@
-"""Run a command: its settings, its errors, its jobs. Imports neither torch nor Lightning."""
+"""Run a command with its settings, its errors and its jobs. This module imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def run_command(
     stopped: str = "",
     fixed: Collection[str] = (),
 ) -> None:
-    """Run a command: compose its settings from the command line, then `task(settings, run directory)`.
+    """Compose a command's settings from the command line, and call `task(settings, run directory)`.
 
-    Errors a user can mend are printed as one message, and the process exits with 1; HYDRA_FULL_ERROR=1 shows the
-    traceback too. Where SIGTERM or Ctrl-C stops it, it exits with 143 or 130.
+    It prints an error that the user can fix as one message, and exits with 1. HYDRA_FULL_ERROR=1 also shows the
+    traceback. When SIGTERM or Ctrl-C stops it, it exits with 143 or 130.
 
     Args:
-        config_name: of the command's YAML file.
-        task: what it does.
-        complete: makes of its arguments, in Hydra's grammar, those that it is run with.
-        stopped: how to go on where it was stopped, unless the task says so.
-        fixed: groups that the help leaves out, since the command chooses in them.
+        config_name: the name of the command's YAML file.
+        task: does the work.
+        complete: completes the command's arguments, in Hydra's grammar.
+        stopped: says how to continue after a stop, unless the task says so itself.
+        fixed: groups that the help leaves out, because the command chooses in them.
     """
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -58,7 +58,7 @@ def run_command(
 
     def job(cfg: DictConfig) -> None:
         if not traceback:
-            os.environ.pop("HYDRA_FULL_ERROR", None)  # not for the processes that the task starts
+            os.environ.pop("HYDRA_FULL_ERROR", None)  # The processes that the task starts must not inherit it.
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -68,7 +68,7 @@ def run_command(
                 _prepare_children()
                 task(cfg, folder)
         except (WsolkitError, OmegaConfBaseException) as error:
-            # Hydra would add lines of its own; in a multirun they say which job it was.
+            # Hydra would add lines of its own. In a multirun they name the job.
             if traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             failures.append(error)
@@ -76,9 +76,9 @@ def run_command(
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
     end_with_parent()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show must not end a command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A name that the terminal cannot show must not end a command.
         sys.stdout.reconfigure(errors="backslashreplace")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # It makes Hydra raise its errors instead of printing them in its own way.
     try:
         if {"--help", "-h"}.intersection(sys.argv):
             print(usage(CONF, config_name, fixed), flush=True)
@@ -94,14 +94,14 @@ def run_command(
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # of `--help | head`
+    except BrokenPipeError:  # For example, from `--help | head`.
         leave_without_reader()
         raise
     except OSError as error:
         if traceback or error.filename is None:
             raise
         sys.exit(
-            f"error: '{error.filename}' cannot be read or written ({error.strerror}); results go to another folder "
+            f"error: '{error.filename}' cannot be read or written ({error.strerror}). Results go to another folder "
             f"with {'output' if _has_output(config_name) else 'hydra.run.dir'}=DIR"
         )
     except (Stopped, KeyboardInterrupt) as error:
@@ -115,7 +115,7 @@ def run_command(
 def _for_hydra(arguments: list[str]) -> list[str]:
     """Return a command line for Hydra, which then names the jobs of a sweep as `wsolkit.settings.sweeper` does.
 
-    Of several values, --cfg shows the first. --dry-run is ours: a sweeper that runs nothing lists the jobs.
+    If a setting has several values, --cfg shows the first one. For --dry-run, a sweeper lists the jobs and runs none.
     """
     own = [argument for argument in arguments if argument not in ("-m", "--multirun", "--dry-run")]
     if {"--cfg", "-c"}.intersection(arguments):
@@ -138,17 +138,17 @@ def _first_value(argument: str) -> str:
 
 
 def _has_output(config_name: str) -> bool:
-    """Whether a command's folder is its setting `output`."""
+    """Say whether a command writes to its setting `output`."""
     return re.search(r"^output:", (CONF / f"{config_name}.yaml").read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def run_command_on_checkpoint(
     config_name: str, task: Callable[[DictConfig, Path], object], with_protocol: bool = True, stopped: str = ""
 ) -> None:
-    """`run_command`, with the method, backbone and data set of `checkpoint=…` before the user's settings.
+    """Run a command with the method, backbone and data set of `checkpoint=…`, which the user's settings may override.
 
     Args:
-        with_protocol: whether with the checkpoint's first protocol, too.
+        with_protocol: whether to take the checkpoint's first protocol, too.
         stopped: see `run_command`.
     """
 
@@ -164,7 +164,7 @@ def run_command_on_checkpoint(
 
 
 def name_directory() -> None:
-    """Make the command line's first argument that is no setting `directory=…`."""
+    """Turn the first argument that is not a setting into `directory=…`."""
     for index, argument in enumerate(sys.argv[1:], start=1):
         of_option = sys.argv[index - 1].startswith("-")
         if not argument.startswith("-") and not of_option and ("=" not in argument or Path(argument).is_dir()):
@@ -173,9 +173,9 @@ def name_directory() -> None:
 
 
 def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
-    """Settings as plain containers; where a required one is missing, with interpolations as they are.
+    """Return settings as plain containers. Keep interpolations as they are if a required setting is missing.
 
-    The job says what is missing; that of `evaluate` may find it in its checkpoint.
+    The job then names the missing setting. `evaluate` may find it in its checkpoint.
     """
     try:
         return plain(cfg)
@@ -184,14 +184,14 @@ def _as_far_as_known(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _command_line() -> tuple[list[str], list[str]]:
-    """Overrides of this one job, and the flags that its command was started with."""
+    """Return the overrides of this one job, and the flags of its command."""
     sources = hydra_settings()["runtime"]["config_sources"]
     flags = [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
     return given_overrides(), flags
 
 
 def command_to_resume(folder: Path) -> str:
-    """What to type to go on with the run in a directory."""
+    """Return the command that continues the run in a directory."""
     goes_on = ["resume=auto", f"hydra.run.dir={quoted(escaped(str(as_named(folder))))}"]
     if not HydraConfig.initialized():
         return " ".join(goes_on)
@@ -201,10 +201,10 @@ def command_to_resume(folder: Path) -> str:
 
 
 def _prepare_children() -> None:
-    """Make the command line and the run directory those of this one job.
+    """Set the command line and the run directory to those of this one job.
 
-    DDP starts the command again for each device, with this process's command line and `hydra.run.dir` between double
-    quotes, in this process's folder.
+    DDP starts the command again for each device, with this process's command line and folder, and with `hydra.run.dir`
+    in double quotes.
     """
     overrides, flags = _command_line()
     sys.argv[1:] = [*flags, *overrides, "hydra.mode=RUN"]

@@ -1,4 +1,4 @@
-"""Compose settings, and build objects of them. Imports neither torch nor Lightning."""
+"""Compose settings, and build objects from them. This module imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ from wsolkit.system.drafts import write_text
 
 def _by_name(name: str, values: Mapping[str, Any], default: Any) -> Any:
     value = values.get(name, default)
-    return OmegaConf.create(value) if isinstance(value, list | dict) else value  # else `--cfg job --resolve` fails
+    # Without this, `--cfg job --resolve` would fail.
+    return OmegaConf.create(value) if isinstance(value, list | dict) else value
 
 
-# A paper's value for each data set or backbone, and another for the rest: ${by_dataset:${dataset.name},{cub:0.1},null}.
+# It returns a paper's value for a data set or backbone, or a default: ${by_dataset:${dataset.name},{cub:0.1},null}.
 OmegaConf.register_new_resolver("by_dataset", _by_name, replace=True)
 
 OmegaConf.register_new_resolver("by_backbone", _by_name, replace=True)
 
 _header = ConfigSource._get_header_dict
 
-# Else Hydra would not see the header "# @package …" of a user's YAML file behind a byte order mark.
+# Without this, Hydra would not see the header "# @package …" behind a byte order mark in a user's YAML file.
 ConfigSource._get_header_dict = staticmethod(lambda text: _header(text.lstrip("\ufeff")))
 
-# Hydra puts the absolute path of the run directory into its settings as it is, where ${ would be an interpolation.
+# Hydra copies the path of the run directory into its settings unchanged, and would resolve ${ in it.
 _paths = types.SimpleNamespace(**vars(os.path) | {"abspath": lambda path: escaped(os.path.abspath(path))})  # noqa: PTH100
 
 hydra.core.utils.os = types.SimpleNamespace(**vars(os) | {"path": _paths})
 
 
 def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
-    """Compose the settings of `python -m wsolkit.train` with overrides such as "method=sat" or "optimizer.lr=1e-4".
+    """Compose the settings of `python -m wsolkit.train` with overrides, such as "method=sat" or "optimizer.lr=1e-4".
 
     Args:
         overrides: as on the command line.
-        config_dir: a folder of your own YAML files, as `--config-dir`. What they name as a `_target_` may run.
+        config_dir: a folder of your own YAML files, as for `--config-dir`. Code that they name as a `_target_` may run.
 
     Raises:
-        ConfigError: a group, key or value is wrong; the message names the choices.
+        ConfigError: a group, key or value is wrong. The message names the choices.
 
     >>> from wsolkit import load_config
     >>> cfg = load_config("method=cam", "optimizer.lr=0.01")
@@ -76,7 +77,7 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictCo
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the settings, resolved, to config.yaml, for OmegaConf to read: ${ in a text is escaped."""
+    """Write the resolved settings to config.yaml, with ${ escaped, so that OmegaConf can read them again."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(escaped(plain(cfg))))
 
@@ -88,18 +89,18 @@ def referable(config_name: str) -> set[str]:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Settings as plain containers, interpolations resolved, `???` kept."""
+    """Return settings as plain containers, with interpolations resolved and `???` kept."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
 
 
 def built(node: DictConfig, **more: Any) -> Any:
-    """What the `_target_` of a node makes of the node's settings, and of more arguments."""
-    # Twice, since Hydra resolves settings twice.
+    """Build the `_target_` of a node from the node's settings and more arguments."""
+    # It escapes twice, since Hydra resolves settings twice.
     return hydra.utils.instantiate(escaped(escaped(plain(node) | more)), _convert_="all")
 
 
 def arguments(node: DictConfig) -> dict[str, Any]:
-    """A node's settings as arguments of its target: without Hydra's keys and labels."""
+    """Return a node's settings as arguments of its target, without Hydra's keys and labels."""
     return {key: value for key, value in plain(node).items() if key not in HYDRA_KEYS | LABELS}

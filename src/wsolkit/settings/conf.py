@@ -1,4 +1,4 @@
-"""Where the YAML files are, and what Hydra knows of the command line."""
+"""Find the YAML files, and ask Hydra about the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 _PACKAGE = Path(__file__).parents[1]
 
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
-"""The folder of YAML files: inside the package when installed from a wheel, beside `src` in a checkout."""
+"""The folder of YAML files. It is inside the package after an installation, and beside `src` in a checkout."""
 
-# Not arguments of the class that a node describes: a name is for people and interpolation, mean and standard deviation
-# of a backbone's input are for the data set.
+# These are no arguments of the class that a node describes. The name is for people and interpolation. The mean and the
+# standard deviation of a backbone's input are for the data set.
 LABELS = {"name", "mean", "std"}
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
@@ -24,13 +24,13 @@ named_folders: set[Path] = set()
 
 
 def as_named(folder: Path) -> Path:
-    """A run directory as people name it: relative to where they are, if it is below."""
+    """Return a run directory as people write it, relative to the working directory if it is below it."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def given_overrides() -> list[str]:
-    """Overrides of this job, in Hydra's grammar."""
+    """Return the overrides of this job, in Hydra's grammar."""
     return list(hydra_settings()["overrides"]["task"])
 
 
@@ -42,12 +42,12 @@ def chosen_file(group: str) -> Path | None:
 
 
 def hydra_settings() -> dict[str, Any]:
-    """Hydra's settings, without resolving what is in them: overrides may hold interpolations."""
+    """Return Hydra's settings without resolving them, since overrides may hold interpolations."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(HydraConfig.get(), resolve=False))
 
 
 def own_folders() -> list[Path]:
-    """Folders of YAML files that the command line, or a caller of `load_config`, adds to the package's."""
+    """Return the folders of YAML files that the command line or a caller of `load_config` adds to the package's."""
     if not HydraConfig.initialized():
         return sorted(named_folders)
     sources = hydra_settings()["runtime"]["config_sources"]

@@ -1,4 +1,4 @@
-"""Readable messages for errors of Hydra and OmegaConf."""
+"""Explain errors of Hydra and OmegaConf in readable messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from wsolkit.errors import WsolkitError
 from wsolkit.settings.conf import CONF
 
-# Launchers that come as extras of the package.
+# These launchers come as extras of the package.
 _EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
 def explain(error: Exception) -> str:
-    """One readable message for an error of ours, of Hydra or of OmegaConf."""
+    """Return one readable message for an error of wsolkit, Hydra or OmegaConf."""
     if isinstance(error, WsolkitError):
         return str(error)
     if isinstance(error, OverrideParseException):
@@ -62,12 +62,12 @@ def _as_it_should_be(override: str) -> str:
 
 
 def _in_quotes(setting: str, text: str) -> str:
-    """A setting whose value is a text, for the shell."""
+    """Return a setting with a text as its value, quoted for the shell."""
     return shlex.quote(f"{setting}={QuotedString(text, Quote.double).with_quotes()}")
 
 
 def suggestion(wrong: str, options: Iterable[str]) -> str:
-    """The end of a message about a wrong word: the closest option, and all of them."""
+    """Return the end of a message about a wrong word: the closest option, and all options."""
     options = sorted(option for option in options if not option.startswith("_"))
     close = difflib.get_close_matches(wrong, options, n=1)
     return (f" (did you mean '{close[0]}'?)" if close else "") + f"; choose from: {', '.join(options)}"

@@ -1,8 +1,8 @@
-"""The jobs of a sweep: each runs in a process of its own and keeps a record of how it went.
+"""Run the jobs of a sweep. Each runs in a process of its own and keeps a record of its state.
 
-A sweep directory holds a directory for each job, named after what differs between them. The same job has the same
-directory whenever the sweep is run again. In it, `job.json` says what the job is and how it stands, `output.log` what
-it printed.
+A sweep directory holds a directory for each job, named after the settings that differ between the jobs. A job keeps its
+directory when the sweep runs again. `job.json` in it says what the job is and how far it has come, and `output.log`
+holds what it printed.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ from wsolkit.system.drafts import remove_drafts, write_text
 from wsolkit.system.locks import is_held
 
 RECORD, OUTPUT, RESULT = "job.json", "output.log", "metrics.json"
-_FIRST = ("method", "optimizer", "seed")  # what sweeps are mostly over: long names are cut at the end
+# Most sweeps vary these. They come first, because long names are cut at the end.
+_FIRST = ("method", "optimizer", "seed")
 _HEARTBEAT = 20.0
-_GLANCE = 1.0  # seconds between two looks at a job, and at the sweep that it belongs to
-_PATIENCE = 60.0  # seconds that a job has to write its checkpoint when it is stopped
-_SWEEP = "WSOLKIT_SWEEP"  # variable of a job's environment: the number of the process that runs it
-_SILENCE = 120.0  # seconds after which a running job that says nothing is taken for interrupted
+_GLANCE = 1.0  # Seconds between two looks at a job, and at the sweep that it belongs to.
+_PATIENCE = 60.0  # Seconds that a stopped job has to write its checkpoint.
+_SWEEP = "WSOLKIT_SWEEP"  # The environment variable of a job with the number of the process that runs the sweep.
+_SILENCE = 120.0  # Seconds of silence after which a running job counts as interrupted.
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
 
 @dataclass
 class Job:
-    """What `job.json` says.
+    """The content of `job.json`.
 
-    overrides: the job's settings as on the command line; settings: all of them, as plain containers;
-    started: seconds since the epoch; seconds: how long it took, or takes; error: the last line of its output, if it
-    failed; host, process: where the sweep runs, and its number there.
+    overrides: the job's settings as on the command line; settings: all of its settings, as plain containers; started:
+    seconds since the epoch; seconds: the time that it took, or has taken so far; error: the last line of its output, if
+    it failed; host, process: the machine and the process number of the sweep.
     """
 
     overrides: list[str]
@@ -68,20 +69,20 @@ class Job:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the sweep that runs the job is known to be dead; on another machine, nobody knows."""
+        """Say whether the sweep of the job is known to be dead. On another machine, nobody knows."""
         return self.host == platform.node() and _is_gone(self.process)
 
     def write(self, folder: Path) -> None:
-        """Write the record, so that a reader finds the old one or the new one."""
+        """Write the record in one step, so that a reader finds the old one or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1))
 
 
 def read_job(folder: Path) -> Job | None:
-    """Read the record of a job, or None if the directory has none.
+    """Read the record of a job, or return None if the directory has none.
 
-    A job that was running is interrupted if its sweep has ended, or has said nothing for two minutes: its machine
-    stopped, or it was killed.
+    A running job counts as interrupted if its sweep has ended, or if it has been silent for two minutes. Its machine
+    then stopped, or it was killed.
     """
     path = folder / RECORD
     try:
@@ -90,30 +91,30 @@ def read_job(folder: Path) -> Job | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError) as error:
-        raise JobError(f"'{path}' is damaged ({error}); delete it, and the job counts as not run") from error
+        raise JobError(f"'{path}' is damaged ({error}). Delete it, and the job counts as not run") from error
     if job.state == "running" and (silent or job.abandoned):
         job.state = "interrupted"
     if job.state == "finished" and not (folder / RESULT).is_file():
-        job.state = "interrupted"  # its result was deleted: to be run again
+        job.state = "interrupted"  # Its result was deleted, so it runs again.
     return job
 
 
 def job_name(overrides: Sequence[str]) -> str:
-    """A directory name for a job: readable, safe for every file system, and its own for each set of overrides."""
-    if isinstance(overrides, ListConfig):  # in which an override may look like an interpolation
+    """Return a readable directory name for a job, safe for every file system and unique for each set of overrides."""
+    if isinstance(overrides, ListConfig):  # In a ListConfig, an override may look like an interpolation.
         overrides = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
     own = _own(overrides)
     readable = []
     for override in own:
         key, _, value = override.lstrip("+~").partition("=")
-        if "/" not in value:  # no paths
+        if "/" not in value:  # Paths do not belong in a name.
             readable.append(f"{key.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}")
     digest = hashlib.sha256("\n".join(own).encode(errors="surrogateescape")).hexdigest()[:8]
     return "-".join(["-".join(readable)[:100].strip("-._") or "job", digest])
 
 
 def _own(overrides: Sequence[str]) -> list[str]:
-    """Return overrides without Hydra's and those of a resumed run, in the order in which names have them."""
+    """Return the overrides without Hydra's and those of a resumed run, in the order that names use."""
     own = sorted(override for override in overrides if not override.startswith(("hydra", "resume=")))
     return sorted(own, key=lambda override: not override.startswith(_FIRST))
 
@@ -124,10 +125,10 @@ _LONGEST = 80
 
 
 def folder_name(sweep: Path, overrides: Sequence[str], varied: Sequence[str]) -> str:
-    """Return the name of a job's directory: `lr_0.1-seed_0`, after the settings that differ between the jobs.
+    """Return the name of a job's directory, made of the settings that differ between jobs: `lr_0.1-seed_0`.
 
-    A job that has a directory in the sweep's already, under whatever name, keeps it. A digest of all overrides follows
-    the name where it could mean another job: where letters were lost, or the directory belongs to another command.
+    A job that has a directory in the sweep already keeps its name. A digest of all overrides follows the name if the
+    name could mean another job, because it has lost letters or because its directory belongs to another command.
 
     Args:
         sweep: the directory of the sweep.
@@ -144,7 +145,7 @@ def folder_name(sweep: Path, overrides: Sequence[str], varied: Sequence[str]) ->
         short = key.rpartition(".")[2]
         text = value.strip("[]").replace(",", "_") if _NUMBERS.fullmatch(value) else value
         exact = exact and _PLAIN.fullmatch(text) is not None
-        if "/" not in text:  # no paths
+        if "/" not in text:  # Paths do not belong in a name.
             parts.append(f"{key if last[short] > 1 else short}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', text)}")
     whole = "-".join(parts) or "job"
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", whole)[:_LONGEST].strip("-._") or "job"
@@ -155,14 +156,14 @@ def folder_name(sweep: Path, overrides: Sequence[str], varied: Sequence[str]) ->
 
 
 def _recorded(record: Path) -> list[str]:
-    """Return the overrides of a job by its record; [] where that is damaged."""
+    """Return the overrides in a job's record, or [] if the record is damaged."""
     with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
         return [str(override) for override in json.loads(record.read_text(encoding="utf-8-sig"))["overrides"]]
     return []
 
 
 def run_name(resume: str | None, overrides: Sequence[str], now: str) -> str:
-    """A directory name for a run: by its time, or one under which the same command finds it again."""
+    """Return the directory name of a run: its time, or for resume=auto a name that depends on the overrides alone."""
     return job_name(overrides) if resume == "auto" else now
 
 
@@ -172,12 +173,12 @@ OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def swept(folder: Path) -> dict[str, Any]:
-    """What a sweep varies, and what the job in a directory has of it: {"method.num_blocks": 2, "seed": 0}.
+    """Return the settings that a sweep varies, with the values of the job in a directory: {"seed": 0}.
 
     Args:
-        folder: of a run; there is nothing if it is no sweep's job.
+        folder: the folder of a run. The result is empty if the run is not a job of a sweep.
     """
-    job, plan = read_job(folder), folder.parent / "multirun.yaml"  # Hydra's record of the sweep
+    job, plan = read_job(folder), folder.parent / "multirun.yaml"  # Hydra wrote the record of the sweep.
     if job is None or not plan.is_file():
         return {}
     hydra: Any = OmegaConf.to_container(OmegaConf.load(plan).hydra, resolve=False)
@@ -192,23 +193,23 @@ def swept(folder: Path) -> dict[str, Any]:
 def run_job(
     module: str, overrides: Sequence[str], flags: Sequence[str], settings: dict[str, Any], folder: Path
 ) -> None:
-    """Run one job of a sweep, unless it has been run: `python -m <module> <overrides>` in a process of its own.
+    """Run one job of a sweep in a process of its own, unless it has finished: `python -m <module> <overrides>`.
 
-    So a job that runs out of memory, or crashes, takes no other with it.
+    A job that runs out of memory, or crashes, then leaves the others alone.
 
     Args:
-        module: the command, such as "wsolkit.train".
-        overrides: settings of this job.
-        flags: options of Hydra that the sweep was started with.
-        settings: all settings, plain.
-        folder: of the job.
+        module: the module of the command, for example "wsolkit.train".
+        overrides: the settings of this job.
+        flags: the options of Hydra that the sweep was started with.
+        settings: all settings as plain containers.
+        folder: the directory of the job.
 
     Raises:
-        JobError: it failed, or was run with other settings of the same name, or another process runs it.
+        JobError: it failed, or another process runs it, or it has finished with other settings under the same name.
     """
     _end_with_sweep()
     settings = json.loads(json.dumps(settings))
-    with _alone(folder):  # of two sweeps that come upon a job at the same time, one runs it
+    with _alone(folder):  # If two sweeps come upon a job at the same time, one of them runs it.
         if not _is_due(folder, settings):
             return
         remove_drafts([folder / RECORD])
@@ -234,9 +235,9 @@ def run_job(
                 _end_with_sweep()
                 if time.monotonic() - written >= _HEARTBEAT:
                     job.seconds, written = time.time() - job.started, time.monotonic()
-                    with suppress(OSError):  # a full disk ends no job
+                    with suppress(OSError):  # A full disk must not end a job.
                         job.write(folder)
-        except BaseException:  # Ctrl-C, the end of a cluster's patience, or that of the sweep
+        except BaseException:  # This includes Ctrl-C, and signals from a cluster or from the sweep.
             process.terminate()
             job.state, job.error = "interrupted", "stopped from outside"
             with suppress(OSError):
@@ -260,10 +261,10 @@ def run_job(
 
 
 def _is_due(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a job has to be run; if not, say why.
+    """Say whether a job has to run. If it does not, print why.
 
     Raises:
-        JobError: it was run with other settings.
+        JobError: it has run with other settings.
     """
     earlier = read_job(folder)
     if earlier is None or earlier.state not in ("running", "finished"):
@@ -283,10 +284,10 @@ def _is_due(folder: Path, settings: dict[str, Any]) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a directory, where the system can."""
+    """Keep other processes out of a directory, if the system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{RECORD}.lock").open("w") as lock:
-        with suppress(ImportError, OSError):  # other systems than POSIX; file systems without locks
+        with suppress(ImportError, OSError):  # Systems other than POSIX, and some file systems, have no locks.
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -294,21 +295,21 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _raise_at_termination() -> None:
-    """Make SIGTERM an exception, unless somebody else takes care of it."""
+    """Turn SIGTERM into an exception, unless other code handles it already."""
     first = threading.current_thread() is threading.main_thread()
     if first and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _end_with_sweep() -> None:
-    """End, if this is one of the processes among which a launcher divides a sweep, and the sweep was killed."""
+    """End this process if a launcher started it for a sweep, and the sweep was killed."""
     launcher = multiprocessing.parent_process()
     if launcher is not None and launcher.pid is not None and _is_gone(launcher.pid):
         sys.exit(128 + signal.SIGTERM)
 
 
 def _is_gone(process: int) -> bool:
-    """Whether a process has ended, by its number."""
+    """Say whether the process of a number has ended."""
     try:
         return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -316,22 +317,22 @@ def _is_gone(process: int) -> bool:
 
 
 def _await_end_of_run(folder: Path) -> None:
-    """Wait for the job that a killed sweep has left to write its checkpoint and end."""
+    """Wait until the job of a killed sweep has written its checkpoint and ended."""
     deadline = time.monotonic() + _PATIENCE
     while is_held(folder / LOCK) and time.monotonic() < deadline:
         time.sleep(_GLANCE)
 
 
 def _die_with(sweep: int) -> None:
-    """In the process of a job, on Linux: end with the sweep, even if that is killed, rather than train on unseen."""
+    """Make a job's process on Linux end with its sweep, even if the sweep is killed. Else it would train on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-        if os.getppid() != sweep:  # killed meanwhile
+        if os.getppid() != sweep:  # The sweep was killed in the meantime.
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def watch_sweep() -> None:
-    """In the process of a job, on other systems: the same, by looking every second whether the sweep is there."""
+    """Make a job's process on other systems end with its sweep, by looking for the sweep every second."""
     sweep = os.environ.pop(_SWEEP, None)
     if sweep is None or platform.system() == "Linux":
         return
@@ -345,7 +346,7 @@ def watch_sweep() -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> set[str]:
-    """Names of the settings in which two sets of plain settings differ."""
+    """Return the names of the settings that differ between two sets of plain settings."""
     found = set()
     for key in before.keys() | now.keys():
         old, new = before.get(key), now.get(key)
@@ -357,7 +358,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: "45 s", "12 min", "3 h 5 min"."""
+    """Return a time in words: "45 s", "12 min", "3 h 5 min"."""
     minutes = round(seconds / 60)
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What numbers among the settings may be, checked before anything is read or built."""
+"""Check the ranges of numbers among the settings, before anything is read or built."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from wsolkit.errors import ConfigError
 
 
 class Limits(NamedTuple):
-    """The range of a setting; `words` say it.
+    """The range of a setting, with `words` that describe it.
 
-    low, high: ends of the range, which belong to it unless `open_low` or `open_high`.
+    low, high: the ends of the range, which belong to it unless `open_low` or `open_high` is set.
     """
 
     words: str
@@ -22,7 +22,7 @@ class Limits(NamedTuple):
     open_high: bool = False
 
     def hold(self, value: float) -> bool:
-        """Whether a number is in the range."""
+        """Say whether a number is in the range."""
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -32,9 +32,9 @@ _NOT_NEGATIVE = Limits("0 or more", 0)
 _POSITIVE = Limits("a number above 0", 0, open_low=True)
 _SHARE = Limits("a number from 0 to less than 1", 0, 1, open_high=True)
 
-# By the dotted name of a setting, or of a list of numbers. Values that are no numbers, such as null and auto, pass.
+# The keys are dotted names of settings, or of lists of numbers. Other values, such as null and auto, pass.
 LIMITS: Mapping[str, Limits] = {
-    "seed": Limits("a whole number from 0 to 4294967295", 0, 2**32 - 1),  # what NumPy takes
+    "seed": Limits("a whole number from 0 to 4294967295", 0, 2**32 - 1),  # NumPy accepts these seeds.
     "num_examples": _NOT_NEGATIVE,
     "num_table_images": _NOT_NEGATIVE,
     "num_workers": _NOT_NEGATIVE,
@@ -69,10 +69,10 @@ LIMITS: Mapping[str, Limits] = {
 
 
 def check_limits(settings: Mapping[str, Any]) -> None:
-    """Check that every number of the settings is finite, and that those of `LIMITS` are in their ranges.
+    """Check that every number of the settings is finite and in its range, if `LIMITS` has one.
 
     Raises:
-        ConfigError: one is not; the message names it.
+        ConfigError: a number is not. The message names it.
     """
     for key, value in _numbers(settings, ""):
         limits = LIMITS.get(key)
@@ -83,7 +83,7 @@ def check_limits(settings: Mapping[str, Any]) -> None:
 
 
 def _numbers(node: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Every number in settings, by dotted name; those of a list by the list's."""
+    """Yield every number in the settings with its dotted name. A number in a list has the name of the list."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _numbers(value, f"{key}.{name}" if key else str(name))

@@ -1,8 +1,8 @@
-"""What people type on the command line, in Hydra's grammar.
+"""Translate what people type on the command line into Hydra's grammar.
 
-Most signs of a path or of a name mean something to Hydra (= , [ ] { } ( ) # …), and more cannot be read by it at all
-(& ; ! é …). So the value of a setting that holds paths or names is put into quotes here, for Hydra, wherever that is
-needed; and ${ in it is escaped, for OmegaConf, to which it would be an interpolation.
+Most characters that paths and names contain have a meaning in Hydra (= , [ ] { } ( ) # …), and Hydra cannot read some
+others at all (& ; ! é …). This module therefore quotes the values of settings that hold paths or names, where Hydra
+needs it. It also escapes ${ in them, which OmegaConf would take for an interpolation.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ PATHS = frozenset(
         *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
     }
 )
-"""Settings that hold paths, of all commands."""
+"""The settings of all commands that hold paths."""
 NAMES = frozenset({"classes", "dataset.classes", "examples", "name", "project", "entity"})
-"""Settings that hold names of classes or images, or what people call their things elsewhere."""
+"""The settings that hold names of classes or images, or other names that people have chosen."""
 _COLLECTIONS = {"dataset.annotations", "dataset.box_folders", "dataset.splits", "dataset.classes", "examples"}
-_LABELLED = {"classes", "dataset.classes"}  # where a number is a label, and no name
+_LABELLED = {"classes", "dataset.classes"}  # In these, a number is a label and not a name.
 
-_PLAIN = re.compile(r"[\w./@%+*?|-]+", re.ASCII)  # Hydra reads these signs as they are
+_PLAIN = re.compile(r"[\w./@%+*?|-]+", re.ASCII)  # Hydra reads these characters as they are.
 _QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
-_ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # what Hydra takes for an escaped sign
+_ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # Hydra takes these for escaped characters.
 _PIECE = re.compile(rf"(\s*{_QUOTED}\s*|(?:\\[\\,]|[^,])*)(,|\Z)", re.DOTALL)
 _BETWEEN_COLLECTIONS = re.compile(r"(?<=[\]}])\s*,\s*(?=[\[{])")
 _FUNCTION = re.compile(r"(choice|glob|range|shuffle|sort|tag)\(.*\)")
-# Not oc.env: the shell puts variables in.
+# oc.env is missing, because the shell already inserts variables.
 _RESOLVERS = {"hydra", "now", "job_name", "run_name"}
 
 
 def as_overrides(arguments: Sequence[str], settings: Collection[str]) -> list[str]:
-    """Arguments of a command as Hydra has to be given them. Done twice, it changes nothing more.
+    """Return a command's arguments in Hydra's grammar. A second call changes nothing more.
 
-    A value that Hydra reads as quoted or escaped text stays as it is. Of two readings of a path, the one of which more
-    exists counts. `+postprocess=` is read as if there were no +, and `dataset.batch_size=auto` keeps the global batch,
-    and divides it.
+    A value that Hydra reads as quoted or escaped text stays as it is. If a path can be read in two ways, the reading of
+    which more exists on the disk counts. `+postprocess=` is read without its +. `dataset.batch_size=auto` keeps the
+    global batch, and divides it.
 
     Args:
-        arguments: as the shell leaves them.
-        settings: names that interpolations may begin with: ${method.name} is one, ${x} is text.
+        arguments: the arguments as the shell passes them.
+        settings: the names that an interpolation may begin with. ${method.name} is then one, and ${x} is text.
 
     Raises:
         ConfigError: an argument is not in UTF-8.
@@ -63,7 +63,7 @@ def as_overrides(arguments: Sequence[str], settings: Collection[str]) -> list[st
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Return whether a command line runs several jobs: by -m, or by a ready grid."""
+    """Say whether a command line runs several jobs, by -m or by a ready grid."""
     if "hydra.mode=RUN" in arguments:
         return False
     grid = any(argument.startswith("sweep=") and argument not in ("sweep=", "sweep=null") for argument in arguments)
@@ -85,16 +85,16 @@ def _as_override(argument: str, settings: Collection[str], sweep: bool) -> str:
         return argument
     if setting in PATHS | NAMES:
         return f"{given}={_Values(setting, settings).read(value, sweep)}"
-    if "/" in value and not _PLAIN.fullmatch(value) and _exists(value):  # in a setting of somebody's own
+    if "/" in value and not _PLAIN.fullmatch(value) and _exists(value):  # The user has added this setting.
         return f"{given}={quoted(escaped(value))}"
     return argument
 
 
 class _Values:
-    """Values of one setting that holds paths or names, in Hydra's grammar.
+    """Reads the values of one setting that holds paths or names into Hydra's grammar.
 
     Args:
-        setting: its name.
+        setting: the name of the setting.
         settings: see `as_overrides`.
     """
 
@@ -103,11 +103,11 @@ class _Values:
         self.of_paths = setting in PATHS
 
     def read(self, value: str, sweep: bool) -> str:
-        """A value as it was typed: one text, or, where they have a meaning, a list, a dictionary, or several values.
+        """Read a value as it was typed: as one text, or as a list, a dictionary or several values.
 
         Args:
-            value: as typed.
-            sweep: whether commas part values, of which each has a job of its own.
+            value: the value as typed.
+            sweep: whether commas separate values of different jobs.
         """
         if self._exists(value) and not re.fullmatch(_QUOTED, value, re.DOTALL):
             return self._text(value)
@@ -135,7 +135,7 @@ class _Values:
         return f"{key}: {self._one(value.strip())}" if value.strip() else piece
 
     def _pieces(self, text: str) -> list[str]:
-        """What commas part; commas within quotes, behind a backslash, or in a path that exists do not."""
+        """Split a text at its commas, except those in quotes, behind a backslash, or in an existing path."""
         raw, pieces, at, parted = [], [], 0, True
         while parted:
             match = _PIECE.match(text, at)
@@ -150,7 +150,7 @@ class _Values:
         return pieces
 
     def _item(self, value: str) -> str:
-        """One text, unless Hydra reads it as a quoted or an escaped one."""
+        """Return one quoted text, unless Hydra reads the value as a quoted or an escaped text already."""
         if not value or (self.setting in _LABELLED and re.fullmatch(r"0|[1-9]\d*", value)):
             return value
         if re.fullmatch(_QUOTED, value, re.DOTALL) or _ESCAPED.search(value):
@@ -160,14 +160,14 @@ class _Values:
         return self._text(value)
 
     def _text(self, value: str) -> str:
-        if value == "???" and self.of_paths:  # to OmegaConf, a value that is missing
+        if value == "???" and self.of_paths:  # OmegaConf takes it for a missing value.
             value = "./???"
         if self.of_paths and value.split("/")[0] == "~" and not _exists("~"):
-            value = str(Path(value).expanduser())  # shells do so behind output=, and not behind dataset.root=
+            value = str(Path(value).expanduser())  # Shells expand ~ after output=, but not after dataset.root=.
         return quoted(value if self._refers(value) and not self._exists(value) else escaped(value))
 
     def _refers(self, value: str) -> bool:
-        """Whether ${ stands before names of settings wherever it stands."""
+        """Say whether the name of a setting follows each ${."""
         names = re.findall(r"\$\{(\w+)[\w.]*\}|\$\{(\w+):", value)
         return value.count("${") == len(names) and all(
             setting in self.settings or resolver in _RESOLVERS for setting, resolver in names
@@ -178,17 +178,17 @@ class _Values:
 
 
 def _reach(path: str) -> int:
-    """How many folders of a path, and the path itself, are there."""
+    """Return how many folders of a path exist, counting the path itself."""
     return sum(map(_exists, (path, *map(str, Path(path).parents))))
 
 
 def _exists(path: str) -> bool:
-    # Path's method fails where a name is too long.
+    # Path's method fails if a name is too long.
     return os.path.exists(path)  # noqa: PTH110
 
 
 def quoted(text: str) -> str:
-    """A text as a value in Hydra's grammar: in quotes, unless Hydra reads it so without them."""
+    """Return a text as a value in Hydra's grammar, in quotes if Hydra needs them."""
     if _PLAIN.fullmatch(text) and parsed(text) == text:
         return text
     return str(QuotedString(text, Quote.single).with_quotes())
@@ -196,7 +196,7 @@ def quoted(text: str) -> str:
 
 @cache
 def parsed(value: str) -> Any:
-    """What Hydra takes a value for; None, too, if it cannot read it."""
+    """Return the value that Hydra reads, or None if it cannot read it."""
     try:
         return _parser().parse_override(f"key={value}").value()
     except HydraException:
@@ -209,7 +209,7 @@ def _parser() -> OverridesParser:
 
 
 def escaped(value: Any) -> Any:
-    """A plain value for OmegaConf, in whose texts ${ is no interpolation."""
+    """Return a plain value for OmegaConf, with each ${ escaped in its texts."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A run directory belongs to one run at a time, from before anything is written into it."""
+"""Give a run directory to one run at a time, before anything is written into it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ Result = TypeVar("Result")
 
 
 def leads() -> bool:
-    """Whether this is the first process of its run, which alone writes; as Lightning, torchrun and SLURM say it."""
+    """Say whether this is the first process of its run, which alone writes, by Lightning, torchrun or SLURM."""
     return not any(os.environ.get(name, "0") not in ("", "0") for name in _RANKS)
 
 
 @contextmanager
 def run_directory(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a run directory, and rid it of what killed ones had half written.
+    """Keep other runs out of a run directory, and remove the drafts that killed runs have left.
 
-    The other processes of a run, and what this process calls within, pass.
+    The other processes of the run may enter, and so may calls from within.
 
     Raises:
-        BusyError: another run is in it. ConfigError: it cannot be written to.
+        BusyError: another run uses the directory.
+        ConfigError: the directory is not writable.
     """
     with ExitStack() as stack:
         if leads():
@@ -61,7 +62,7 @@ def run_directory(folder: Path) -> Iterator[None]:
 
 
 def one_run(task: Callable[[DictConfig, Path], Result]) -> Callable[[DictConfig, Path], Result]:
-    """A command's task(settings, run directory) with the directory to itself; a full disk is named."""
+    """Give a command's task(settings, run directory) the directory to itself, and explain a full disk."""
 
     @functools.wraps(task)
     def run(cfg: DictConfig, folder: Path) -> Result:
@@ -72,27 +73,27 @@ def one_run(task: Callable[[DictConfig, Path], Result]) -> Callable[[DictConfig,
             if error.errno not in _NO_ROOM:
                 raise
             raise TrainingError(
-                f"'{error.filename or folder}' cannot be written ({error.strerror}); what was there before is whole. "
-                "Make room and run the same command again: resume=auto goes on with a training from its last checkpoint"
+                f"'{error.filename or folder}' cannot be written ({error.strerror}). What was there before is whole. "
+                "Make room and run the same command again: resume=auto continues a training from its last checkpoint"
             ) from error
 
     return run
 
 
 class OneRun(Callback):  # type: ignore[misc]
-    """Hydra's callback: has the run directory before Hydra writes its own files into it, until the command ends."""
+    """Takes the run directory before Hydra writes its own files into it, and keeps it until the command ends."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook. It exits, since Hydra makes warnings of errors here."""
+        """Take the run directory, or exit. Hydra would turn an error raised here into a warning."""
         if not leads():
             with read_write(config.hydra):
-                config.hydra.output_subdir = None  # the first process writes it
+                config.hydra.output_subdir = None  # The first process writes it.
             return
         try:
-            HydraConfig.instance().set_config(config)  # for ${hydra:…} in the directory's name
+            HydraConfig.instance().set_config(config)  # The name of the directory may contain ${hydra:…}.
             folder = Path(config.hydra.run.dir).absolute()
         except OmegaConfBaseException:
-            return  # Hydra will come upon it, too, and says so
+            return  # Hydra will fail in the same way, and explain it.
         self._held = ExitStack()
         try:
             self._held.enter_context(run_directory(folder))

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: their settings, their directories, and a list of them before they run."""
+"""Plan the jobs of a sweep with their settings and their directories, and list them before they run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _ALIKE = (
     *("method.name", "backbone.name", "dataset.name", "dataset.shots", "dataset.fraction", "dataset.image_size"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches"),
 )
-"""Settings that runs share which take about the same time."""
+"""Runs that share these settings take about the same time."""
 
 
 _NAME = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-_Sweeper: Any = Plugins.instance().class_name_to_class[_NAME]  # not imported, since Hydra has loaded its module anew
+# It is not imported, since Hydra has loaded its module anew.
+_Sweeper: Any = Plugins.instance().class_name_to_class[_NAME]
 
 
 class Planned(NamedTuple):
@@ -39,10 +40,13 @@ class Planned(NamedTuple):
 
 
 class NamedSweeper(_Sweeper):  # type: ignore[misc]
-    """Hydra's own sweeper, which names the directory of each job after what differs between the jobs."""
+    """Hydra's own sweeper, which names the directory of each job after the settings that differ between the jobs."""
 
     def setup(self, **given: Any) -> None:
-        """Take over what Hydra gives, and put its own sweeper back: launchers send the list of plugins to workers."""
+        """Take over Hydra's objects, and put its own sweeper back.
+
+        Launchers send the list of plugins to their workers, which must find Hydra's own sweeper in it.
+        """
         Plugins.instance().class_name_to_class[_NAME] = _Sweeper
         super().setup(**given)
 
@@ -60,11 +64,11 @@ class NamedSweeper(_Sweeper):  # type: ignore[misc]
         differs = {override.get_key_element(): override.is_sweep_override() for override in overrides}
         (jobs,) = _Sweeper.split_arguments(overrides, None)
         given = any(str(override).startswith("hydra.sweep.subdir=") for override in self.config.hydra.overrides.hydra)
-        _ = self.config.hydra.sweep.dir  # the time in it is that of the sweep, not of each job
+        _ = self.config.hydra.sweep.dir  # The sweep, and not each job, sets the time in this name.
         planned = []
         for job in jobs:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
-            HydraConfig.instance().set_config(cfg)  # for ${hydra:…} in the name of a directory
+            HydraConfig.instance().set_config(cfg)  # The name of a directory may contain ${hydra:…}.
             varied = [override for override in job if differs[override.partition("=")[0]]]
             directory = Path(cfg.hydra.sweep.dir)
             name = cfg.hydra.sweep.subdir if given else folder_name(directory, job, varied)
@@ -103,7 +107,7 @@ class PreviewOfRun(Preview):
 
 
 def replace_sweeper(*, sweep: bool, preview: bool) -> None:
-    """Put a sweeper of ours in the place of Hydra's own, since Hydra takes none from other packages.
+    """Replace Hydra's own sweeper by one of this package, since Hydra accepts none from other packages.
 
     Args:
         sweep: whether the command runs several jobs.
@@ -159,5 +163,5 @@ def _kind(settings: DictConfig) -> tuple[Any, ...]:
 def _record(folder: Path) -> Job | None:
     try:
         return read_job(folder)
-    except JobError:  # is damaged
+    except JobError:  # The record is damaged.
         return None

@@ -1,1 +1,1 @@
-"""Tables, charts and a comparison of the runs of a sweep."""
+"""Summarise the runs of a sweep in tables, charts and a comparison."""

@@ -1,4 +1,4 @@
-"""A sweep in plots: each metric against each swept setting, and over two of them as a heat map."""
+"""Plot a sweep: each metric against each swept setting, and over two of them as a heat map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wsolkit.reporting.terminal import picture
 from wsolkit.sweeps.tables import Average, Sweep, Value, is_percentage, number, order, shown
 from wsolkit.system.names import AS_IN_FILES, shortened
 
-# Okabe and Ito's colours, which stay apart under every colour blindness, without the yellow, which white swallows.
+# Okabe and Ito's colours differ under every colour blindness. Yellow is left out, since it is faint on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#888888")
 _MARKERS = "osD^vP*X"
 _MOST_LINES = len(_COLOURS)
@@ -43,10 +43,10 @@ Line = list[tuple[Value, Average]]
 
 
 class Axis(NamedTuple):
-    """Where values lie on an axis.
+    """The places of values on an axis.
 
-    places: by value, in order; ticks: whether each value has one; scale: "linear" or "log"; ordered: whether lines may
-    connect the values.
+    places: the place of each value, in order; ticks: whether each value has a tick; scale: "linear" or "log"; ordered:
+    whether lines may connect the values.
     """
 
     places: dict[Value, float]
@@ -56,11 +56,11 @@ class Axis(NamedTuple):
 
 
 def charts(sweep: Sweep, x: str | None = None) -> dict[str, Figure]:
-    """All plots, by file name without its ending.
+    """Draw all plots, by file name without its ending.
 
     Args:
-        sweep: what to plot.
-        x: the key on the horizontal axis; None: each in turn.
+        sweep: the sweep to plot.
+        x: the key on the horizontal axis. None takes each in turn.
     """
     figures: dict[str, Figure] = {}
 
@@ -83,7 +83,7 @@ _LONGEST_NAME = 200
 
 
 def file_name(metric: str, *keys: str) -> str:
-    """A name that every file system takes, its own for each metric and keys: with a digest where letters are lost."""
+    """Return a valid file name for each metric and keys. Where letters are lost, a digest makes it unique."""
     whole = f"{metric}_by_{'_and_'.join(keys)}"
     name = re.sub(r"[^A-Za-z0-9._+-]+", "_", whole)
     if len(name) <= _LONGEST_NAME and name == whole.replace("/", "_"):
@@ -92,17 +92,17 @@ def file_name(metric: str, *keys: str) -> str:
 
 
 def title(metric: str) -> str:
-    """A metric's name as papers have it, its unit, and the protocol that it is of."""
+    """Return a metric's name as in papers, with its unit and its protocol."""
     protocol, _, name = metric.rpartition("/")
     text = _NAMES.get(name, name.replace("_", " "))
     return text + " (%)" * is_percentage(metric) + (f" under {protocol}" if protocol else "")
 
 
 def axis(values: Sequence[Value]) -> Axis:
-    """Numbers at their places, anything else evenly spaced.
+    """Place numbers at their values, and anything else at even distances.
 
     The scale is logarithmic for positive numbers that span more than a factor of 20. Up to ten numbers have a tick
-    each, and are evenly spaced where their ticks would be too close.
+    each. They are evenly spaced if their ticks would be too close.
     """
     values = sorted(set(values), key=order)
     evenly = {value: float(place) for place, value in enumerate(values)}
@@ -119,11 +119,11 @@ def axis(values: Sequence[Value]) -> Axis:
 
 
 def line_chart(sweep: Sweep, metric: str, x: str) -> Figure | None:
-    """A metric against a key: mean, sample standard deviation, and each run as a small dot.
+    """Plot a metric against a key: the mean, the sample standard deviation, and each run as a small dot.
 
-    Each combination of the other keys is a line. Where they are more than eight, some keys become panels instead: those
-    which leave at most eight lines with the fewest panels. Where none of so many lines would have a second point, as
-    after a random search, all are one cloud of points. Numbers are connected, anything else is not.
+    Each combination of the other keys is a line. If there are more than eight, some keys become panels instead: the
+    keys that leave at most eight lines with the fewest panels. If no line would have a second point, for example after
+    a random search, all points form one cloud. Lines connect numbers only.
     """
     parts = _arrange(sweep, metric, x)
     points = [point for lines in parts.panels.values() for line in lines.values() for point in line]
@@ -158,7 +158,7 @@ def line_chart(sweep: Sweep, metric: str, x: str) -> Figure | None:
 
 
 class _Parts(NamedTuple):
-    """A plot's panels, by the values of panel_keys; in each, its lines by the values of line_keys."""
+    """The panels of a plot by the values of panel_keys, and the lines of each by the values of line_keys."""
 
     panel_keys: list[str]
     line_keys: list[str]
@@ -187,7 +187,7 @@ def _arrange(sweep: Sweep, metric: str, x: str) -> _Parts:
 
 
 def _panel_keys(lines: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> list[str]:
-    """The keys that make the fewest panels and leave at most eight lines."""
+    """Return the keys that make the fewest panels and leave at most eight lines."""
     choices = [chosen for size in range(len(keys) + 1) for chosen in itertools.combinations(keys, size)]
 
     def number_of(chosen: Iterable[str]) -> int:
@@ -198,12 +198,12 @@ def _panel_keys(lines: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> li
 
 
 def _draw(axes: Any, places: Axis, line: Line, style: int, styles: int, *, connected: bool) -> None:
-    """Draw a line, beside the others and its dots beside it, so that nothing covers an error bar.
+    """Draw a line beside the others, with its dots beside it, so that nothing covers an error bar.
 
-    Numbers stay where they are to within 9 points (of a figure), categories have room for more.
+    Numbers stay within 9 points (of a figure) of their place, and categories have room for more.
     """
     step = min(8.0, (18 if places.ordered else 48) / max(styles - 1, 1))
-    aside = (style - (styles - 1) / 2) * step / 72  # inches
+    aside = (style - (styles - 1) / 2) * step / 72  # In inches.
 
     def shifted(inches: float) -> Any:
         return axes.transData + ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
@@ -217,7 +217,7 @@ def _draw(axes: Any, places: Axis, line: Line, style: int, styles: int, *, conne
             dots = look | {"marker": "o", "markersize": 3.5, "markeredgewidth": 0, "linestyle": "", "alpha": 0.45}
             axes.plot([place] * len(average.values), average.values, transform=shifted(aside + 3 / 72), **dots)
         reach = [*average.values, average.mean - (average.std or 0), average.mean + (average.std or 0)]
-        axes.update_datalim([(place, y) for y in reach])  # shifted artists do not count by themselves
+        axes.update_datalim([(place, y) for y in reach])  # Shifted artists do not count by themselves.
     axes.autoscale_view()
 
 
@@ -229,11 +229,13 @@ def _look(style: int, *, connected: bool) -> dict[str, Any]:
 def _legend(figure: Figure, keys: Sequence[str], styles: Mapping[Combination, int], *, connected: bool) -> None:
     labels = [", ".join(map(_short, line)) for line in styles]
     handles = [Line2D([], [], **_look(style, connected=connected)) for style in styles.values()]
-    fitting = max(1, int(figure.get_figwidth() * 13 / (max(map(len, labels)) + 6)))  # about 13 characters an inch
+    # There are about 13 characters per inch.
+    fitting = max(1, int(figure.get_figwidth() * 13 / (max(map(len, labels)) + 6)))
     rows = math.ceil(len(labels) / fitting)
     legend = figure.legend(
         handles,
-        [str(place) for place in range(len(labels))],  # Matplotlib before 3.10 leaves out what begins with a line: _
+        # Matplotlib before 3.10 leaves out labels that begin with an underscore.
+        [str(place) for place in range(len(labels))],
         title=", ".join(keys),
         loc="outside lower center",
         ncols=math.ceil(len(labels) / rows),
@@ -246,9 +248,9 @@ def _legend(figure: Figure, keys: Sequence[str], styles: Mapping[Combination, in
 
 
 def heat_map(sweep: Sweep, metric: str, horizontal: str, vertical: str) -> Figure | None:
-    """The mean of a metric over two keys, written into each cell.
+    """Draw the mean of a metric over two keys, with the number in each cell.
 
-    None unless both have two values or more, and half of the combinations or more have been run.
+    The result is None unless both keys have two values or more, and at least half of the combinations have been run.
     """
     across, up = sweep.keys.index(horizontal), sweep.keys.index(vertical)
     means = {
@@ -289,10 +291,10 @@ def _style(axes: Any, places: Axis, width: float) -> None:
         axes.set_xticks(list(places.places.values()), [_short(value) for value in places.places])
         axes.xaxis.set_minor_locator(NullLocator())
         _tilt(axes, list(places.places), width - 0.6)
-    elif places.scale == "log":  # the usual labels are mathematics, such as $10^{-2}$
+    elif places.scale == "log":  # The usual labels are mathematics, such as $10^{-2}$.
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    # Room for lines that are shifted, and as much beside categories as between them.
+    # This leaves room for shifted lines, and as much beside categories as between them.
     axes.margins(x=0.1 if places.ordered else 0.5 / max(len(places.places) - 1, 1), y=0.08)
     axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -301,7 +303,7 @@ def _style(axes: Any, places: Axis, width: float) -> None:
 
 
 def _tilt(axes: Any, values: Sequence[Value], width: float) -> None:
-    """Tilt the labels below an axis where the longest would touch the next one, at 12 characters an inch."""
+    """Tilt the labels below an axis if the longest would touch the next one, at 12 characters per inch."""
     if max(len(_short(value)) for value in values) + 2 > 12 * width / len(values):
         axes.tick_params(axis="x", labelrotation=30)
         for label in axes.get_xticklabels():
@@ -309,5 +311,5 @@ def _tilt(axes: Any, values: Sequence[Value], width: float) -> None:
 
 
 def _short(value: Value) -> str:
-    """A label: of a long value, its beginning and its end."""
+    """Return a label, which shows the beginning and the end of a long value."""
     return shortened(shown(value), 24)

@@ -1,4 +1,4 @@
-"""A sweep in numbers: a row for each combination of swept settings, its metrics averaged over seeds."""
+"""Tabulate a sweep: one row for each combination of swept settings, with metrics averaged over seeds."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from wsolkit.errors import ConfigError
 from wsolkit.system.names import one_line, write_csv
 
 Value = int | float | str | None
-"""What a setting is in a table: a number or text; None where a job does not have the setting."""
+"""The value of a setting in a table: a number or text, or None if a job does not have the setting."""
 
 STATES = ("finished", "failed", "running", "interrupted", "unfinished", "damaged")
-"""How a job stands. Unfinished: it has no metrics, and no record says why; damaged: its files cannot be read."""
+"""The states of a job.
+
+An unfinished job has no metrics, and no record says why. The files of a damaged one cannot be read.
+"""
 
 SEED = "seed"
-_GROUPS = ("method", "backbone", "dataset")  # said of every sweep, given or not
-_FEW = 20  # names in a message
-_USUAL_METRICS = ("max_box_acc", "pxap", "top1_loc")  # of a protocol
+_GROUPS = ("method", "backbone", "dataset")  # The report names these for every sweep, even if they were not set.
+_FEW = 20  # A message shows this many names.
+_USUAL_METRICS = ("max_box_acc", "pxap", "top1_loc")  # These are the metrics of a protocol.
 
 
 @dataclass(frozen=True)
 class Run:
     """A job of a sweep, as far as it has come.
 
-    name: its directory, seen from the sweep's; state: one of `STATES`; overrides: the settings given to it, by name;
-    settings: all of them, nested, empty if unknown; metrics: the numbers it ended with; seconds: how long it took, or
-    takes; note: what there is to say of a job that is not finished; classes: names of those that it tells apart.
+    name: its directory, relative to that of the sweep; state: one of `STATES`; overrides: its given settings, by name;
+    settings: all of its settings, nested, empty if unknown; metrics: its final numbers; seconds: the time that it took,
+    or has taken so far; note: a remark on an unfinished job; classes: the names of the classes that it distinguishes.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Run:
     classes: tuple[str, ...] = ()
 
     def value(self, key: str) -> Value:
-        """The value of a setting such as "optimizer.lr", or the choice of a group such as "method"."""
+        """Return the value of a setting such as "optimizer.lr", or the choice of a group such as "method"."""
         if key in self.overrides:
             return self.overrides[key]
         node: Any = self.settings
@@ -59,17 +62,18 @@ class Run:
         if not isinstance(node, Mapping):
             return as_value(node)
         if not node:
-            return "none"  # a group's choice that adds nothing, as postprocess=none
+            return "none"  # This choice of a group adds nothing, for example postprocess=none.
         if "name" in node:
             return as_value(node["name"])
         if "_target_" in node:
-            return None  # a group's choice that does not say its name
+            return None  # This choice of a group does not have a name.
         nested = any(isinstance(part, Mapping) for part in node.values())
-        return as_value(list(node) if nested else node)  # several choices of one group: a list of their names
+        # With several choices of one group, this is a list of their names.
+        return as_value(list(node) if nested else node)
 
 
 def as_value(setting: object) -> Value:
-    """A setting as a number or as text, written as on the command line: true, null, [16,4,4,4], {a:1}."""
+    """Return a setting as a number or as text, written as on the command line: true, null, [16,4,4,4], {a:1}."""
     if setting is None:
         return "null"
     if isinstance(setting, bool):
@@ -84,19 +88,19 @@ def as_value(setting: object) -> Value:
 
 
 def shown(value: Value) -> str:
-    """A value as tables and plots show it."""
+    """Return a value as tables and plots show it."""
     return "–" if value is None else str(value)
 
 
 def order(value: Value) -> tuple[int, float, str]:
-    """What to sort values by: numbers, then text, then what is absent."""
+    """Return the key by which values are sorted: numbers, then text, then absent values."""
     if value is None:
         return 2, 0, ""
     return (1, 0, value) if isinstance(value, str) else (0, value, "")
 
 
 class Average(NamedTuple):
-    """Over the runs that have the metric: mean, sample standard deviation (None for one run) and each run's value."""
+    """Mean, sample standard deviation (None for one run) and each run's value, over the runs that have the metric."""
 
     mean: float
     std: float | None
@@ -112,27 +116,27 @@ class Row:
 
     @property
     def finished(self) -> list[Run]:
-        """Those that have metrics."""
+        """Return the jobs that have metrics."""
         return [run for run in self.runs if run.state == "finished"]
 
     def average(self, metric: str) -> Average | None:
-        """A metric over the finished runs; None if no run has it."""
+        """Average a metric over the finished runs. Return None if no run has it."""
         values = [run.metrics[metric] for run in self.finished if metric in run.metrics]
         if not values:
             return None
         return Average(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
 
     def differing(self, keys: Iterable[str]) -> list[str]:
-        """Those of some settings in which the row's jobs differ."""
+        """Return those of some settings in which the jobs of the row differ."""
         return [key for key in keys if len({run.value(key) for run in self.runs}) > 1]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The jobs of a sweep, and what of them is reported.
+    """The jobs of a sweep, and what the report shows.
 
-    keys: settings that distinguish the rows; pooled: others in which jobs differ, besides the seed; constant: settings
-    that are the same in all jobs; metrics: names of numbers in metrics.json; rows: sorted.
+    keys: the settings that distinguish the rows; pooled: other settings in which jobs differ, besides the seed;
+    constant: the settings that are the same in all jobs; metrics: names of numbers in metrics.json; rows: sorted.
     """
 
     runs: Sequence[Run]
@@ -144,12 +148,12 @@ class Sweep:
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that have metrics."""
+        """Return the runs that have metrics."""
         return [run for run in self.runs if run.state == "finished"]
 
     @property
     def unit(self) -> str:
-        """What a row's mean is taken over: "seeds", or "runs" where a row has a seed twice or one that is unknown."""
+        """Say what a row averages: "seeds", or "runs" if a row has a seed twice or an unknown one."""
         for row in self.rows:
             seeds = [run.value(SEED) for run in row.finished]
             if None in seeds or len(set(seeds)) < len(seeds):
@@ -162,9 +166,9 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
 
     Args:
         runs: all jobs, in any state.
-        keys: settings that distinguish the rows; None: all in which the jobs differ, but for paths without which the
-            rows are the same. The seed is never one of them.
-        metrics: names of numbers in metrics.json; None: the usual ones.
+        keys: the settings that distinguish the rows. None takes all settings in which the jobs differ, without paths
+            that make no difference to the rows. The seed is never among them.
+        metrics: names of numbers in metrics.json. None takes the usual ones.
 
     Raises:
         ConfigError: there is no such key or metric.
@@ -196,9 +200,9 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
 
 
 def _without_paths(keys: Sequence[str], runs: Sequence[Run]) -> Sequence[str]:
-    """Leave out settings such as checkpoint=… or save_maps=… that are paths, where others distinguish the same rows.
+    """Leave out settings that are paths, such as checkpoint=… or save_maps=…, if others distinguish the same rows.
 
-    Of two paths that could both go, the one that was given first stays.
+    If either of two paths could go, the one that was given first stays.
     """
 
     def rows(keys: Sequence[str]) -> int:
@@ -212,7 +216,7 @@ def _without_paths(keys: Sequence[str], runs: Sequence[Run]) -> Sequence[str]:
 
 
 def usual_metrics(names: Sequence[str]) -> list[str]:
-    """What to report of the numbers there are.
+    """Choose the numbers to report.
 
     Raises:
         ConfigError: there are numbers, but none of the usual ones.
@@ -235,7 +239,7 @@ def _check_keys(keys: Sequence[str], runs: Sequence[Run]) -> None:
 
 
 def check_axis(key: str, keys: Sequence[str]) -> None:
-    """Check the setting that plots have on their horizontal axis.
+    """Check the setting on the horizontal axis of plots.
 
     Raises:
         ConfigError: it does not distinguish the rows.
@@ -253,7 +257,7 @@ def _paths(settings: Mapping[str, Any], path: str = "") -> Iterable[str]:
 
 
 def _close(wrong: str, options: Sequence[str]) -> str:
-    """A hint at what was meant: the whole name spelled differently, or the end of a name."""
+    """Return a hint at what was meant: the whole name with another spelling, or the end of a name."""
     ends = [option for option in options if option.replace(".", "/").endswith(f"/{wrong}")]
     close = ends[:3] or difflib.get_close_matches(wrong, options, n=3)
     if close:
@@ -262,14 +266,14 @@ def _close(wrong: str, options: Sequence[str]) -> str:
 
 
 def counts(runs: Sequence[Run]) -> str:
-    """How many jobs there are in each state, in words."""
+    """Say how many jobs there are in each state."""
     found = Counter(run.state for run in runs)
     states = ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
     return f"{len(runs)} job{'s' * (len(runs) != 1)}: {states}"
 
 
 def remarks(sweep: Sweep) -> list[str]:
-    """What goes for all rows, a line each."""
+    """Return remarks on all rows, one per line."""
     lines = []
     if sweep.constant:
         lines.append("Same in all jobs: " + ", ".join(f"{key}={value}" for key, value in sweep.constant.items()))
@@ -289,10 +293,10 @@ def remarks(sweep: Sweep) -> list[str]:
 
 
 def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
-    """The heading and the rows of the table, as text.
+    """Return the heading and the rows of the table, as text.
 
-    A metric is "mean ± sample standard deviation", with the number of its values where not all finished runs have it;
-    the number of seeds is "2 of 3" where some jobs are not finished.
+    A metric is "mean ± sample standard deviation". It has the number of its values if some finished runs lack it. The
+    number of seeds is "2 of 3" if some jobs are not finished.
     """
     rows = []
     for row in sweep.rows:
@@ -313,17 +317,17 @@ def _cell(metric: str, average: Average | None, runs: int) -> str:
 
 
 def is_percentage(metric: str) -> bool:
-    """Whether a metric is in percent, as all but thresholds are."""
+    """Say whether a metric is in percent. All metrics except thresholds are."""
     return "threshold" not in metric
 
 
 def number(metric: str, value: float) -> str:
-    """A metric's value, with as many digits as are worth reading."""
+    """Return a metric's value with a reasonable number of digits."""
     return f"{value:.1f}" if is_percentage(metric) else f"{value:.3f}"
 
 
 def console_table(sweep: Sweep) -> Table:
-    """The table for the terminal."""
+    """Make the table for the terminal."""
     heading, rows = cells(sweep)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column, name in enumerate(heading):
@@ -335,18 +339,18 @@ def console_table(sweep: Sweep) -> Table:
 
 
 def unfinished(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """Name, state and note of each job that has no metrics, by state."""
+    """Return name, state and note of each job without metrics, sorted by state."""
     rest = [(run.name, run.state, run.note) for run in runs if run.state != "finished"]
     return sorted(rest, key=lambda job: STATES.index(job[1]))
 
 
 def markdown(sweep: Sweep, pictures: Iterable[str] = (), page: str | None = None) -> str:
-    """The report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        sweep: what to report.
+        sweep: the sweep to report.
         pictures: names of image files beside the report, which it shows.
-        page: name of the page beside it that compares the rows image by image.
+        page: the name of the page beside it that compares the rows image by image.
     """
     parts = ["# Sweep", counts(sweep.runs), *map(as_markdown, remarks(sweep))]
     if sweep.finished:
@@ -362,7 +366,7 @@ def markdown(sweep: Sweep, pictures: Iterable[str] = (), page: str | None = None
 
 
 def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A table whose first `left` columns are text, and the others numbers."""
+    """Make a table whose first `left` columns are text, and the others numbers."""
     rule = ["---" if column < left else "---:" for column in range(len(heading))]
     lines = [list(map(as_markdown, row)) for row in (heading, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
@@ -377,12 +381,12 @@ _MARKUP = re.compile(
 
 
 def as_markdown(text: str) -> str:
-    """Markdown, in one line, that shows a text as it is."""
+    """Return Markdown in one line that shows a text as it is."""
     return _MARKUP.sub(r"\\\g<0>", one_line(text.replace("\n", " ")))
 
 
 def runs_csv(sweep: Sweep) -> str:
-    """A line for each job: job, state, keys, seed, seconds, and every number of its metrics.json."""
+    """Return a line for each job: job, state, keys, seed, seconds, and every number of its metrics.json."""
     names = list(dict.fromkeys(name for run in sweep.runs for name in run.metrics))
     keys = [*sweep.keys, *sweep.pooled, SEED]
     heading = ["job", "state", *keys, "seconds", *names]
@@ -393,7 +397,7 @@ def runs_csv(sweep: Sweep) -> str:
 
 
 def means_csv(sweep: Sweep) -> str:
-    """A line for each combination: keys, jobs, finished runs, and mean, std and number of values of each metric."""
+    """Return a line for each combination: keys, jobs, finished runs, and mean, std and count of each metric."""
     heading = [*sweep.keys, "jobs", "runs"]
     heading += [f"{metric}_{part}" for metric in sweep.metrics for part in ("mean", "std", "count")]
     rows: list[list[object]] = []
@@ -406,7 +410,7 @@ def means_csv(sweep: Sweep) -> str:
 
 
 def _csv(heading: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Absent values are empty, which pandas reads as NaN."""
+    """Write CSV. Absent values are empty, which pandas reads as NaN."""
     file = io.StringIO(newline="")
     write_csv(file, [heading, *map(list, rows)])
     return file.getvalue()

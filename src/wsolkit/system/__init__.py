@@ -1,1 +1,1 @@
-"""What the machine offers: files that are written whole, locks, signals, cores, names."""
+"""Talk to the operating system: write files whole, take locks, hear signals, count cores, encode names."""

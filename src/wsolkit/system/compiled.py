@@ -1,4 +1,4 @@
-"""Functions compiled to machine code."""
+"""Compile functions to machine code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile to machine code that runs outside Python's lock; kept on disk where there is a place for it."""
+    """Compile a function to machine code that runs without Python's lock. Keep it on disk if numba can."""
     try:
         return cast(_Function, numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:  # no folder that numba may write its cache to
+    except RuntimeError:  # Numba finds no folder in which it may write its cache.
         return cast(_Function, numba.njit(nogil=True)(function))

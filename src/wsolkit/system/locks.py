@@ -1,10 +1,10 @@
-"""Locks between processes. The system keeps them: each ends with the process that holds it, however that ends.
+"""Lock files between processes. The operating system releases a lock when its process ends, even if it is killed.
 
-The library filelock would take another way where a file system has no locks: a file that outlasts a process which is
-killed. It would also make files when it is only asked whether a lock is held.
+The library filelock is not used. Where a file system has no locks, it creates a file that outlives a killed process. It
+also creates files when it only checks whether a lock is held.
 
-What is written in a lock's file, who holds it and since when, is for people and decides nothing: after a kill it is of
-a process that is no more, and its number may be that of another by now.
+A lock's file says who holds the lock and since when. This is for people only, and no code relies on it. After a kill,
+it names a process that has ended, whose number may belong to another process by now.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import psutil
 from wsolkit.errors import BusyError
 
 _held: dict[Path, int] = {}
-"""Files of the locks that this process holds, and their descriptors."""
+"""The files of the locks that this process holds, with their descriptors."""
 
 
 def _leave_to_parent() -> None:
-    """In a forked process, such as a loader's: or it would hold the lock on when its parent is killed."""
+    """Drop the locks in a forked process, which would otherwise hold them after its parent was killed."""
     while _held:
         os.close(_held.popitem()[1])
 
@@ -40,16 +40,17 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def alone(path: Path, doing: str, instead: str = "", again: bool = False) -> Iterator[None]:
-    """Keep other processes from doing the same.
+    """Keep other processes from doing the same thing.
 
     Args:
-        path: of the lock's file; it is made if there is none, and stays.
-        doing: what this process will be doing, such as "preparing 'DIR'".
-        instead: what another process can do other than wait, if anything.
-        again: whether this process may do it when it does so already.
+        path: the lock's file. It is created if it does not exist, and stays.
+        doing: what this process does, for example "preparing 'DIR'".
+        instead: what another process can do instead of waiting, if anything.
+        again: whether this process may enter again while it holds the lock.
 
     Raises:
-        BusyError: another process is doing it. OSError: the file cannot be written.
+        BusyError: another process holds the lock.
+        OSError: the file cannot be written.
     """
     path = path.resolve()
     if again and path in _held:
@@ -65,12 +66,12 @@ def alone(path: Path, doing: str, instead: str = "", again: bool = False) -> Ite
         _note(descriptor)
         yield
     finally:
-        if _held.pop(path, None) is not None:  # not so in a forked process
+        if _held.pop(path, None) is not None:  # A forked process has dropped the lock.
             os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process, other than by forking from it, holds the lock of a file."""
+    """Say whether a process holds the lock of a file. A fork of that process does not count."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -82,12 +83,12 @@ def is_held(path: Path) -> bool:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Take a lock, unless another process holds it."""
+    """Take a lock, unless another process holds it. Return whether it was taken."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(descriptor, 2**30, os.SEEK_SET)  # far behind the text, which others are to read
+            os.lseek(descriptor, 2**30, os.SEEK_SET)  # The lock is far behind the text, which other processes read.
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -97,7 +98,7 @@ def _lock(descriptor: int, path: Path) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             return False
         warnings.warn(
-            f"the file system of '{path.parent}' has no locks ({error.strerror}): see to it that no other process "
+            f"the file system of '{path.parent}' has no locks ({error.strerror}): make sure that no other process "
             "writes there",
             stacklevel=3,
         )
@@ -107,15 +108,15 @@ def _lock(descriptor: int, path: Path) -> bool:
 def _note(descriptor: int) -> None:
     """Write down who holds a lock."""
     noted = {"process": os.getpid(), "host": platform.node(), "since": time.time()}
-    with suppress(OSError):  # a full disk
+    with suppress(OSError):  # The disk may be full.
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(noted).encode())
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, in words; nothing if the file does not know."""
-    for _ in range(10):  # who has just taken it is about to write it down
+    """Say in words who holds a lock, or return "" if the file does not say it."""
+    for _ in range(10):  # The holder may be about to write its name.
         try:
             noted = json.loads(path.read_bytes())
             process, host = int(noted["process"]), str(noted["host"])

@@ -1,4 +1,4 @@
-"""Names of classes, images, folders and settings, which may be any text, on their way to people and into files."""
+"""Prepare names for people and for files. Names of classes, images, folders and settings may be any text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 AS_IN_FILES = "wsolkit-as-in-files"
-"""How to encode text with names in it: `errors=` of `open` and of `str.encode`.
+"""The error handler that encodes text with names in it, for `errors=` of `open` and of `str.encode`.
 
-Where a file's name is not UTF-8, Python holds lone surrogates in place of its bytes, and these bytes are written. Other
-lone surrogates, which nothing can encode, become U+FFFD.
+Where a file name is not UTF-8, Python holds lone surrogates in place of its bytes. This handler writes these bytes.
+It replaces other lone surrogates, which cannot be encoded, by U+FFFD.
 """
 
-_LONGEST_FILE_NAME = 255  # bytes, on every usual file system
+_LONGEST_FILE_NAME = 255  # In bytes, on every usual file system.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _LINE_BREAK = re.compile("\r\n|[\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]")
 
@@ -32,20 +32,22 @@ codecs.register_error(AS_IN_FILES, _encoded)
 
 
 def readable(text: str) -> str:
-    """Text that every page, terminal and library takes: control characters and what is no Unicode become U+FFFD.
+    """Return text that every page, terminal and library accepts. Control characters and lone surrogates become U+FFFD.
 
-    Tabs and ends of lines stay.
+    Tabs and line ends stay.
     """
     return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def one_line(text: str) -> str:
-    """Readable text in one line: where it would end, there is ↵."""
+    """Return readable text in one line, with ↵ in place of line ends."""
     return readable(_LINE_BREAK.sub("↵", text)).replace("\t", " ")
 
 
 def shortened(text: str, width: int) -> str:
-    """Readable text in one line of at most so many columns, as terminals count them: its beginning, … and its end.
+    """Return readable text in one line that has at most `width` columns of a terminal.
+
+    Longer text keeps its beginning and its end, with … between them.
 
     Args:
         width: 3 or more.
@@ -56,7 +58,7 @@ def shortened(text: str, width: int) -> str:
         return text
     start, end, left = 0, len(text), width - 1
     while True:
-        at = start if start <= len(text) - end else end - 1  # from both sides in turn
+        at = start if start <= len(text) - end else end - 1  # It takes characters from both sides in turn.
         left -= columns[at]
         if left < 0:
             return f"{text[:start]}…{text[end:]}"
@@ -64,12 +66,12 @@ def shortened(text: str, width: int) -> str:
 
 
 def isolated(name: str) -> str:
-    """A name within a line of a picture: one that runs from right to left turns nothing beside it."""
+    """Return a name that can stand in a line of a picture. A right-to-left name does not turn the text beside it."""
     return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}" if runs_from_the_right(name) else name
 
 
 def runs_from_the_right(text: str) -> bool:
-    """Whether something in a text is written from right to left."""
+    """Say whether a part of a text is written from right to left."""
     return any(unicodedata.bidirectional(character) in ("R", "AL", "RLE", "RLO", "RLI") for character in text)
 
 
@@ -80,13 +82,13 @@ def _columns(character: str) -> int:
 
 
 def file_name(name: str, ending: str) -> str:
-    """A path of a file named after something that has a name in files itself: `name + ending`.
+    """Return the path of a file that is named after another file: `name + ending`.
 
-    Where the last part of that is too long for a file system, it is cut off and marked with a digest of the whole.
+    If the last part of the path is too long for a file system, it is cut off and gets a digest of the whole name.
 
     Args:
-        name: may have folders, divided by slashes.
-        ending: such as ".jpg".
+        name: it may contain folders, separated by slashes.
+        ending: for example ".jpg".
     """
     folder, slash, last = name.rpartition("/")
     encoded = last.encode(errors=AS_IN_FILES)
@@ -98,9 +100,9 @@ def file_name(name: str, ending: str) -> str:
 
 
 def write_csv(file: IO[str], rows: Iterable[Sequence[object]]) -> None:
-    r"""Write rows as CSV whose lines end with \n, so that csv.reader gives back every text."""
+    r"""Write rows as CSV with \n as line end, so that csv.reader returns every text unchanged."""
     usual = csv.writer(file, lineterminator="\n")
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in rows:
-        # Python before 3.13 quotes no \r, at which readers end the line.
+        # Python before 3.13 does not quote \r, and readers would end the line there.
         (quoted if any("\r" in str(cell) for cell in row) else usual).writerow(row)

@@ -1,4 +1,7 @@
-"""What asks a command to stop: SIGTERM, Ctrl-C and, under SLURM, SIGUSR1. Imports neither torch nor Lightning."""
+"""Hear the signals that ask a command to stop: SIGTERM, Ctrl-C and, under SLURM, SIGUSR1.
+
+This module imports neither torch nor Lightning.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 PARENT = "WSOLKIT_PARENT"
-"""Environment variable: the number of the process that starts others for a run."""
+"""The environment variable with the number of the process that starts the others of a run."""
 LOOK = 0.5
-"""Seconds between looks at other processes of a run."""
+"""Seconds between two looks at the other processes of a run."""
 PATIENCE = 30.0
-"""Seconds that a process has to leave by itself where others have left."""
+"""Seconds that a process has to leave by itself after others have left."""
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the command; the exit code is the one of shells: 128 and the signal's number.
+    """A signal has stopped the command. The exit code is 128 plus the signal's number, as in shells.
 
     Args:
-        number: of the signal.
+        number: the number of the signal.
 
     Attributes:
-        advice: what is left, and how to go on.
+        advice: says what is saved, and how to continue.
     """
 
     def __init__(self, number: signal.Signals) -> None:
@@ -41,13 +44,13 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Hears signals, and stops the command: at once, or where a run finds it best.
+    """Hears signals, and stops the command at once, or at the next point that suits a run.
 
     Attributes:
-        received: the first that came to this process.
-        reason: that for which all processes of the run stop now.
+        received: the first signal that came to this process.
+        reason: the signal for which all processes of the run stop now.
         deferred: whether a run looks at `received` by itself.
-        children: processes of the run, which end with it.
+        children: the processes of the run, which end with it.
     """
 
     def __init__(self) -> None:
@@ -59,7 +62,7 @@ class Signals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear signals within; outside, they do what they did before."""
+        """Hear signals within this context, and restore the earlier handlers after it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -67,7 +70,7 @@ class Signals:
             self.received = self.reason = None
         numbers = [signal.SIGTERM, signal.SIGINT]
         if "SLURM_JOB_ID" in os.environ:
-            numbers.append(signal.SIGUSR1)  # "your time is nearly over"
+            numbers.append(signal.SIGUSR1)  # SLURM sends it when the time is nearly over.
         before = {number: signal.signal(number, self._hear) for number in numbers}
         self._listening += 1
         try:
@@ -80,9 +83,9 @@ class Signals:
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
-            if number == signal.SIGINT:  # somebody who does not want to wait
+            if number == signal.SIGINT:  # The user does not want to wait.
                 end("", 128 + number)
-            return  # a second SIGTERM must not spoil what the first has begun
+            return  # A second SIGTERM must not spoil what the first one has begun.
         self.received = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if self.deferred:
             return
@@ -95,21 +98,21 @@ SIGNALS = Signals()
 
 
 def is_first() -> bool:
-    """Whether this is the process of a run that speaks for all."""
+    """Say whether this is the process that speaks for the whole run."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def has_parent() -> bool:
-    """Whether another process of the run has started this one, and lives."""
+    """Say whether another process of the run has started this one, and is alive."""
     return os.environ.get(PARENT) == str(os.getppid())
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it for a run has gone: nobody else would tell it.
+    """End this process when the process that started it has died, because nobody else would tell it.
 
-    It would wait for hours to meet the others, or for a sum over all of them.
+    It would otherwise wait for hours to meet the others, or for a sum over all of them.
     """
-    # Lightning says LOCAL_RANK=0 to the first process, whose other children inherit it.
+    # The first process also has LOCAL_RANK=0, and its other children inherit it.
     if PARENT in os.environ and os.environ[PARENT] != str(os.getpid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
 
@@ -121,24 +124,25 @@ def _watch_parent() -> None:
     if reason is None:
         end("process 0 was killed" if os.environ["LOCAL_RANK"] == "1" else "")
     else:
-        time.sleep(PATIENCE)  # all are leaving
+        time.sleep(PATIENCE)  # All processes are leaving.
         leave(reason)
 
 
 def leave_without_reader() -> None:
-    """Where whoever reads this process's output has gone: end in silence, with the code that shells give to SIGPIPE.
+    """End in silence if the reader of this process's output has gone, with the exit code that shells give to SIGPIPE.
 
-    Otherwise nothing is done: another pipe is broken, such as one to a loader's process, which is an error.
+    Do nothing if another pipe is broken, for example one to a loader's process, because that is an error.
     """
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     if any(event & select.POLLERR for _, event in output.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        # Python would complain when it flushes the output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
 
 def leave(number: signal.Signals) -> None:
-    """End this process, which a signal has stopped, where it cannot by itself."""
+    """End this process after a signal, if it cannot end by itself."""
     if is_first():
         _say(str(Stopped(number)))
     end("", 128 + number)
@@ -148,12 +152,12 @@ def end(lost: str, code: int = 1) -> None:
     """End this process and those that it has started, whatever they wait for.
 
     Args:
-        lost: what has happened to another process, if that is to be said.
-        code: exit code.
+        lost: what has happened to another process, or "" to say nothing.
+        code: the exit code.
     """
     if lost:
         _say(
-            f"error: {lost}, often because the machine's memory is full; the others end, too. Continue from the last "
+            f"error: {lost}, often because the machine's memory is full. The others end, too. Continue from the last "
             "checkpoint with resume=auto"
         )
     for child in SIGNALS.children:
@@ -162,4 +166,4 @@ def end(lost: str, code: int = 1) -> None:
 
 
 def _say(line: str) -> None:
-    os.write(2, f"{line}\n".encode())  # another thread may be amid printing, for good
+    os.write(2, f"{line}\n".encode())  # Another thread may be stuck while it prints.

@@ -1,7 +1,7 @@
-"""Write checkpoints: each is there as a whole or not at all.
+"""Write checkpoints so that each one is there as a whole or not at all.
 
-A checkpoint is written beside its place and then moved there. The last one stands beside the one before it, in case its
-disk damages it.
+A checkpoint is written under another name, and gets its own name when it is complete. The run keeps the last two, in
+case the disk damages the last one.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from wsolkit.training.loss_log import LossLog
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint as `best.ckpt`; a resumed run takes along the one beside the checkpoint it continues.
+    """Keeps the best checkpoint as `best.ckpt`. A resumed run copies the one beside the checkpoint that it continues.
 
-    A checkpoint says which file was the best. Nothing that it says is read, copied or deleted as a file: it may come
-    from anywhere.
+    A checkpoint says which file was the best. The run does not read, copy or delete the file of that name, because a
+    checkpoint may come from anywhere.
 
     Args:
-        folder: of the checkpoints.
-        monitor: the metric of which the best checkpoint has most.
-        resume: the checkpoint that the run continues; None: it begins anew.
+        folder: the folder of the checkpoints.
+        monitor: the metric that the best checkpoint maximises.
+        resume: the checkpoint that the run continues, or None for a new run.
     """
 
     def __init__(self, folder: Path, monitor: str, resume: str | Path | None) -> None:
@@ -49,7 +49,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._earlier = None if resume is None else Path(resume).parent / "best.ckpt"
 
     def found(self, max_epochs: int) -> str:
-        """The file of the best checkpoint.
+        """Return the file of the best checkpoint.
 
         Raises:
             CheckpointError: there is none, since no validation took place.
@@ -62,7 +62,7 @@ class BestCheckpoint(ModelCheckpoint):
         return self.best_model_path
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook: make the score of the earlier run's best checkpoint, and the file, those of this run."""
+        """Take over the best score of the earlier run, with the file of this run."""
         score = state_dict.get("best_model_score")
         if self._earlier is None or not isinstance(score, torch.Tensor) or not self._earlier.is_file():
             return
@@ -74,19 +74,19 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_k_models = {str(self._here): score}
 
 
-_STEPS_BETWEEN_LOOKS = 16  # at the clock: to agree upon it, processes wait for each other
+_STEPS_BETWEEN_LOOKS = 16  # The processes wait for each other when they compare clocks, so they do it this seldom.
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, and moves it there when it is on the disk."""
+    """Writes a checkpoint under another name, and renames it when it is on the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Lightning's hook.
+        """Write a checkpoint.
 
         Raises:
-            CheckpointError: it cannot be written; what was there before stays.
+            CheckpointError: it cannot be written. The file that was there before stays.
         """
         place = Path(path)
         draft = place.with_name(f".{place.name}.{os.getpid()}")
@@ -97,7 +97,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(place)
-        except (OSError, RuntimeError) as error:  # torch's writer says of a full disk that it failed to write
+        # PyTorch's writer only says that it failed to write when a disk is full.
+        except (OSError, RuntimeError) as error:
             draft.unlink(missing_ok=True)
             reason, free = str(error).splitlines()[0], shutil.disk_usage(place.parent).free / 2**20
             raise CheckpointError(
@@ -107,18 +108,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpointing):
-    """Keeps checkpoints from which a run goes on exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
+    """Keeps checkpoints from which a run continues exactly: `last.ckpt`, and the one before it as `previous.ckpt`.
 
-    Written at the end of each epoch, after its validation; in between, now and then and when a signal stops the run.
+    The run writes one at the end of each epoch, after its validation. It also writes one at the given intervals, and
+    when a signal stops it.
 
     Args:
-        folder: of the checkpoints.
-        every_n_steps: also after so many optimizer steps.
-        every_n_minutes: also after so many minutes.
-        requeue: a run that SIGTERM stops puts its job back into SLURM's queue, if it is one.
+        folder: the folder of the checkpoints.
+        every_n_steps: the run also writes a checkpoint after this many optimizer steps.
+        every_n_minutes: the run also writes a checkpoint after this many minutes.
+        requeue: a run under SLURM puts its job back into the queue when SIGTERM stops it.
 
     Attributes:
-        saved_step: the optimizer step after which the last was written, or after which the run went on.
+        saved_step: the optimizer step after which the last checkpoint was written, or at which the run was resumed.
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, every_n_minutes: float | None, requeue: bool) -> None:
@@ -133,11 +135,11 @@ class LastCheckpoint(Checkpointing):
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Note the step at which the run starts."""
         self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: a validation that is begun again counts from 0."""
+        """Count the batches from 0, also in a validation that starts again."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         if loop.restarted_mid_evaluation:
             loop.batch_progress.reset()
@@ -145,7 +147,7 @@ class LastCheckpoint(Checkpointing):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook."""
+        """Write a checkpoint if one is due after this step."""
         if between_steps(trainer) and self._is_due(trainer):
             self._save(trainer)
 
@@ -156,11 +158,11 @@ class LastCheckpoint(Checkpointing):
         if self.every_n_minutes is None or step % _STEPS_BETWEEN_LOOKS:
             return False
         late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        return bool(trainer.strategy.broadcast(late))  # the clocks of processes differ
+        return bool(trainer.strategy.broadcast(late))  # The clocks of the processes differ.
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning's hook."""
-        together = isinstance(exception, SIGTERMException)  # all processes are here
+        """Write a checkpoint when a signal stops the run."""
+        together = isinstance(exception, SIGTERMException)  # All processes are at the same point.
         if together and trainer.global_step > self.saved_step:
             if trainer.training and between_steps(trainer):
                 self._save(trainer)
@@ -171,11 +173,11 @@ class LastCheckpoint(Checkpointing):
             _requeue()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Write a checkpoint at the end of the epoch."""
         self._save(trainer)
 
     def left(self) -> str:
-        """What a run that ends now leaves to go on from, in a few words."""
+        """Say in a few words what a run that ends now has saved."""
         last = self.folder / LAST
         if not last.is_file():
             return "nothing was saved yet"
@@ -184,33 +186,33 @@ class LastCheckpoint(Checkpointing):
     def _save(self, trainer: Trainer) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LossLog):
-                callback.log_step(trainer)  # what comes before the checkpoint will not be logged again
+                callback.log_step(trainer)  # A resumed run does not log again what comes before the checkpoint.
         for logger in trainer.loggers:
             logger.sync() if isinstance(logger, RunLog) else logger.save()
         last = self.folder / LAST
         if trainer.is_global_zero and last.is_file():
             draft = self.folder / f".{PREVIOUS}.{os.getpid()}"
             draft.unlink(missing_ok=True)
-            os.link(last, draft)  # so that last.ckpt is there at any moment
+            os.link(last, draft)  # This way, last.ckpt exists at every moment.
             draft.replace(self.folder / PREVIOUS)
         trainer.save_checkpoint(last)
         self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
 
 def between_steps(trainer: Trainer) -> bool:
-    """Whether a run could go on exactly from here.
+    """Say whether a run could continue exactly from here.
 
-    Not at the end of an epoch: it would leave out its validation. Nor where gradients of several batches are being
-    gathered: they are no part of a checkpoint.
+    It cannot at the end of an epoch, because it would skip the validation. It also cannot while it accumulates
+    gradients over several batches, because a checkpoint does not hold them.
     """
     loop = trainer.fit_loop.epoch_loop
     return not loop.batch_progress.is_last_batch and loop._accumulated_batches_reached()
 
 
 def _begin_validation_again(trainer: Trainer) -> None:
-    """Say that the validation of an epoch has begun, and none of its batches is done: a resumed run does them all.
+    """Mark the validation of an epoch as begun, with none of its batches done, so that a resumed run does them all.
 
-    What was counted of the first ones is no part of a checkpoint.
+    A checkpoint does not hold the counts of the first batches.
     """
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.reset()
@@ -233,12 +235,12 @@ def _requeue() -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint from which the run in a directory goes on; None: it has not come to any.
+    """Return the checkpoint from which the run in a directory continues, or None if it has written none.
 
-    A damaged one is left out, with a warning.
+    It skips a damaged one, with a warning.
 
     Raises:
-        CheckpointError: all are damaged.
+        CheckpointError: all of them are damaged.
     """
     there = [path for path in (folder / "checkpoints" / LAST, folder / "checkpoints" / PREVIOUS) if path.is_file()]
     for path in there:

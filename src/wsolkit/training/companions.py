@@ -1,4 +1,4 @@
-"""The processes of a run: they stop at the same point, and none waits for one that is gone."""
+"""The processes of a run. They stop at the same point, and none waits for one that has died."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from wsolkit.system.signals import LOOK, PARENT, PATIENCE, SIGNALS, Stopped, end
 from wsolkit.training.checkpointing import between_steps
 
 SILENCE = 60.0
-"""Seconds after which a process on another machine that gives no sign of life is taken for dead."""
+"""Seconds without a sign of life after which a process on another machine counts as dead."""
 _BEAT = 2.0  # seconds between signs of life
 _FURTHEST, _ALIVE, _LOST = "furthest", "alive", "lost"
-_RUNS = itertools.count()  # of this process; the others count alike
-_LEFT = 2**40  # more signs of life than anybody gives
-_PASS = 2**40  # more points than a pass over a split has batches
+_RUNS = itertools.count()  # The runs of this process. The other processes count in the same order.
+_LEFT = 2**40  # No process gives this many signs of life.
+_PASS = 2**40  # No pass over a split has this many points.
 
 
 class Agreement:
-    """Where the processes of a run stop, which nobody waits for.
+    """Lets the processes of a run agree where they stop, without waiting for each other.
 
-    Each passes points that are numbered alike. What they met through, a store of keys, holds the number of the furthest
-    point that any has passed. Who is asked to stop replaces it by the promise to stop at the next: all who come there,
-    or further, find it. That takes 0.1 ms, and no process waits for another.
+    All processes pass points that have the same numbers. A shared key-value store holds the number of the furthest
+    point that any process has passed. A process that is asked to stop replaces this number by a promise to stop at the
+    next point. Each process that comes to that point, or to a later one, finds the promise. This takes 0.1 ms.
 
     Args:
-        store: of all processes.
+        store: the store that all processes share.
     """
 
     def __init__(self, store: Store) -> None:
@@ -47,16 +47,16 @@ class Agreement:
         self._seen = ""
 
     def ask(self, number: int) -> None:
-        """Have all processes stop at the first of their points that none has passed.
+        """Make all processes stop at the first point that none of them has passed.
 
         Args:
-            number: of the signal that asked for it.
+            number: the number of the signal that asks for it.
         """
         while " " not in self._seen:
             self._replace(f"{int(self._seen or 0) + 1} {number}")
 
     def passes(self, point: int) -> signal.Signals | None:
-        """Pass a point, or find that all are to stop there: by which signal."""
+        """Pass a point. Return the signal if all processes are to stop there, else None."""
         while " " not in self._seen and int(self._seen or 0) < point:
             self._replace(str(point))
         promised, _, number = self._seen.partition(" ")
@@ -67,10 +67,11 @@ class Agreement:
 
 
 class Companions(Callback):
-    """Stops a run where it has been asked to, at the same point in all processes, and ends it when one has died.
+    """Stops a run at the same point in all processes, and ends it when one of them has died.
 
-    Points are the ends of optimizer steps, of the batches of an evaluation and of the evaluation, and the beginnings of
-    epochs. An evaluation's batches need not be the same in all processes: its end is, and before it nobody waits.
+    The points are the end of each optimizer step, of each evaluation batch and of each evaluation, and the beginning of
+    each epoch. Processes may have different numbers of evaluation batches. They have the end of an evaluation in
+    common, and they do not wait for each other before it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class Companions(Callback):
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning's hook: the processes have met."""
+        """Connect to the store, now that the processes have met."""
         if trainer.world_size == 1 or self._store is not None:
             return
         self._rank, self._processes = trainer.global_rank, trainer.world_size
@@ -92,59 +93,59 @@ class Companions(Callback):
         threading.Thread(target=self._give_signs_of_life, name="companions", daemon=True).start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Pass a point, or stop there."""
         self._stop_or_pass()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook: Lightning stops by itself when it has logged the step."""
+        """Pass a point after a step. Lightning stops by itself when it has logged the step."""
         if between_steps(trainer):
             self._pass()
             trainer._signal_connector.received_sigterm = SIGNALS.reason is not None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Note the point at which the evaluation starts."""
         self._begun_at = self._point
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        """Lightning's hook."""
+        """Pass a point, or stop there."""
         self._stop_or_pass()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook, before processes add up what they have counted."""
+        """Pass the point at the end of the evaluation, before the processes sum their counts."""
         self._point = self._begun_at + _PASS
         self._stop_or_pass()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Note the point at which the evaluation starts."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_batch_end(self, *_: Any) -> None:
-        """Lightning's hook."""
+        """Pass a point, or stop there."""
         self._stop_or_pass()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Pass the point at the end of the evaluation."""
         self.on_validation_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning's hook: after the test the first process works on alone, and no point comes any more."""
+        """Stop deferring signals after the test, when the first process works alone and passes no more points."""
         if stage == "test" and trainer.is_global_zero:
             SIGNALS.deferred = False
             if SIGNALS.received is not None:
                 raise Stopped(SIGNALS.received)
 
     def close(self, failed: bool, patience: float) -> None:
-        """Leave the others; the first process waits for them, who need its store.
+        """Leave the other processes. The first process waits for them, because they need its store.
 
         Args:
-            failed: whether that was not to be: the others end, too.
-            patience: seconds in which they may leave by themselves.
+            failed: whether this process failed. The others then end, too.
+            patience: seconds in which the others may leave by themselves.
         """
         self._finished = True
         if self._store is not None:
-            with suppress(RuntimeError):  # the store has gone with the first process
+            with suppress(RuntimeError):  # The store ended with the first process.
                 if failed:
                     self._store.set(_LOST, "")
                 self._store.add(f"{_ALIVE}/{self._rank}", _LEFT)
@@ -171,7 +172,7 @@ class Companions(Callback):
         return self._store.add(f"{_ALIVE}/{rank}", 0)
 
     def _give_signs_of_life(self) -> None:
-        """Run in a thread: give signs of life; the first process looks whether the others do."""
+        """Run in a thread: give signs of life. The first process also checks those of the others."""
         heard = dict.fromkeys(range(1, self._processes), (0, time.monotonic()))
         assert self._store is not None
         try:
@@ -187,10 +188,10 @@ class Companions(Callback):
                         heard[rank] = signs, time.monotonic()
                     elif time.monotonic() - since > SILENCE:
                         self._store.set(_LOST, "")
-                        time.sleep(2 * _BEAT)  # for all to see it
+                        time.sleep(2 * _BEAT)  # All processes need time to see it.
                         end(f"{_named(rank, self._processes)} gives no sign of life: it was killed")
-        except RuntimeError:  # the store has gone with the first process
-            time.sleep(4 * LOOK)  # those that it has started know it already, and end
+        except RuntimeError:  # The store ended with the first process.
+            time.sleep(4 * LOOK)  # The processes that it started know this already, and end.
             if not self._finished and SIGNALS.reason is None:
                 end("process 0 was killed" if self._rank == 1 else "")
 
@@ -200,15 +201,15 @@ def _named(rank: int, processes: int) -> str:
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Starts the other processes of a run on this machine, and looks after them.
+    """Starts the other processes of a run on this machine, and watches them.
 
-    Lightning's own kills the first process when another has ended in any other way than well.
+    Lightning's own launcher kills the first process when another one ends with an error.
     """
 
     def _call_children_scripts(self) -> None:
         os.environ[PARENT] = str(os.getpid())
         super()._call_children_scripts()
-        SIGNALS.children, self.procs = self.procs, []  # Lightning then looks after none
+        SIGNALS.children, self.procs = self.procs, []  # Lightning then watches none of them.
         threading.Thread(target=_watch_children, name="children", daemon=True).start()
 
 
@@ -219,18 +220,18 @@ def _of_lost_connection(error: Exception) -> bool:
 
 
 def _wait_for_the_reason() -> None:
-    """Wait until somebody knows who has died, and ends this process.
+    """Wait until some process knows which one has died, and ends this one.
 
     Raises:
-        Stopped: nobody has: the other was asked to stop before there were points to stop at.
-        SystemExit: the other has failed, and said so.
+        Stopped: nobody knows. The other process was asked to stop before there were points to stop at.
+        SystemExit: the other process has failed, and has said why.
     """
 
     def known() -> bool:
         return SIGNALS.received is not None or any(child.poll() for child in SIGNALS.children)
 
     _wait(SILENCE + PATIENCE, known)
-    time.sleep(3 * LOOK)  # for the others to be looked at, and a killed one to be named
+    time.sleep(3 * LOOK)  # This leaves time to look at the others, and to name one that was killed.
     if SIGNALS.received is not None:
         raise Stopped(SIGNALS.received)
     if any(child.poll() for child in SIGNALS.children):
@@ -249,7 +250,7 @@ def end_children(patience: float) -> None:
     Args:
         patience: seconds in which they may end by themselves.
     """
-    children, SIGNALS.children = SIGNALS.children, []  # what they leave with is of no interest any more
+    children, SIGNALS.children = SIGNALS.children, []  # Their exit codes do not matter any more.
     _wait(patience, lambda: all(child.poll() is not None for child in children))
     for child in children:
         child.kill()
@@ -257,7 +258,7 @@ def end_children(patience: float) -> None:
 
 
 def _watch_children() -> None:
-    """Run in a thread: end this process if one that it started has died, or has left and this one does not follow."""
+    """Run in a thread: end this process if one that it started has died or left."""
     deadline: float | None = None
     while SIGNALS.children:
         time.sleep(LOOK)
@@ -271,7 +272,7 @@ def _watch_children() -> None:
             if SIGNALS.reason is not None:
                 continue
             if deadline is None:
-                # Without points to stop at, it has left unless it waits where it hears no signals.
+                # It left before there were points to stop at. Follow it, unless this process cannot hear signals yet.
                 deadline = time.monotonic() + (PATIENCE if SIGNALS.deferred or number is None else 4 * LOOK)
                 if number is not None and SIGNALS.received is None:
                     os.kill(os.getpid(), number)
@@ -283,19 +284,21 @@ _STOPPED = {code: number for number in (signal.SIGTERM, signal.SIGINT) for code 
 
 
 class _DeferredSignals(_SignalConnector):
-    """What Lightning calls to hear signals; its own would broadcast while other processes are elsewhere."""
+    """Replaces Lightning's signal handling, which would broadcast while the other processes are elsewhere."""
 
     def register_signal_handlers(self) -> None:
-        """Lightning's hook: from now on there are points to stop at."""
+        """Defer signals from now on, since there are points to stop at."""
         SIGNALS.deferred = True
 
     def teardown(self) -> None:
-        """Lightning's hook: between training and test, too."""
+        """Keep deferring signals between training and test."""
 
 
 @contextmanager
 def stoppable(trainer: Trainer) -> Iterator[None]:
-    """Train and test within: signals stop the run where nothing is lost, and no process waits for a dead one.
+    """Train and test within this context.
+
+    Signals stop the run where nothing is lost, and no process waits for a dead one.
 
     Raises:
         Stopped: a signal has stopped the run.
@@ -303,12 +306,12 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
     companions = Companions()
     trainer.callbacks.insert(0, companions)  # type: ignore[attr-defined]
     trainer._signal_connector = _DeferredSignals(trainer)
-    # In each step, Lightning would have all processes wait for the first to say whether they stop.
+    # Otherwise all processes would wait in each step for the first one to say whether they stop.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-    failed, patience = True, 10 * LOOK  # others may have failed alike, and are about to say so
+    failed, patience = True, 10 * LOOK  # Other processes may have failed in the same way, and may be about to say so.
     with SIGNALS.listening():
         try:
             yield

@@ -1,4 +1,4 @@
-"""The log of a run, metrics.csv, written so that a run can be killed at any moment."""
+"""Write the log of a run, metrics.csv, so that it survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from wsolkit.system.drafts import draft, write_text
 
 
 class RunLog(CSVLogger):
-    """Lightning's CSV log, whose file is whole at any moment: see `LogWriter`. The settings are in hparams.yaml."""
+    """Lightning's CSV log with a file that is whole at any moment, see `LogWriter`. hparams.yaml holds the settings."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Lightning's hook: what writes the files."""
+        """Return the writer of the files."""
         if self._experiment is None:
             self._experiment = LogWriter(Path(self.log_dir))  # type: ignore[assignment]
         return self._experiment
 
     @rank_zero_only
     def go_on(self, step: int) -> None:
-        """Continue the log that is there, from a step; see `LogWriter`."""
+        """Continue the existing log from a step, see `LogWriter`."""
         self.experiment.go_on(step)
 
     @rank_zero_only
     def sync(self) -> None:
-        """Have on the disk what has been logged, before a checkpoint that comes after it."""
+        """Put all logged rows on the disk, before the run writes a checkpoint that comes after them."""
         self.save()
         self.experiment.sync()
 
 
 class LogWriter:
-    """Appends rows; where they have a column that is new, writes the whole file anew, which then takes its place.
+    """Appends rows. If a row has a new column, it writes a whole new file, which then replaces the old one.
 
     Args:
-        folder: of the file. A log that is there is replaced at the first row, unless it is gone on with.
+        folder: the folder of the file. The first row replaces an existing log, unless `go_on` continues it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,20 +60,20 @@ class LogWriter:
         self._settings: dict[str, Any] = {}
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
-        """Lightning's hook."""
+        """Write settings to hparams.yaml."""
         self._settings |= params
         write_text(self.path.with_name("hparams.yaml"), OmegaConf.to_yaml(self._settings))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Lightning's hook."""
+        """Add a row, which `save` writes."""
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         self.metrics.append(row | {"step": step})
 
     def save(self) -> None:
-        """Lightning's hook. Rows that could not be written are kept for the next time.
+        """Write the rows. Rows that cannot be written stay for the next time.
 
         Raises:
-            OSError: they cannot be written, and no part of them is.
+            OSError: the rows cannot be written. The file then holds no part of them.
         """
         if not self.metrics:
             return
@@ -86,21 +86,21 @@ class LogWriter:
         self.metrics = []
 
     def go_on(self, step: int) -> None:
-        """Keep the rows of the log that is there up to a step, and drop those after it, which will come again."""
+        """Keep the rows of the existing log before a step. Drop the later rows, which the run will log again."""
         rows = self._rows(step)
         if rows:
             self._replace(rows, sorted({name for row in rows for name in row}))
 
     def sync(self) -> None:
-        """Have the file on the disk."""
+        """Put the file on the disk."""
         if self._columns and self.path.is_file():
             with self.path.open("r+b") as file:
                 os.fsync(file.fileno())
 
     def _rows(self, before: float = math.inf) -> list[dict[str, str]]:
-        """The rows that are in the file, up to a step.
+        """Return the rows of the file before a step.
 
-        Of a damaged file those that are whole, with a warning; one without a header is set aside.
+        If the file is damaged, it warns and returns the rows that are whole. It sets a file without a header aside.
         """
         if not self.path.is_file():
             return []
@@ -128,6 +128,6 @@ class LogWriter:
         content = text.getvalue().encode()
         with self.path.open("ab", buffering=0) as file:
             length = file.tell()
-            if file.write(content) < len(content):  # a full disk takes a part
+            if file.write(content) < len(content):  # A full disk may take only a part.
                 file.truncate(length)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

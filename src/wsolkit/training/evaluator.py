@@ -1,4 +1,4 @@
-"""Evaluation of a module in validation and test."""
+"""Evaluate a module in validation and test."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Evaluator(Callback):
     """Localizes each batch of validation and test, and logs the metrics as `val/…` and `test/…`.
 
     Args:
-        evaluation: metrics under one or more protocols, with the thresholds that validation selects.
+        evaluation: the metrics under one or more protocols, with the thresholds that validation selects.
 
     Attributes:
-        results: numbers of the latest pass, by name.
-        curves: curves and tables of that pass, by name.
-        norm_histogram: norms of features in the test, where the method shows them.
+        results: the numbers of the latest pass, by name.
+        curves: the curves and tables of that pass, by name.
+        norm_histogram: the norms of the features in the test, if the method shows them.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -35,14 +35,14 @@ class Evaluator(Callback):
         self.curves: dict[str, list[Any]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have all processes evaluate one network, with the BatchNorm statistics of the first."""
+        """Give all processes the BatchNorm statistics of the first one, so that they evaluate the same network."""
         self.evaluation.to(pl_module.device)
         if distributed.is_available() and distributed.is_initialized():
             for buffer in _method(pl_module).network.buffers():
                 distributed.broadcast(buffer, src=0)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the metrics where the module is."""
+        """Move the metrics to the device of the module."""
         self.evaluation.to(pl_module.device)
         self.norm_histogram.to(pl_module.device)
 
@@ -55,7 +55,7 @@ class Evaluator(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Localize and count a batch."""
+        """Localize a batch and update the metrics."""
         module = _method(pl_module)
         with _precision(trainer):
             self.evaluation.update(batch, module.localize, module)
@@ -69,7 +69,7 @@ class Evaluator(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Localize and count a batch, and the norms of its features, if the method shows them."""
+        """Localize a batch and update the metrics, and the norms of its features if the method shows them."""
         self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         with _precision(trainer):
             norms = _method(pl_module).norms(batch["image"])
@@ -77,32 +77,32 @@ class Evaluator(Callback):
             self.norm_histogram.update(norms, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics, and select the thresholds that were best."""
+        """Log the metrics, and select the best thresholds."""
         self.evaluation.thresholds = {}
         self._finish(pl_module, "val")
         self.evaluation.select(self.results)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics, at the thresholds selected in validation, if any."""
+        """Log the metrics, at the thresholds that validation selected, if any."""
         self._finish(pl_module, "test")
         self.curves |= outcome(self.norm_histogram.compute()).curves
         self.norm_histogram.reset()
 
     def _finish(self, module: LightningModule, stage: str) -> None:
-        computed = self.evaluation.compute()  # summed over all processes: nothing is left to synchronise
+        computed = self.evaluation.compute()  # It sums over all processes, so nothing is left to synchronise.
         self.evaluation.reset()
         self.results, self.curves = outcome(computed)
         module.log_dict({f"{stage}/{name}": value for name, value in self.results.items()})
 
     def check_finite(self, records: Records, network: str) -> None:
-        """Check that the latest pass met no logits or score maps that are not finite.
+        """Check that all logits and score maps of the latest pass were finite.
 
         Args:
-            records: of its split.
-            network: whose they are.
+            records: the records of its split.
+            network: names the network in the message.
 
         Raises:
-            TrainingError: it met some, and their images count as wrong; the message names them.
+            TrainingError: some were not finite. The message names their images, which count as wrong.
         """
         count = int(self.results.get("not_finite", 0))
         if count:
@@ -110,26 +110,26 @@ class Evaluator(Callback):
             raise TrainingError(
                 f"{network} gives logits or score maps that are not finite for {count} of {len(records.labels)} images "
                 f"({', '.join(named)}{', …' if count > len(named) else ''}), and they count as wrong. Try "
-                "trainer.precision=32-true, or another checkpoint; allow_not_finite=true accepts such results"
+                "trainer.precision=32-true, or another checkpoint. allow_not_finite=true accepts these results"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the numbers and the selected thresholds."""
+        """Add the metrics and the selected thresholds to a checkpoint."""
         checkpoint.setdefault("wsolkit", {}).update(metrics=self.results, thresholds=self.evaluation.thresholds)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the thresholds that were selected."""
+        """Take over the selected thresholds from a checkpoint."""
         self.evaluation.thresholds = checkpoint["wsolkit"]["thresholds"]
 
 
 def check_monitor(monitor: str | None, evaluation: Evaluation, records: Records) -> str:
-    """The metric by which checkpoints are chosen.
+    """Return the metric that selects the best checkpoint.
 
     Args:
-        monitor: the metric of the settings; None: the first protocol's `max_box_acc`, or its `pxap` where there are
-            masks and no boxes, or `top1_cls` where there are neither.
+        monitor: the metric in the settings. None means the first protocol's `max_box_acc`. Without boxes, it means the
+            first protocol's `pxap`, and without masks as well, `top1_cls`.
         evaluation: computes the metrics.
-        records: of the split on which it is chosen.
+        records: the records of the split that selects the checkpoint.
 
     Raises:
         ConfigError: there is no such metric.
@@ -145,7 +145,7 @@ def check_monitor(monitor: str | None, evaluation: Evaluation, records: Records)
 
 
 def _precision(trainer: Trainer) -> AbstractContextManager[None]:
-    """The precision of the run, which Lightning sets for the module's own hooks only."""
+    """Return the run's precision context. Lightning enters it for the methods of the module, but not for callbacks."""
     return trainer.precision_plugin.val_step_context()
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in training, named: losses that are not finite, memory that is full, loaders that die."""
+"""Name what goes wrong in training: a loss that is not finite, full memory, a loader that died."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _NONE = torch.iinfo(torch.int64).max
 
 
 class FiniteLoss(Callback):
-    """Stops a run whose loss is not finite, before a checkpoint of it is written.
+    """Stops a run whose loss is not finite, before it writes a checkpoint.
 
-    Whether it is finite stays on the device until somebody has to wait for it anyway: every `every_n_steps` steps, when
-    losses are logged, and before a checkpoint.
+    The result of the check stays on the device. The run reads it every `every_n_steps` steps, when it logs losses, and
+    before a checkpoint, because it waits for the device at these points anyway.
 
     Args:
-        every_n_steps: see above.
+        every_n_steps: the number of steps between two checks.
     """
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self._first: Tensor | None = None
-        """Number of the first batch of this epoch whose loss is not finite."""
+        """The number of the first batch of this epoch whose loss is not finite."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Forget the batches of the epoch before."""
         self._first = torch.full((), _NONE, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook."""
-        if self._first is None:  # a run that goes on within an epoch
+        """Note whether the loss is finite, and check it when losses are logged."""
+        if self._first is None:  # The run was resumed within an epoch.
             self._first = torch.full((), _NONE, device=pl_module.device)
         here = torch.where(outputs["loss"].detach().isfinite(), _NONE, batch_idx)
         self._first = torch.minimum(self._first, here)
@@ -51,19 +51,20 @@ class FiniteLoss(Callback):
             self.check(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: what is not finite is not saved."""
+        """Refuse to save weights that are not finite."""
         self.check(trainer)
         weights = torch.stack([parameter.detach().isfinite().all() for parameter in pl_module.parameters()])
         if not weights.all():
             raise TrainingError(
-                f"weights are not finite after step {trainer.global_step}: the loss was, its gradient not. {_ADVICE}"
+                f"weights are not finite after step {trainer.global_step}: the loss was finite, but not its gradient. "
+                f"{_ADVICE}"
             )
 
     def check(self, trainer: Trainer) -> None:
-        """Stop if a loss was not finite, in any process.
+        """Stop if a loss was not finite in any process.
 
         Raises:
-            TrainingError: it was; the message names the step and the images.
+            TrainingError: a loss was not finite. The message names the epoch, the batch and its images.
         """
         if self._first is None:
             return
@@ -83,12 +84,13 @@ class FiniteLoss(Callback):
 
 
 class FitMemory(Callback):
-    """Accumulates gradients over so many parts of a batch that each part fits into the device's memory.
+    """Divides a batch into parts that fit into the device's memory, and accumulates gradients over them.
 
-    The part is found by trying before training, each process for its device; all then take the smallest part.
+    Each process finds the number of parts for its device by trying, before training. All processes then use the largest
+    number.
 
     Args:
-        parts: into how many a batch is divided, from `parts_that_fit`.
+        parts: the number of parts of a batch, from `parts_that_fit`.
     """
 
     def __init__(self, parts: int) -> None:
@@ -96,11 +98,11 @@ class FitMemory(Callback):
 
     @classmethod
     def tried(cls, module: WSOLModule, datamodule: WSOLDataModule, trainer: Trainer) -> FitMemory:
-        """Find the parts by trying."""
+        """Find the number of parts by trying."""
         return cls(parts_that_fit(module, datamodule, trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Use the largest number of parts that any process needs."""
         parts = torch.tensor(self.parts, device=pl_module.device)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(parts, distributed.ReduceOp.MAX)
@@ -108,7 +110,7 @@ class FitMemory(Callback):
 
 
 def parts_that_fit(module: WSOLModule, datamodule: WSOLDataModule, trainer: Trainer) -> int:
-    """Into how many parts a global batch has to be divided so that a training step fits into this device's memory.
+    """Return the number of parts of a global batch with which a training step fits into this device's memory.
 
     Raises:
         TrainingError: not even a single image fits.
@@ -126,7 +128,7 @@ def parts_that_fit(module: WSOLModule, datamodule: WSOLDataModule, trainer: Trai
 
 
 def _fits(module: WSOLModule, count: int, side: int, trainer: Trainer) -> bool:
-    """Whether a step on some images, black ones, fits; leaves the module as it was."""
+    """Say whether a step on black images fits. The module stays as it was."""
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     device = trainer.strategy.root_device
     try:
@@ -135,7 +137,7 @@ def _fits(module: WSOLModule, count: int, side: int, trainer: Trainer) -> bool:
             image = precision.convert_input(torch.zeros(count, 3, side, side, device=device))
             label = torch.zeros(count, dtype=torch.long, device=device)
             module.losses({"image": image, "label": label})["loss"].backward()
-        for parameter in module.parameters():  # AdamW's two moments, and DDP's copy of the gradients
+        for parameter in module.parameters():  # AdamW keeps two moments, and DDP keeps a copy of the gradients.
             parameter.new_zeros((3, *parameter.shape))
         return True
     except torch.OutOfMemoryError:
@@ -149,17 +151,17 @@ def _fits(module: WSOLModule, count: int, side: int, trainer: Trainer) -> bool:
 
 
 _ADVICE = (
-    "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; the last checkpoint in "
-    "checkpoints/ is from before"
+    "Set a smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true. The last checkpoint in "
+    "checkpoints/ is from before that"
 )
 
 
 @contextmanager
 def named_compilation() -> Iterator[None]:
-    """Say what a user can do where `torch.compile` fails.
+    """Say what a user can do if `torch.compile` fails.
 
     Raises:
-        TrainingError: it did.
+        TrainingError: it failed.
     """
     try:
         yield
@@ -169,34 +171,34 @@ def named_compilation() -> Iterator[None]:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TrainingError(
             f"compile: torch.compile failed ({reason}). It needs a C++ compiler on a CPU (CXX names one) and "
-            "Triton on a GPU; set compile=false"
+            "Triton on a GPU. Set compile=false to train without it"
         ) from error
 
 
 @contextmanager
 def named_trouble(batch_size: int) -> Iterator[None]:
-    """Say what a user can do where torch says only what happened.
+    """Say what a user can do about an error for which PyTorch gives no advice.
 
     Args:
-        batch_size: of the run.
+        batch_size: the batch size of the run.
 
     Raises:
-        TrainingError: memory is full, or a process of a loader died.
+        TrainingError: the memory is full, or a loader's process died.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the device has no memory left with dataset.batch_size={batch_size}: trainer.accumulate_grad_batches=2 "
-            "holds half as many images at a time and keeps the batch of each step, dataset.batch_size=auto finds out "
-            f"how many; trainer.precision=bf16-mixed needs less, too ({str(error).splitlines()[0]})"
+            f"the device has no memory left with dataset.batch_size={batch_size}. trainer.accumulate_grad_batches=2 "
+            "holds half as many images at a time and keeps the batch of each step. dataset.batch_size=auto finds out "
+            f"how many. trainer.precision=bf16-mixed also needs less memory ({str(error).splitlines()[0]})"
         ) from error
     except RuntimeError as error:
         dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
         if dead is None:
             raise
         raise TrainingError(
-            f"a process that loads images died (number {dead[1]}): often the machine's memory, or /dev/shm in a "
+            f"a process that loads images died (number {dead[1]}). Often the machine's memory, or /dev/shm in a "
             "container, is full. Set a smaller dataset.num_workers (0 loads in the main process) and continue with "
             "resume=auto"
         ) from error

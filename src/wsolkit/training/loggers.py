@@ -1,4 +1,4 @@
-"""The loggers of a run: metrics.csv, W&B, TensorBoard."""
+"""Build the loggers of a run: metrics.csv, W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from wsolkit.types import PlainConfig
 
 
 def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None) -> list[Logger]:
-    """The loggers of `cfg.logger`, writing into the run directory.
+    """Build the loggers of `cfg.logger`, which write into the run directory.
 
     Args:
-        cfg: settings.
-        folder: run directory.
-        continued_at: the step from which the run in it goes on; its log and its W&B run are then continued.
+        cfg: the settings.
+        folder: the run directory.
+        continued_at: the step from which the run continues, or None for a new run. The loggers then continue the log
+            and the W&B run of the directory.
     """
     if getattr(rank_zero_only, "rank", 0):
         continued_at = None
@@ -37,7 +38,7 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
         kind = str(node._target_).rpartition(".")[2]
         build = functools.partial(built, node, save_dir=str(folder))
         if kind == "WandbLogger":
-            build = functools.partial(build, **_place_in_wandb(cfg, node, folder))
+            build = functools.partial(build, **_identity_in_wandb(cfg, node, folder))
             if continued_at is not None:
                 build = functools.partial(build, **_earlier_wandb_run(folder))
         if kind == "TensorBoardLogger":
@@ -53,11 +54,11 @@ def build_loggers(cfg: DictConfig, folder: Path, continued_at: int | None = None
     return loggers
 
 
-_LONGEST_TAG, _LONGEST_NAME = 64, 128  # in W&B
+_LONGEST_TAG, _LONGEST_NAME = 64, 128  # These are the limits of W&B.
 
 
-def _place_in_wandb(cfg: DictConfig, node: DictConfig, folder: Path) -> dict[str, Any]:
-    """By what a run is found in W&B: names, its command, and, of a sweep's, the sweep and its own settings as tags."""
+def _identity_in_wandb(cfg: DictConfig, node: DictConfig, folder: Path) -> dict[str, Any]:
+    """Return what identifies a run in W&B: names, its command, and for a job of a sweep the sweep and its settings."""
     found: dict[str, Any] = {"job_type": "evaluate" if "checkpoint" in cfg else "train"}
     found |= {key: shortened(str(node[key]), _LONGEST_NAME) for key in ("name", "group") if node.get(key)}
     settings = swept(folder)
@@ -68,9 +69,9 @@ def _place_in_wandb(cfg: DictConfig, node: DictConfig, folder: Path) -> dict[str
 
 
 def log_settings(loggers: Sequence[Logger], settings: PlainConfig, folder: Path) -> None:
-    """Log a run's settings; of a sweep's job also, as "sweep", the sweep's name and what it varies.
+    """Log the settings of a run. For a job of a sweep, also log the sweep's name and what it varies as "sweep".
 
-    Dots in names, which W&B takes for levels, become lines: {"name": "lr", "optimizer_lr": 0.001}.
+    W&B takes dots in names for levels, so they become underscores: {"name": "lr", "optimizer_lr": 0.001}.
     """
     varied = {key.replace(".", "_"): value for key, value in swept(folder).items()}
     if varied:
@@ -80,7 +81,7 @@ def log_settings(loggers: Sequence[Logger], settings: PlainConfig, folder: Path)
 
 
 def _readable(setting: Any) -> Any:
-    """A setting, or all of them, as text that can be sent."""
+    """Return settings as text that can be sent to W&B."""
     if isinstance(setting, dict):
         return {readable(str(key)): _readable(value) for key, value in setting.items()}
     if isinstance(setting, list):
@@ -89,7 +90,7 @@ def _readable(setting: Any) -> Any:
 
 
 def _reaches_wandb(logger: WandbLogger) -> bool:
-    """Whether W&B takes the run; otherwise says why, and how to send it later."""
+    """Say whether W&B accepts the run. If it does not, warn why, and how to send the run later."""
     from wandb.errors import CommError, UsageError
 
     try:
@@ -98,21 +99,21 @@ def _reaches_wandb(logger: WandbLogger) -> bool:
         if "project name" in str(error):
             raise ConfigError(f"logger.wandb.project: {error}") from error
         rank_zero_warn(
-            f"W&B cannot be reached, or does not know you ({str(error).splitlines()[0]}): the run is logged offline; "
-            f"`wandb sync {shlex.quote(str(logger.save_dir))}/wandb/offline-run-*` sends it later"
+            f"W&B cannot be reached, or does not accept your login ({str(error).splitlines()[0]}). The run is logged "
+            f"offline, and `wandb sync {shlex.quote(str(logger.save_dir))}/wandb/offline-run-*` sends it later"
         )
         return False
     return True
 
 
 def _earlier_wandb_run(folder: Path) -> dict[str, str]:
-    """How to continue the W&B run in a run directory, if there is one."""
+    """Return what continues the W&B run in a run directory, if there is one."""
     runs = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     return {"id": runs[-1].name.rpartition("-")[2], "resume": "allow"} if runs else {}
 
 
 def close(loggers: Sequence[Logger]) -> None:
-    """Close W&B's run, so that the next job of a multirun does not write into it."""
+    """Close the W&B run, so that the next job of a sweep does not write into it."""
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         import wandb
 

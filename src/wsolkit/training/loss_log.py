@@ -1,4 +1,4 @@
-"""The losses of a run, logged."""
+"""Log the losses of a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, distributed
 
 
 class LossLog(Callback):
-    """Logs the losses of every `log_every_n_steps`-th step, and the mean of each over an epoch.
+    """Logs the losses of every `log_every_n_steps`-th step, and the mean of each loss over an epoch.
 
-    Not by Lightning's `log`: for the progress bar, it would wait for the device in every step. Checkpoints carry the
-    sums of an epoch that is under way.
+    It does not use Lightning's `log`, which would wait for the device in every step to update the progress bar. A
+    checkpoint holds the sums of the current epoch.
 
     Attributes:
-        shown: losses as they were last logged, for the progress bar.
+        shown: the last logged losses, for the progress bar.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class LossLog(Callback):
         self._logged_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin after the step that a resumed run goes on from: its losses are logged already."""
+        """Start after the step at which the run is resumed, because its losses are in the log already."""
         self._logged_step = trainer.global_step
 
     def on_train_batch_end(
@@ -37,7 +37,10 @@ class LossLog(Callback):
         self.log_step(trainer)
 
     def log_step(self, trainer: Trainer) -> None:
-        """Log the losses of the last step, those of the last part of its batch, if it is their turn; once."""
+        """Log the losses of the last step once, if it is due.
+
+        If the step accumulated gradients over several batches, it logs the losses of the last one.
+        """
         step = trainer.global_step
         if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -53,25 +56,27 @@ class LossLog(Callback):
         means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in sums.items()}
         self._sums = LossSums()
         pl_module.log_dict(means, logger=False)
-        for logger in trainer.loggers:  # now: Lightning would do it after the checkpoint is written
+        # It logs at once, because Lightning would do so after it has written the checkpoint.
+        for logger in trainer.loggers:
             row = {"epoch": float(trainer.current_epoch)} | {name: mean.item() for name, mean in means.items()}
             logger.log_metrics(row, step=trainer.global_step - 1)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of this epoch, over all processes."""
+        """Add the sums of this epoch over all processes to a checkpoint."""
         checkpoint.setdefault("wsolkit", {})["losses"] = self._sums.over_processes(pl_module.device)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the sums of an epoch's first steps."""
-        sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]  # over all processes; here it is one's own
+        """Take over the sums of the epoch's first steps from a checkpoint."""
+        # The sums are over all processes already, so only the first process takes them.
+        sums: dict[str, Tensor] = checkpoint["wsolkit"]["losses"]
         self._sums = LossSums(sums if trainer.is_global_zero else {name: torch.zeros(2) for name in sums})
 
 
 class LossSums:
-    """Sums of the losses of an epoch, which stay on the device: Lightning's own are no part of its checkpoints.
+    """Sums the losses of an epoch on the device. Lightning's own sums would be missing in checkpoints.
 
     Args:
-        sums: of the epoch's first steps, as from `over_processes`.
+        sums: the sums of the epoch's first steps, as `over_processes` returns them.
     """
 
     def __init__(self, sums: Mapping[str, Tensor] | None = None) -> None:
@@ -82,20 +87,24 @@ class LossSums:
         self._latest = self._sum
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Add a batch's, scalars."""
+        """Add the losses of a batch, which are scalars."""
         self._latest = torch.stack([value.detach().float() for value in losses.values()])
         if tuple(losses) == self._names:
             self._sum = self._latest + self._sum.to(self._latest.device)
             self._count += 1
-        else:  # the first of an epoch, or of a run that goes on with other terms
+        else:  # This is the first batch of an epoch, or a resumed run has other loss terms.
             self._names, self._sum, self._count = tuple(losses), self._latest, 1
 
     def latest(self) -> dict[str, float]:
-        """The last batch's; waits for the device."""
+        """Return the losses of the last batch. This waits for the device."""
         return dict(zip(self._names, self._latest.tolist(), strict=True))
 
     def over_processes(self, device: torch.device) -> dict[str, Tensor]:
-        """Sum and number of each loss's values in this epoch, over all processes, who talk through a device: [2]."""
+        """Return the sum and the count [2] of each loss in this epoch over all processes.
+
+        Args:
+            device: the device on which the processes exchange them.
+        """
         sums = torch.stack([self._sum, torch.full_like(self._sum, self._count)], dim=1).to(device)  # [losses, 2]
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
@@ -103,5 +112,5 @@ class LossSums:
 
 
 def logged_name(term: str) -> str:
-    """Where a value of `losses` is logged: terms of the loss as `train/…`, what else a method shows as `method/…`."""
+    """Return the logged name of a value of `losses`: `train/…` for a loss term, and `method/…` for anything else."""
     return f"{'train' if term.startswith('loss') else 'method'}/{term}"

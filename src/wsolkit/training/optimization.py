@@ -14,14 +14,15 @@ from wsolkit.methods.base import WSOLModule
 
 
 class Schedule:
-    """Learning-rate factor as a function of the epoch.
+    """Computes the learning-rate factor of an epoch.
 
     Args:
-        name: "constant"; "step": ×gamma at each milestone; "cosine": half a cosine from 1 to `final`.
-        warmup_epochs: epochs of linear warm-up from 0 before it.
-        milestones: epochs at which "step" decays, counted from 0.
-        gamma: factor of each step.
-        final: factor at which "cosine" ends.
+        name: "constant"; "step" multiplies by `gamma` at each milestone; "cosine" follows half a cosine from 1 to
+            `final`.
+        warmup_epochs: the number of epochs in which the factor first rises linearly from 0.
+        milestones: the epochs, counted from 0, at which "step" decays.
+        gamma: the factor of each step.
+        final: the factor at which "cosine" ends.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Schedule:
         self.final = final
 
     def __call__(self, epoch: float, epochs: float) -> float:
-        """Factor at a (fractional) epoch of a run of `epochs` epochs."""
+        """Return the factor at a (fractional) epoch of a run of `epochs` epochs."""
         if epoch < self.warmup_epochs:
             return epoch / self.warmup_epochs
         if self.name == "step":
@@ -56,17 +57,19 @@ class Schedule:
 class Optimization:
     """Makes the optimizer of a module, and the schedule that steps with it.
 
-    create: parameter groups → optimizer; schedule: the factor of its learning rates.
+    `create` makes an optimizer from parameter groups. `schedule` gives the factor of its learning rates.
     """
 
     create: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     schedule: Schedule
 
     def optimizer(self, module: WSOLModule) -> torch.optim.Optimizer:
-        """An optimizer over the module's groups, each with the optimizer's learning rate times its `lr_factor`, if any.
+        """Return an optimizer of the module's parameter groups.
+
+        Each group gets the optimizer's learning rate, multiplied by the group's `lr_factor` if it has one.
 
         Raises:
-            ConfigError: the optimizer does not take its settings.
+            ConfigError: the optimizer does not accept its settings.
         """
         try:
             optimizer = self.create(module.parameter_groups())
@@ -77,11 +80,11 @@ class Optimization:
         return optimizer
 
     def __call__(self, module: WSOLModule) -> dict[str, Any]:
-        """The optimizer and the schedule of a module, as Lightning takes them."""
+        """Return the optimizer and the schedule of a module in the form that Lightning expects."""
         trainer = module.trainer
 
         def factor(step: int) -> float:
-            # Not `trainer.estimated_stepping_batches`: that starts to load data, before a resumed run knows its epoch.
+            # `trainer.estimated_stepping_batches` would start to load data before a resumed run knows its epoch.
             steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if step else 1
             return self.schedule(step / steps, trainer.max_epochs or 1)
 

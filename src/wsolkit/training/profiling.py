@@ -1,4 +1,4 @@
-"""Where the time of a training step and of an evaluation goes."""
+"""Measure where the time of a training step and of an evaluation goes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = {
     "report": "pictures and charts, once",
     "loop": "Lightning's own",
 }
-_PART_OF_ACTION = (  # the first whose text is in the name of Lightning's action
+_PART_OF_ACTION = (  # The first entry whose text is in the name of Lightning's action counts.
     ("dataloader_next", "data"),
     ("val_next", "data"),
     ("test_next", "data"),
@@ -58,12 +58,12 @@ _EVALUATED = (".on_validation_batch_end", ".on_test_batch_end")
 
 
 class StepProfiler(Profiler):
-    """Times what Lightning does, and what a method does in it. Each moment counts once, for the innermost part.
+    """Times what Lightning does, and what a method does within it. Each moment counts for the innermost part only.
 
-    On a GPU the device is waited for between parts, so that a step takes longer than without a profile.
+    On a GPU it waits for the device between parts, so a step takes longer than without a profile.
 
     Args:
-        skip: batches of training, and of evaluation, before it counts.
+        skip: the number of training batches, and of evaluation batches, that it leaves out at the start.
     """
 
     def __init__(self, skip: int) -> None:
@@ -79,7 +79,7 @@ class StepProfiler(Profiler):
         self._since = 0.0
 
     def watch(self, module: WSOLModule, evaluation: Evaluation) -> None:
-        """Tell the parts of a method and of its evaluation apart, too."""
+        """Also time the parts of a method and of its evaluation."""
         for name in module.network.passes:
             self._time(module.network, name, "forward")
         self._time(module, "losses", "loss")
@@ -100,7 +100,7 @@ class StepProfiler(Profiler):
         setattr(owner, name, timed)
 
     def start(self, action_name: str) -> None:
-        """Lightning's hook."""
+        """Start the clock of an action."""
         if action_name.endswith((".on_validation_start", ".on_test_start")):
             self._change("evaluation")
         elif action_name.endswith("train_dataloader_next"):
@@ -111,7 +111,7 @@ class StepProfiler(Profiler):
         self._enter(part or (self._parts[-1] if self._parts else "loop"))
 
     def stop(self, action_name: str) -> None:
-        """Lightning's hook."""
+        """Stop the clock of an action."""
         self._leave()
         if action_name == "run_training_batch":
             self._count("training")
@@ -139,7 +139,7 @@ class StepProfiler(Profiler):
         self._parts.pop()
 
     def _credit(self) -> None:
-        """Count the time since the last call for the part that it was spent in."""
+        """Add the time since the last call to the part in which it was spent."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -148,7 +148,11 @@ class StepProfiler(Profiler):
         self._since = now
 
     def results(self) -> dict[str, Any]:
-        """Of "training" and "evaluation": `batches` counted, `ms` a batch, `parts`: ms a batch and share in percent."""
+        """Return the results of "training" and "evaluation".
+
+        Each has the number of `batches`, the `ms` per batch, and in `parts` the ms per batch and the percentage of each
+        part.
+        """
         results: dict[str, Any] = {}
         for stage, seconds in self.seconds.items():
             batches, total = self.batches[stage] - self.skip, sum(seconds.values())

@@ -12,19 +12,19 @@ from wsolkit.training.loss_log import LossLog
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar, drawn four times a second instead of a hundred, which cost several percent of a step.
+    """Lightning's progress bar, drawn four times a second. At the default of ten, it takes several percent of a step.
 
-    It has the loss as it was last logged: a newer one would have to be waited for in every step.
+    It shows the last logged loss, because a newer one would make every step wait for the device.
 
     Args:
-        console_kwargs: of rich's console, if not the usual one.
+        console_kwargs: arguments of rich's console, or None for the default.
     """
 
     def __init__(self, console_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__(refresh_rate=4, console_kwargs=console_kwargs)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Lightning's hook."""
+        """Return the last logged loss."""
         assert isinstance(pl_module, WSOLModule)
         shown = pl_module.attached(LossLog).shown if trainer.training else {}
         return {"loss": shown["loss"]} if "loss" in shown else {}

@@ -1,4 +1,4 @@
-"""The report of a run: pictures after each validation, and all that there is after the test."""
+"""Write the report of a run: pictures after each validation, and the whole report after the test."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from wsolkit.training.evaluator import Evaluator
 class Report(Callback):
     """Shows the same images after every validation, and writes the report and its charts after the test.
 
-    Pictures, tables and curves go to W&B and, but for tables and curves, to TensorBoard.
+    It sends pictures, tables and curves to W&B, and pictures alone to TensorBoard.
 
     Args:
-        folder: run directory.
-        count, names: which examples, see `choose_examples`; after validation, images of other splits are not named.
-        listed: how many images images.csv and W&B's tables list, see `ImageTables`.
-        title: what was run.
-        method: its name in tables.
+        folder: the run directory.
+        count, names: select the examples, see `choose_examples`. After validation, names from other splits are ignored.
+        listed: the number of images in images.csv and in W&B's tables, see `ImageTables`.
+        title: describes the run.
+        method: the name of the method in tables.
     """
 
     def __init__(
@@ -53,43 +53,47 @@ class Report(Callback):
         self.listed = listed
         self._tables: ImageTables | None = None
         self.epochs: dict[str, list[float]] = {}
-        """Numbers of the validation after each epoch, by name; "epoch" counts from 1."""
+        """The numbers of the validation after each epoch, by name. "epoch" counts from 1."""
 
     @classmethod
     def of(cls, cfg: DictConfig, folder: Path, dataset: WSOLDataset, title: str, method: str) -> Report:
-        """The report that settings describe.
+        """Build the report that the settings describe.
 
         Raises:
-            ConfigError: there is no image of a name in `cfg.examples`.
+            ConfigError: no image has one of the names in `cfg.examples`.
         """
         choose_examples(dataset, cfg.num_examples, cfg.examples)
         return cls(folder, cfg.num_examples, cfg.examples, cfg.num_table_images, title, method)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's hook: a resumed run continues the lists."""
+        """Return the lists that a resumed run continues."""
         return {"epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook, of a resumed run; and of the test of the best checkpoint, which knows fewer epochs."""
+        """Take over the lists in a resumed run.
+
+        The test also calls this with the best checkpoint, and the report then keeps its longer lists.
+        """
         earlier = state_dict["epochs"]
         if len(earlier.get("epoch", ())) > len(self.epochs.get("epoch", ())):
             self.epochs = earlier
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: in W&B, what validation gives is drawn against epochs."""
+        """Make W&B draw validation metrics against epochs."""
         for logger in _loggers(trainer, WandbLogger):
             for name in ("examples/val", *(f"val/{name}" for name in _evaluator(pl_module).evaluation.names)):
                 logger.experiment.define_metric(name, step_metric="epoch")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Note the numbers of a validation, and show its images."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             results = _evaluator(pl_module).results
             kept: dict[str, float] = {"epoch": trainer.current_epoch + 1}
             for name, value in results.items():
-                if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:  # of the method, not of baselines
+                # It keeps the metrics of the method, and not those of baselines.
+                if name.rpartition("/")[2] in EPOCH_METRICS and name.count("/") < 2:
                     kept[name] = value
-            if self.epochs.keys() != kept.keys():  # the first; or a resumed run has other protocols
+            if self.epochs.keys() != kept.keys():  # This is the first validation, or a resumed run has other protocols.
                 self.epochs = {name: [] for name in kept}
             for name, value in kept.items():
                 self.epochs[name].append(value)
@@ -112,12 +116,12 @@ class Report(Callback):
             _log_examples(trainer, examples)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook."""
+        """Prepare the tables of images."""
         module, datamodule = _parts(trainer, pl_module)
         self._tables = ImageTables(_evaluator(module).evaluation, datamodule.dataset("test"), self.listed)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: first the results, then the pictures."""
+        """Write the results first, and then the pictures."""
         module, datamodule = _parts(trainer, pl_module)
         class_names = module.description.class_names
         assert self._tables is not None
@@ -151,13 +155,13 @@ class Report(Callback):
 
 
 def _loggers(trainer: Trainer, *kinds: type) -> list[Any]:
-    """Loggers of some kinds, in the process that logs."""
+    """Return the loggers of some kinds, in the process that logs."""
     return [logger for logger in trainer.loggers if isinstance(logger, kinds) and trainer.is_global_zero]
 
 
 def _log_examples(trainer: Trainer, examples: Sequence[Shown]) -> None:
-    """Log what validation has shown, as `examples/val`."""
-    step = max(trainer.global_step - 1, 0)  # that of the validation's numbers
+    """Log the images of the validation as `examples/val`."""
+    step = max(trainer.global_step - 1, 0)  # The numbers of the validation have the same step.
     pictures = [example_image(example) for example in examples]
     fits = ["" if math.isnan(example.iou) else f", IoU {example.iou:.2f}" for example in examples]
     captions = [f"{readable(example.label)}{fit}" for example, fit in zip(examples, fits, strict=True)]
@@ -183,7 +187,7 @@ def _log_figures(trainer: Trainer, figures: Mapping[str, Figure]) -> None:
 
 
 def _log_tables(trainer: Trainer, tables: Mapping[str, Sequence[ImageRow]], outcome: Outcome) -> None:
-    """Log tables as `images/<protocol>`, and what is reached at each threshold as `curves/<protocol>`, to W&B."""
+    """Log tables to W&B as `images/<protocol>`, and the metrics at each threshold as `curves/<protocol>`."""
     for logger in _loggers(trainer, WandbLogger):
         import wandb
 

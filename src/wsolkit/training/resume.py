@@ -1,4 +1,4 @@
-"""A run that goes on with other settings than it was begun with: what can be is converted, the rest is refused."""
+"""Continue a run with other settings: convert what can be converted, and refuse the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from wsolkit.settings.restore import changed_settings, check_resumable
 from wsolkit.training.checkpointing import latest_checkpoint
 from wsolkit.training.optimization import Optimization
 
-_FEW = 3  # weights in a message
+_FEW = 3  # An error message names this many weights.
 _COUNTED = (("dataset", "batch_size"), ("trainer", "accumulate_grad_batches"), ("trainer", "limit_train_batches"))
 
 
@@ -33,9 +33,9 @@ _COUNTED = (("dataset", "batch_size"), ("trainer", "accumulate_grad_batches"), (
 class Start:
     """Where a run begins.
 
-    path: the checkpoint that it goes on from, as an absolute path, since names such as "last" mean something else to
-    Lightning; None: it begins anew; checkpoint: its content; step: the step at which the log in the run directory goes
-    on, None where it begins anew.
+    path: the checkpoint that the run continues, as an absolute path, because names like "last" mean something else to
+    Lightning; None for a new run. checkpoint: its content. step: the step at which the log in the run directory
+    continues, None for a new run.
     """
 
     path: Path | None = None
@@ -44,10 +44,10 @@ class Start:
 
     @classmethod
     def of(cls, cfg: DictConfig, folder: Path) -> Start:
-        """Where a run of these settings in a run directory begins.
+        """Find out where a run with these settings begins.
 
         Raises:
-            CheckpointError: the checkpoint of `cfg.resume` cannot be read, or is of another run.
+            CheckpointError: the checkpoint of `cfg.resume` cannot be read, or belongs to another run.
         """
         path = latest_checkpoint(folder) if cfg.resume == "auto" else cfg.resume
         if path is None:
@@ -57,22 +57,22 @@ class Start:
         return cls(Path(path).absolute(), checkpoint, checkpoint.step if here else None)
 
     def check(self, cfg: DictConfig, module: WSOLModule, datamodule: WSOLDataModule) -> None:
-        """See `check_continuation`."""
+        """Check that the run can continue its checkpoint, see `check_continuation`."""
         if self.checkpoint is not None:
             check_continuation(self.checkpoint, cfg, module, datamodule)
 
     def callbacks(self) -> list[Callback]:
-        """What puts the run where its checkpoint was."""
+        """Return the callbacks that put the run where its checkpoint was."""
         return [] if self.checkpoint is None else [Continuation()]
 
 
 def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModule, datamodule: WSOLDataModule) -> None:
-    """Check that these classes, this model, this optimizer and these images can take a run over from its checkpoint.
+    """Check that a run with these classes, model, optimizer and images can continue from its checkpoint.
 
-    Settings in which the run differs from then are named in one line.
+    It warns once of all settings that have changed since.
 
     Raises:
-        CheckpointError: they cannot.
+        CheckpointError: the run cannot continue.
     """
     resume = f"resume={checkpoint.path}"
     changed = changed_settings(cfg, checkpoint)
@@ -82,12 +82,12 @@ def check_continuation(checkpoint: Checkpoint, cfg: DictConfig, module: WSOLModu
     limit = cfg.trainer.max_epochs
     if limit is not None and 0 <= limit < checkpoint.epochs:
         raise CheckpointError(
-            f"{resume} has come to epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
+            f"{resume} has reached epoch {checkpoint.epochs}, and trainer.max_epochs={limit}: expected as many or more"
         )
-    datamodule.check_place(cast(Place, checkpoint.place), resume)
+    datamodule.check_position(cast(Place, checkpoint.place), resume)
     _check_earlier_version(resume, checkpoint, cfg)
     if changed:
-        rank_zero_warn(f"{resume} goes on with other settings: {_listed(changed)}")
+        rank_zero_warn(f"{resume} continues with other settings: {_listed(changed)}")
 
 
 def _check_weights(resume: str, checkpoint: Checkpoint, module: WSOLModule, changed: Mapping[str, str]) -> None:
@@ -97,7 +97,7 @@ def _check_weights(resume: str, checkpoint: Checkpoint, module: WSOLModule, chan
     if others:
         shapes = [f"{name} {_shape(own.get(name))} (was {_shape(saved.get(name))})" for name in others[:_FEW]]
         raise CheckpointError(
-            f"{resume} is of another model: {len(others)} of its weights differ, such as {', '.join(shapes)}. "
+            f"{resume} belongs to another model: {len(others)} of its weights differ, such as {', '.join(shapes)}. "
             f"{_as_it_was(changed)}"
         )
 
@@ -115,7 +115,7 @@ def _check_optimizer(resume: str, checkpoint: Checkpoint, module: WSOLModule, ch
     own = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     if saved and saved != own:
         raise CheckpointError(
-            f"{resume} has the state of an optimizer of other parameters: {_groups(own)} (was {_groups(saved)}). "
+            f"{resume} has the state of an optimizer with other parameters: {_groups(own)} (was {_groups(saved)}). "
             f"{_as_it_was(changed)}"
         )
     lacking = _state_of_one(module) - checkpoint.optimizer_state
@@ -126,7 +126,7 @@ def _check_optimizer(resume: str, checkpoint: Checkpoint, module: WSOLModule, ch
 
 
 def _state_of_one(module: WSOLModule) -> set[str]:
-    """What an optimizer remembers of each parameter, by trying it on one."""
+    """Return the names of what an optimizer remembers of each parameter, found by trying it on one parameter."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     optimizer = _optimization(module).create([{"params": [parameter]}])
@@ -144,15 +144,15 @@ def _groups(groups: Sequence[tuple[str | None, int]]) -> str:
 
 
 def _check_earlier_version(resume: str, checkpoint: Checkpoint, cfg: DictConfig) -> None:
-    """Early checkpoints do not say how many images a batch had: it has to be as many as before."""
+    """Check the batch size, which must not change, because early checkpoints do not store it."""
     if not checkpoint.place or "batch" in checkpoint.place:
         return
     for group, key in _COUNTED:
         now, before = cfg[group].get(key), checkpoint.config.get(group, {}).get(key)
         if now != before:
             raise CheckpointError(
-                f"{resume} is of an earlier version, which counted batches: {group}.{key}={now} (was {before}). Go on "
-                "with what it was"
+                f"{resume} comes from an earlier version, which counted batches: {group}.{key}={now} (was {before}). "
+                "Continue with the old value"
             )
 
 
@@ -165,24 +165,24 @@ def _listed(changed: Mapping[str, str]) -> str:
 
 
 class Continuation(Callback):
-    """Puts a run where its checkpoint was, counted in its own batches, with its own optimizer's settings.
+    """Puts a run where its checkpoint was, counted in batches of the new size, with the new settings of its optimizer.
 
-    Weights, moments and the number of steps are the checkpoint's. The learning rate is that of the schedule at this
-    epoch, whatever the number of steps to it.
+    The weights, the moments and the number of steps come from the checkpoint. The learning rate is the one that the
+    schedule has at this epoch, no matter how many steps led to it.
     """
 
     def __init__(self) -> None:
         self._groups: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: what the settings say, before Lightning puts the checkpoint's in its place."""
+        """Note the optimizer's settings, before Lightning replaces them with those of the checkpoint."""
         (optimizer,) = trainer.optimizers
         self._groups = [
             {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's hook: the loops, the optimizer and the schedule have the checkpoint's state by now."""
+        """Set the loops, the optimizer and the schedule, which have the checkpoint's state by now."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, WSOLDataModule)
         epoch, taken, within = datamodule.start
@@ -194,7 +194,7 @@ class Continuation(Callback):
         self._set_rates(trainer, epoch * steps + taken // trainer.accumulate_grad_batches)
 
     def _set_rates(self, trainer: Trainer, step: int) -> None:
-        """Give the optimizer its settings, and the rates of a step of the schedule, counted in steps of today."""
+        """Give the optimizer its new settings, and the schedule's rates at a step, counted in steps of the new run."""
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         scheduler = config.scheduler
         assert isinstance(scheduler, LambdaLR)
@@ -206,11 +206,11 @@ class Continuation(Callback):
             group |= own | {"lr": own["initial_lr"] * factor}
         now = optimizer.param_groups[0]["lr"]
         if not math.isclose(now, before):
-            rank_zero_warn(f"the learning rate goes on at {now:.3g}; at the checkpoint it was {before:.3g}")
+            rank_zero_warn(f"the learning rate continues at {now:.3g}. At the checkpoint it was {before:.3g}")
 
 
 def _move(trainer: Trainer, taken: int) -> None:
-    """Have Lightning count as many batches of the epoch as done."""
+    """Make Lightning count this many batches of the epoch as done."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     moved = taken - progress.ready
     for name in ("ready", "started", "processed", "completed"):
@@ -218,7 +218,7 @@ def _move(trainer: Trainer, taken: int) -> None:
 
 
 def _begin_epoch(trainer: Trainer) -> None:
-    """Have Lightning begin an epoch: with trainer.max_steps it would take the one before for unfinished."""
+    """Make Lightning begin an epoch. With trainer.max_steps it would take the epoch before for unfinished."""
     loop = trainer.fit_loop
     if loop.restarting:
         loop.epoch_loop.restarting = False

@@ -1,4 +1,4 @@
-"""The trainer of a run, and what is open while it works."""
+"""Build the trainer of a run, and open and close what it needs."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def running(
     continued_at: int | None = None,
     advice: Callable[[], str] | None = None,
 ) -> Iterator[Trainer]:
-    """Train and evaluate within: loggers, progress bar, profile and signals are taken care of, however it ends.
+    """Train and evaluate within this context, which manages loggers, progress bar, profile and signals.
 
     Args:
-        cfg: settings.
-        folder: run directory.
-        module: what is trained or evaluated.
-        callbacks: those of the command.
-        continued_at: the step from which the run in the directory goes on; its log is then continued.
-        advice: what to tell somebody who stopped the run.
+        cfg: the settings.
+        folder: the run directory.
+        module: the module to train or evaluate.
+        callbacks: the callbacks of the command.
+        continued_at: the step from which the run continues, or None for a new run. Its log then continues, too.
+        advice: returns what to tell a user who stopped the run.
 
     Raises:
         Stopped: a signal has stopped the run.
@@ -77,10 +77,10 @@ def running(
 
 
 def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """The trainer of `cfg.trainer`.
+    """Build the trainer of `cfg.trainer`.
 
-    Wherever Lightning chooses DDP by itself, buffers are not broadcast: that would be one more collective call in each
-    evaluation batch, of which processes have different numbers, since every image counts once.
+    Where Lightning chooses DDP by itself, it does not broadcast buffers. A broadcast would be a collective call in each
+    evaluation batch, and processes have different numbers of these, since every image counts once.
     """
     settings = arguments(cfg.trainer)
     plugins: list[Any] = [AtomicCheckpointIO(), *_environment()]
@@ -96,7 +96,8 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
             callbacks=callbacks,
             logger=loggers,
             plugins=plugins,
-            use_distributed_sampler=False,  # evaluation must not repeat images to fill up the last batch
+            # Lightning's sampler would repeat images to fill up the last batch of an evaluation.
+            use_distributed_sampler=False,
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError) as error:
@@ -105,12 +106,12 @@ def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logg
 
 
 def _environment() -> list[SLURMEnvironment]:
-    """SLURM, if a job of it runs this; `LastCheckpoint` does what Lightning would do when the job is to stop."""
+    """Return SLURM's environment if a SLURM job runs this. `LastCheckpoint` handles the end of the job."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 class SyncBatchNormPlugin(TorchSyncBatchNorm):
-    """What Lightning calls to synchronise BatchNorm; its own would lose the activation in timm's layers."""
+    """Replaces Lightning's synchronised BatchNorm, which would lose the activation in timm's layers."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Replace the layers of the model.
@@ -128,5 +129,5 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
         return converted
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Lightning's hook: the layers stay. In evaluation they do what BatchNorm does."""
+        """Return the module unchanged, because in evaluation the layers act like BatchNorm."""
         return model

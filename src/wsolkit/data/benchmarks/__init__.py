@@ -1,1 +1,1 @@
-"""One file for each data set, which turns its official files into records."""
+"""Turn the official files of data sets into records, with one module for each data set."""

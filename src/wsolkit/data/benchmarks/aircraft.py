@@ -5,15 +5,16 @@
     ROOT/data/images_variant_{train,val,trainval,test}.txt          id variant; 3,334, 3,333, 6,667 and 3,333 images
     ROOT/data/images_box.txt                                        id xmin ymin xmax ymax
 
-ROOT may also be the folder `data` itself, or have a folder `fgvc-aircraft-2013b`, or one in another of this name, as in
-copies of Kaggle's. Which list is which split is a setting. Papers train on `trainval` and choose thresholds on the test
-images; here `val` is held out, unless told otherwise.
+ROOT may also be the folder `data` itself, or contain a folder `fgvc-aircraft-2013b`, or the same folder in another of
+this name, as in copies from Kaggle. A setting says which list is which split. Papers train on `trainval` and choose
+thresholds on the test images. Here `val` is held out by default.
 
-Coordinates are counted from 1, both corners inside, as the data set's README says; here from 0. Some are 0 even so, and
-boxes may reach into the banner: they are cut off at the image's edges.
+In the files, coordinates count from 1 with both corners inside, as the README of the data set says. Here they count
+from 0. Some are 0 in the files even so, and boxes may reach into the banner. They are clipped at the edges of the
+image.
 
-At the bottom of each image is a banner of 20 pixels with a copyright notice, which the README asks to remove: it is cut
-off the images, whose size that of boxes refers to. SAT's released code leaves it (`banner` 0).
+At the bottom of each image, a banner of 20 pixels has a copyright notice, which the README asks to remove. It is cut
+off the images, and the boxes refer to the remaining size. SAT's released code keeps it (`banner` 0).
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def aircraft_records(
     """Read one split.
 
     Args:
-        split: which.
-        root: folder of the data set, see `find_layout`.
-        splits: for each split, which of the lists it is.
-        banner: height of what is cut off the images' bottoms, in pixels.
-        num_classes: expected number of classes.
-        expected: expected numbers of images by list, see `check_count`.
+        split: the split.
+        root: the folder of the data set, see `find_layout`.
+        splits: the list of each split.
+        banner: the height in pixels of what is cut off the bottom of the images.
+        num_classes: the expected number of classes.
+        expected: the expected number of images in each list, see `check_count`.
 
     Raises:
-        ConfigError: the held-out images are among the training images. DataError: a file is missing, or a line of it
-            is wrong; the message names both.
+        ConfigError: the held-out images are among the training images.
+        DataError: a file is missing, or a line of it is wrong. The message names both.
     """
     if split == "val" and splits["train"] == "trainval":
         raise ConfigError(

@@ -6,17 +6,17 @@
     ROOT/devkit/cars_train_annos.mat          classes and boxes
     ROOT/cars_test_annos_withlabels.mat       the same of the test images, a download of its own; or in devkit/
 
-or, if there is a folder `car_ims`, the layout that has all images in it:
+or, if there is a folder `car_ims`, the layout with all images in it:
 
     ROOT/car_ims/*.jpg
     ROOT/cars_annos.mat                       names of the classes; classes and boxes; which images are for the test
 
-Copies of Kaggle's have ROOT/cars_train/cars_train, ROOT/cars_test/cars_test and ROOT/car_devkit/devkit.
+Copies from Kaggle have ROOT/cars_train/cars_train, ROOT/cars_test/cars_test and ROOT/car_devkit/devkit.
 
-There is no held-out split: thresholds and checkpoints are chosen on the test split.
+There is no held-out split, so thresholds and checkpoints are chosen on the test split.
 
-Coordinates are MATLAB's, from 1, both corners inside: a box around a whole image is 1, 1, width, height. Here they are
-counted from 0.
+In the files, coordinates count from 1 as in MATLAB, with both corners inside. A box around a whole image is 1, 1,
+width, height. Here they count from 0.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def cars_records(split: Split, root: str, num_classes: int | None, expected: Map
 
     Args:
         split: "train" or "test".
-        root: folder of the data set, see `find_layout`.
-        num_classes: expected number of classes.
-        expected: expected numbers of images, see `check_count`.
+        root: the folder of the data set, see `find_layout`.
+        num_classes: the expected number of classes.
+        expected: the expected numbers of images, see `check_count`.
 
     Raises:
-        DataError: a file is missing or wrong; the message names it.
+        DataError: a file is missing or wrong. The message names it.
     """
     if split == "val":
         raise no_held_out(_NAME)
@@ -118,7 +118,7 @@ def _test_annotations(layout: Layout) -> Path:
 
 
 def _missing(names: Sequence[str], expected: Mapping[str, int] | None, split: Split, together: bool) -> str:
-    """Images are numbered within their split, or over both if they lie in one folder."""
+    """Say which numbers are missing. They count within the split, or over both if the images lie in one folder."""
     counts = expected or {}
     return missing_numbers(names, sum(counts.values()) if together else counts.get(split, 0))
 
@@ -131,7 +131,7 @@ def _column(path: Path, table: npt.NDArray[Any], key: str) -> npt.NDArray[Any]:
 
 
 def _whole(path: Path, table: npt.NDArray[Any], key: str) -> npt.NDArray[np.int64]:
-    """A column of whole numbers."""
+    """Return a column of whole numbers."""
     column = _column(path, table, key)
     try:
         return column.astype(np.int64)

@@ -10,15 +10,15 @@
     ROOT/CUBV2/<class>/*.jpg          1,000 held-out images; the folder is a setting
     ROOT/metadata/val/*.txt           their lists: metadata/CUB/val of the WSOL benchmark's repository; a setting too
 
-The text files may lie in a folder `CUB_200_2011` of ROOT, and the masks beside that folder, as the archives unpack.
+The text files may lie in a folder `CUB_200_2011` in ROOT with the masks beside that folder, as the archives unpack.
 
-A box is x, y, min(x + width, image's width - 1), min(y + height, image's height - 1), decimals cut off, which is what
-the benchmark's lists have. So its far corner lies one past the object's last pixel, but never past the image's: 36 test
-boxes end at an edge or beyond it, one by 32 pixels. SPA's protocol has x + width - 1, y + height - 1 instead, also
-beyond the image: it begins with the box that is not cut off (`far_corner_shift`).
+A box is x, y, min(x + width, image width - 1), min(y + height, image height - 1), without decimals, as in the lists of
+the benchmark. Its far corner therefore lies one past the object's last pixel, but never past the last pixel of the
+image. 36 test boxes end at an edge or beyond it, one of them by 32 pixels. SPA's protocol has x + width - 1, y + height
+- 1 instead, also beyond the image. It starts from the box before clipping (`far_corner_shift`).
 
-A mask's grey levels say how many annotators marked a pixel. Code that evaluates masks on CUB (CALM, DA-WSOL; BAS, by
-SAT's authors) takes every level above 0 for the object.
+The grey levels of a mask say how many annotators marked a pixel. Code that evaluates masks on CUB (CALM, DA-WSOL, and
+BAS by SAT's authors) counts every level above 0 as object.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def cub_records(
     num_classes: int | None,
     expected: Mapping[str, int] | None,
 ) -> FileRecords:
-    """Read one split; "val" is CUBV2.
+    """Read one split. "val" is CUBV2.
 
     Args:
-        split: which.
-        root: folder of the data set, see `find_layout`.
-        masks: folder of the masks, see `Layout.find`; None: boxes alone are evaluated.
-        mask_threshold: grey level above which a pixel belongs to the object.
-        held_out_root: folder of CUBV2's images.
-        held_out_lists: folder of CUBV2's lists.
-        num_classes: expected number of classes.
-        expected: expected numbers of images, see `check_count`.
+        split: the split.
+        root: the folder of the data set, see `find_layout`.
+        masks: the folder of the masks, see `Layout.find`. None evaluates boxes alone.
+        mask_threshold: a pixel belongs to the object if its grey level is higher.
+        held_out_root: the folder of CUBV2's images.
+        held_out_lists: the folder of CUBV2's lists.
+        num_classes: the expected number of classes.
+        expected: the expected numbers of images, see `check_count`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; the message names both.
+        DataError: a file is missing, or a line of it is wrong. The message names both.
     """
     layout = find_layout(
         root,
@@ -122,7 +122,7 @@ def cub_records(
 
 
 def _missing(images: Mapping[str, object], expected: Mapping[str, int] | None) -> str:
-    """Images are numbered over both splits."""
+    """Say which numbers are missing. They count over both splits."""
     return missing_numbers(images, sum((expected or {}).get(split, 0) for split in ("train", "test")))
 
 
@@ -141,7 +141,7 @@ def _masks(layout: Layout, folder: str, threshold: int, ids: list[str]) -> MaskF
 
 
 def _column(path: Path, images: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """Lines of `id text`, of which each image has one."""
+    """Read lines of `id text`, one for each image."""
     found = read_by_id(path, _NAME)
     for number in images:
         if number not in found:

@@ -5,13 +5,13 @@
     ROOT/train_list.mat            12,000 images for training (lists.tar)
     ROOT/test_list.mat             8,580 for the test
 
-Copies of Kaggle's have the first two as ROOT/images/Images and ROOT/annotations/Annotation, and no lists. These may
+Copies from Kaggle have the first two as ROOT/images/Images and ROOT/annotations/Annotation, and no lists. The lists may
 also be in ROOT/lists.
 
-There is no held-out split: thresholds and checkpoints are chosen on the test split.
+There is no held-out split, so thresholds and checkpoints are chosen on the test split.
 
-Coordinates are ImageNet's and are read as they are, from 0, both corners inside; what reaches past an image's edge is
-cut off. They refer to the image's size in the XML. An image may have several boxes.
+Coordinates are ImageNet's and are read as they are, from 0, with both corners inside. Boxes are clipped at the edges of
+the image. They refer to the image size in the XML file. An image may have several boxes.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def dogs_records(split: Split, root: str, num_classes: int | None, expected: Map
 
     Args:
         split: "train" or "test".
-        root: folder of the data set, see `find_layout`.
-        num_classes: expected number of classes.
-        expected: expected numbers of images, see `check_count`.
+        root: the folder of the data set, see `find_layout`.
+        num_classes: the expected number of classes.
+        expected: the expected numbers of images, see `check_count`.
 
     Raises:
-        DataError: a file is missing or wrong; the message names it.
+        DataError: a file is missing or wrong. The message names it.
     """
     if split == "val":
         raise no_held_out(_NAME)
@@ -87,7 +87,7 @@ def dogs_records(split: Split, root: str, num_classes: int | None, expected: Map
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
-    """Paths of a list's images, and their labels from 0."""
+    """Return the paths of a list's images, and their labels from 0."""
     content = read_matlab(path, _NAME, ["file_list", "labels"])
     names, labels = (np.atleast_1d(content[key]) for key in ("file_list", "labels"))
     if len(names) != len(labels) or labels.dtype.kind not in "iuf":
@@ -96,7 +96,7 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _class_names(path: Path) -> list[str]:
-    """Names of the classes by label: the folders' names."""
+    """Return the names of the classes by label, which are the folders' names."""
     names, labels = _read_list(path)
     folders = {label: PurePosixPath(name).parent.name for name, label in zip(names, labels, strict=True)}
     if sorted(folders) != list(range(len(folders))):

@@ -1,18 +1,18 @@
-"""Images of one's own: a folder for each class.
+"""Read your own images from a folder for each class.
 
     ROOT/train/<class>/…     images for training, at any depth
-    ROOT/val/<class>/…       images to evaluate; also other names, and a third folder: the setting `splits`
+    ROOT/val/<class>/…       images to evaluate; the setting `splits` allows other names and a third folder
 
-or, without such a division, `splits` null, and a share of each class is evaluated instead of trained on:
+Without this division, `splits` is null, and a share of each class is evaluated instead of trained on:
 
     ROOT/<class>/…
 
-Classes are the training folders' names; labels are their positions in alphabetical order. Training needs no boxes.
-Where there are none, classification alone is evaluated; boxes and masks of the evaluated images come in COCO's JSON
-(wsolkit/data/coco.py).
+The names of the training folders are the classes, and their positions in alphabetical order are the labels. Training
+needs no boxes. Without them, only classification is evaluated. Boxes and masks of the evaluated images come in COCO's
+JSON (wsolkit/data/coco.py).
 
-Images are read upright, as their EXIF orientation turns them and people see them. Where there are annotations, their
-width and height decide: tools differ in whether they show an image upright.
+Images are read upright, as their EXIF orientation says and as people see them. If there are annotations, their width
+and height decide, because tools differ in whether they show an image upright.
 """
 
 from __future__ import annotations
@@ -53,18 +53,20 @@ def folder_records(
     """Read one split.
 
     Args:
-        split: which.
-        root: folder of the data set.
-        splits: name of the folder under `root` for each split; None: the classes' folders lie in `root` itself.
-        test_fraction: without `splits`, the share of each class that is evaluated, drawn by the names of its images.
-        annotations: COCO's JSON with boxes or masks of the images that are evaluated, relative to `root`; or one by
-            split. None: there are none.
-        num_classes: expected number of classes; None: any.
-        exif: whether images are turned as their EXIF orientation says; the sizes of annotations go before. None:
-            "apply", or what the annotations say elsewhere.
+        split: the split.
+        root: the folder of the data set.
+        splits: the name of the folder under `root` for each split. None means that the classes' folders lie in `root`.
+        test_fraction: without `splits`, the share of each class that is evaluated. The names of the images decide
+            which.
+        annotations: COCO's JSON with boxes or masks of the evaluated images, relative to `root`, or one file per split,
+            or None.
+        num_classes: the expected number of classes, or None for any.
+        exif: whether images are turned as their EXIF orientation says. The sizes in annotations take precedence. None
+            means "apply", or what the annotations say elsewhere.
 
     Raises:
-        ConfigError: a setting is wrong. DataError: a folder is missing or empty, or an annotation is wrong.
+        ConfigError: a setting is wrong.
+        DataError: a folder is missing or empty, or an annotation is wrong.
     """
     base = require_folder(root, "train/<class>/ and val/<class>/ with images")
     if splits is None:
@@ -91,12 +93,12 @@ def folder_records(
 def _annotated_upright(
     base: Path, ids: Sequence[str], annotated: npt.NDArray[np.int64], path: Path, exif: Exif | None
 ) -> npt.NDArray[np.bool_]:
-    """Which images were annotated as their EXIF orientation turns them, by the sizes in the annotations [n, 2].
+    """Say which images were annotated upright, as their EXIF orientation turns them, by the annotated sizes [n, 2].
 
-    Says in one line where those differ from each other or from `exif`, or leave it open.
+    It reports in one line if images differ in this, differ from `exif`, or fit both.
 
     Raises:
-        DataError: an image was not annotated at its proportions.
+        DataError: the annotated size of an image has other proportions.
     """
     by_size: dict[int, bool] = {}
     left_open = []
@@ -129,7 +131,7 @@ _READ = {"apply": "upright", "ignore": "as they are stored"}
 
 
 def _lines(rule: Exif, others: Sequence[str], left_open: Sequence[str], exif: Exif | None) -> list[str]:
-    """What to say of images that are not read by the rule, and of those that are for want of a better reason."""
+    """Return messages about images that are not read by the rule, and about those whose size fits both ways."""
     other: Exif = "ignore" if rule == "apply" else "apply"
     lines = []
     if others:
@@ -144,7 +146,7 @@ def _lines(rule: Exif, others: Sequence[str], left_open: Sequence[str], exif: Ex
 
 
 def _fitting(annotated: tuple[int, int], stored: tuple[int, int], upright: tuple[int, int]) -> set[bool]:
-    """Which of an image's sizes the annotated one may be, but for scale: the upright one (True), the stored (False)."""
+    """Say whether the annotated size fits the upright size (True) or the stored one (False), up to a scale."""
     w, h = annotated
     sizes = {True: upright, False: stored}
     same = {key for key, size in sizes.items() if size == (w, h)}
@@ -152,7 +154,7 @@ def _fitting(annotated: tuple[int, int], stored: tuple[int, int], upright: tuple
 
 
 def _said(path: Path) -> Exif | None:
-    """Which pixels the boxes of a file are in, where `python -m wsolkit.predict` has written it."""
+    """Return how `python -m wsolkit.predict` read the images of a file, if it has written it."""
     info = read_json(path).get("info")
     exif = info.get("exif") if isinstance(info, dict) else None
     return exif if exif in ("apply", "ignore") else None
@@ -171,7 +173,7 @@ def _class_names(base: Path, train: str) -> list[str]:
 
 
 def _images(base: Path, name: str, classes: Sequence[str], needs_all: bool) -> tuple[list[str], list[int]]:
-    """Paths of a split's images, relative to `base`, and their labels."""
+    """Return the paths of a split's images, relative to `base`, and their labels."""
     folder = base / name
     if not folder.is_dir():
         raise DataError(
@@ -203,9 +205,9 @@ def _parts(path: str) -> list[str]:
 def _share(
     ids: Sequence[str], labels: Sequence[int], classes: Sequence[str], fraction: float, evaluated: bool
 ) -> list[int]:
-    """Positions of the images that are evaluated, a share of each class; or of the others.
+    """Return the positions of the evaluated images, which are a share of each class, or of the others.
 
-    An image's rank in its class is drawn by its name: new images change little of who is evaluated.
+    The name of an image decides its rank in its class, so new images change little in who is evaluated.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"dataset.test_fraction={fraction}: expected a share of each class between 0 and 1")

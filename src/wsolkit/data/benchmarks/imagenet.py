@@ -10,19 +10,19 @@
     ROOT/metadata/test/*.txt     its lists for val/, instead of the XML
     ROOT/<mask folder>/*.png     masks of some of the images in val/, named as they are; the folder is a setting
 
-Kaggle's copies have the images in ROOT/ILSVRC/Data/CLS-LOC and the XML in ROOT/ILSVRC/Annotations/CLS-LOC; checkouts of
-the benchmark's repository have them in ROOT/dataset/ILSVRC.
+Copies from Kaggle have the images in ROOT/ILSVRC/Data/CLS-LOC and the XML in ROOT/ILSVRC/Annotations/CLS-LOC. Checkouts
+of the benchmark's repository have them in ROOT/dataset/ILSVRC.
 
-Labels are the positions of the wnids in alphabetical order, as every pretrained ImageNet network, ImageNetV2 and the
-benchmark's lists have them. Where `train/` has other classes than the 1,000, the lists count either these or the 1,000,
+Labels are the positions of the wnids in alphabetical order, as in every pretrained ImageNet network, in ImageNetV2 and
+in the benchmark's lists. If `train/` does not have the 1,000 classes, the lists count either its classes or the 1,000,
 see `_labels`.
 
-ImageNetV2's publishers have changed the names of its images, from `0/0.jpeg` to `0/a31041fd….jpeg`. The benchmark's
-lists have the old ones, and those of an unmerged pull request (e9972606) the new ones, beside a file `mapping.txt` that
-the benchmark's authors made by comparing the images. With it, either lists fit either copy.
+ImageNetV2's publishers have renamed its images, from `0/0.jpeg` to `0/a31041fd….jpeg`. The benchmark's lists have the
+old names. Those of an unmerged pull request (e9972606) have the new ones, and come with a file `mapping.txt`, which the
+benchmark's authors made by comparing the images. With it, either lists fit either copy.
 
-The masks that papers on localization use are those of the LID challenge (CVPR 2020 workshops, track 3): 23,151 public
-ones. Images without one count for boxes alone. A pixel belongs to the object where its grey level is above 0.
+The masks that papers on localization use come from the LID challenge (CVPR 2020 workshops, track 3), which published
+23,151. Images without a mask count for boxes alone. A pixel belongs to the object if its grey level is above 0.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ from wsolkit.errors import DataError
 _NAME = "ILSVRC 2012"
 _CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
-# The LID challenge has the masks of these two turned by a quarter, against the images as they are read.
+# The LID challenge has the masks of these two turned by 90 degrees against the images as they are read.
 _TURNED = {"ILSVRC2012_val_00017615", "ILSVRC2012_val_00018903"}
 
-_FEWEST = 732  # training images of a class
+_FEWEST = 732  # No class has fewer training images.
 _V2 = "val2"
-_V2_ARCHIVE = ("imagenetv2-threshold0.7-format-val", "imagenetv2-threshold0.7")  # its folder, today and once
+# The archive's folder today, and in the past.
+_V2_ARCHIVE = ("imagenetv2-threshold0.7-format-val", "imagenetv2-threshold0.7")
 
 
 def imagenet_records(
@@ -80,16 +81,16 @@ def imagenet_records(
     num_classes: int,
     expected: Mapping[str, int] | None,
 ) -> FileRecords:
-    """Read one split; "val" is ImageNetV2, "test" the official validation images.
+    """Read one split. "val" is ImageNetV2, and "test" are the official validation images.
 
     Args:
-        split: which.
-        root: folder of the data set, see `find_layout`.
-        box_folders: where the XML files may be, see `Layout.find`; the first that has some is taken.
-        lists: folder of the benchmark's lists; those of the test split are read if there are no XML files.
-        masks: folder of masks of the test split, see `Layout.find`; None: boxes alone are evaluated.
-        num_classes: expected number of folders in `train/`.
-        expected: expected numbers of images, see `check_count`.
+        split: the split.
+        root: the folder of the data set, see `find_layout`.
+        box_folders: where the XML files may be, see `Layout.find`. The first folder that has some counts.
+        lists: the folder of the benchmark's lists. Those of the test split are read if there are no XML files.
+        masks: the folder of masks of the test split, see `Layout.find`. None evaluates boxes alone.
+        num_classes: the expected number of folders in `train/`.
+        expected: the expected numbers of images, see `check_count`.
 
     Raises:
         DataError: a folder is missing or empty, the number of classes or images differs, or an XML file is wrong.
@@ -120,7 +121,7 @@ def imagenet_records(
 
 
 def _check_classes(wnids: Sequence[str], official: Sequence[str], num_classes: int, train: Path) -> None:
-    """Check that the folders in `train/` are the classes, above all where their number is right by chance."""
+    """Check that the folders in `train/` are the classes, even if their number is right by chance."""
     strays = sorted(set(wnids) - set(official))
     missing = sorted(set(official) - set(wnids)) if num_classes == len(official) else []
     if len(wnids) == num_classes and len(missing) in (0, len(official)):
@@ -132,10 +133,10 @@ def _check_classes(wnids: Sequence[str], official: Sequence[str], num_classes: i
 
 
 def _labels(records: FileRecords, wnids: Sequence[str], official: Sequence[str], lists: Path) -> FileRecords:
-    """Labels that lists give, as those of the classes in `train/`.
+    """Convert the labels in lists to those of the classes in `train/`.
 
-    These are not all of the 1,000 in a part of the data set. Then lists number either the classes that are there, and
-    have each of those numbers, or they are the benchmark's and number the 1,000.
+    A part of the data set does not have all 1,000 classes. Its lists then number either the classes that it has, and
+    use each of these numbers, or they are the benchmark's and number the 1,000.
 
     Raises:
         DataError: they do neither.
@@ -169,10 +170,10 @@ def _held_out(
 
 
 def _names_of_v2(lists: Path, images: Path) -> Callable[[str], str]:
-    """How the images are called that the lists in a folder call val2/<label>/<name>; see the head of this file.
+    """Return a function from the name in a list, val2/<label>/<name>, to that of the image. See the file's head.
 
     Raises:
-        DataError: the lists are of another copy, and nothing says how the names of both belong together.
+        DataError: the lists belong to another copy, and no file says how the names of both correspond.
     """
 
     def renamed(name: str) -> str:

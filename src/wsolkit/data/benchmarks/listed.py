@@ -1,12 +1,12 @@
-"""Data sets described by the text files of the usual benchmark lists (Choe et al., CVPR 2020).
+"""Read data sets that are described by the text files of the benchmark lists (Choe et al., CVPR 2020).
 
     ROOT/metadata/<split>/image_ids.txt       path of an image, relative to ROOT
                           class_labels.txt    path,label
                           image_sizes.txt     path,width,height        (not needed for training)
                           localization.txt    path,x0,y0,x1,y1         (not needed for training; several lines an image)
 
-Labels count from 0, and no class is without training images unless `ROOT/classes.txt` (name,label) names it, or their
-number is given. A line that stands twice counts once; two different lines for one image are an error.
+Labels count from 0. Every class has training images, unless `ROOT/classes.txt` (name,label) names it, or the number of
+classes is given. A repeated line counts once. Two different lines for one image are an error.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def listed_records(split: Split, root: str, splits: Mapping[str, str], num_class
     """Read one split.
 
     Args:
-        split: which.
-        root: folder of the data set.
-        splits: name of the folder under `metadata/` for each split.
-        num_classes: number of classes, or None: as many as `classes.txt` or the training labels have.
+        split: the split.
+        root: the folder of the data set.
+        splits: the name of the folder under `metadata/` for each split.
+        num_classes: the number of classes, or None for as many as `classes.txt` or the training labels have.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; the message names both.
+        DataError: a file is missing, or a line of it is wrong. The message names both.
     """
     base = require_folder(root, "metadata/<split>/image_ids.txt and the images")
     folder = base / "metadata" / splits[split]
@@ -59,16 +59,16 @@ def held_out_records(
     """Read the split "val" that the WSOL benchmark (Choe et al., CVPR 2020) publishes for another data set.
 
     Args:
-        name: of the held-out images.
-        lists: folder of their four text files.
-        root: folder that the images' paths are relative to.
-        classes: names by label.
-        expected: published number of images, see `check_count`.
+        name: names the held-out images.
+        lists: the folder of their four text files.
+        root: the folder that the images' paths are relative to.
+        classes: the names of the classes by label.
+        expected: the published number of images, see `check_count`.
         rename: see `read_lists`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; or there are more or fewer images; or the labels are not
-            those of `classes`.
+        DataError: a file is missing, or a line of it is wrong, or there are more or fewer images, or the labels do not
+            belong to `classes`.
     """
     if not lists.is_dir():
         raise DataError(
@@ -83,7 +83,7 @@ def held_out_records(
 
 
 def first_image(folder: Path) -> str:
-    """The first image that the lists in a folder name, by which to find the others; "" if there are no lists."""
+    """Return the first image in the lists of a folder, which helps to find the others, or "" if there are no lists."""
     path = folder / "image_ids.txt"
     lines = read_fields(path, 1) if path.is_file() else iter([])
     return next((name for _, (name,) in lines), "")
@@ -95,14 +95,14 @@ def read_lists(
     """Read the four text files of a split.
 
     Args:
-        split: which; for "train", two files are enough.
-        folder: of the files.
-        root: folder that the images' paths are relative to.
-        classes: names by label.
-        rename: says where an image lies that the lists name, relative to `root`.
+        split: the split. For "train", two files are enough.
+        folder: the folder of the files.
+        root: the folder that the images' paths are relative to.
+        classes: the names of the classes by label.
+        rename: returns the path of a listed image, relative to `root`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; the message names both.
+        DataError: a file is missing, or a line of it is wrong. The message names both.
     """
     ids, labels = read_labels(folder, root, len(classes), rename)
     if split == "train":
@@ -130,10 +130,10 @@ def read_lists(
 def read_labels(
     folder: Path, root: Path, num_classes: int, rename: Callable[[str], str] = str
 ) -> tuple[list[str], list[int]]:
-    """Paths and labels of the images that `image_ids.txt` and `class_labels.txt` list.
+    """Return the paths and labels of the images in `image_ids.txt` and `class_labels.txt`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; or an image does not exist.
+        DataError: a file is missing, a line of it is wrong, or an image does not exist.
     """
     path = folder / "image_ids.txt"
     seen: dict[str, str] = {}
@@ -173,7 +173,7 @@ def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
 
 
 def check_first_label(path: Path, labels: Collection[int]) -> None:
-    """Check that training labels begin at 0; else all that follow would be off, and class 0 without images.
+    """Check that training labels begin at 0. Otherwise all labels would be off, and class 0 would have no images.
 
     Raises:
         DataError: they do not.
@@ -187,7 +187,7 @@ def check_first_label(path: Path, labels: Collection[int]) -> None:
 
 
 def _count(path: Path, labels: Collection[int]) -> int:
-    """The number of classes that training labels from 0 show."""
+    """Return the number of classes that training labels from 0 have."""
     count = 1 + max(labels, default=-1)
     if sum(label >= 0 for label in labels) < count:
         without = next(label for label in range(count) if label not in labels)
@@ -222,7 +222,7 @@ def _labels(path: Path, ids: list[str], num_classes: int) -> list[int]:
 
 
 def _one_each(path: Path, count: int, known: Collection[str]) -> dict[str, tuple[str, list[int]]]:
-    """Lines of `path,int,…` as path → ("file:line", integers), of which an image has one, perhaps repeated as it is."""
+    """Read lines of `path,int,…` as path → ("file:line", integers). An image has one line, which may be repeated."""
     found: dict[str, tuple[str, list[int]]] = {}
     for where, name, numbers in _integers(path, count, known):
         first, before = found.setdefault(name, (where, numbers))
@@ -235,11 +235,11 @@ def _one_each(path: Path, count: int, known: Collection[str]) -> dict[str, tuple
 
 
 def _integers(path: Path, count: int, known: Collection[str] | None) -> Iterator[tuple[str, str, list[int]]]:
-    """Lines of `path,int,…` as ("file:line", name, integers); the name may contain commas."""
+    """Yield lines of `path,int,…` as ("file:line", name, integers). The name may contain commas."""
     for where, fields in read_fields(path, count + 1):
         name, numbers = fields[0], fields[1:]
         if known is not None and name not in known:
-            name = name.replace("\\", "/")  # as Windows writes it
+            name = name.replace("\\", "/")  # Windows writes it this way.
             if name not in known:
                 raise DataError(f"{where}: '{name}' is not in image_ids.txt")
         try:
@@ -249,7 +249,7 @@ def _integers(path: Path, count: int, known: Collection[str] | None) -> Iterator
 
 
 def read_fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
-    """Lines of `name,field,…` as ("file:line", fields); the name may contain commas.
+    """Yield lines of `name,field,…` as ("file:line", fields). The name may contain commas.
 
     Raises:
         DataError: the file is missing, or a line has fewer than `count` fields.

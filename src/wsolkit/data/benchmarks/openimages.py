@@ -6,12 +6,12 @@
                           class_labels.txt    path,label
                           localization.txt    path,mask,ignore; a line for each mask, "ignore" in one line at most
 
-The lists may also be in ROOT/metadata/OpenImages, and the rest in ROOT/OpenImages or ROOT/dataset/OpenImages, as in the
-benchmark's repository.
+The lists may also be in ROOT/metadata/OpenImages, and the images in ROOT/OpenImages or ROOT/dataset/OpenImages, as in
+the benchmark's repository.
 
-Classes are named by their Open Images codes, which are the folders' names. There are no boxes: localization is measured
-by masks alone. All masks of an image make its object; what the ignore file marks beside it does not count, and an image
-may have no such file. Masks may come in another size than their image.
+The folders' names are the Open Images codes of the classes. There are no boxes, so masks alone measure localization.
+All masks of an image form its object. What the ignore file marks beside it does not count, and an image may have no
+ignore file. A mask may have another size than its image.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
     """Read one split.
 
     Args:
-        split: which.
-        root: folder of the data set, see `find_layout`.
-        num_classes: labels are below this.
-        expected: expected numbers of images, see `check_count`.
+        split: the split.
+        root: the folder of the data set, see `find_layout`.
+        num_classes: labels are below this number.
+        expected: the expected numbers of images, see `check_count`.
 
     Raises:
-        DataError: a file is missing, or a line of it is wrong; the message names both.
+        DataError: a file is missing, or a line of it is wrong. The message names both.
     """
     layout = find_layout(
         root,
@@ -69,7 +69,7 @@ def openimages_records(split: Split, root: str, num_classes: int, expected: Mapp
 
 
 def _folder(layout: Layout, file: str) -> Path:
-    """The folder that paths of the lists are relative to; lists made on Windows have its separators."""
+    """Return the folder that the paths in lists are relative to. Lists from Windows have its separators."""
     return layout.find(".", "OpenImages", "dataset/OpenImages", holds=file.replace("\\", "/"))
 
 

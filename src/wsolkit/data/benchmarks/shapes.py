@@ -1,11 +1,12 @@
-"""Built-in data set: small creatures told apart by the colour of their spots, before a cluttered background.
+"""Draw the built-in data set: small creatures before a cluttered background, told apart by the colour of their spots.
 
-It poses the problem of weakly supervised localization in small. The classes share body, legs and textures; only a few
-spots, each a few pixels wide, tell them: one on the head, three anywhere on the flank. A classifier needs one spot, so
-its map tends to cover that; a good localizer covers the creature. Before and around it lie patches of every colour,
-dots in the spots' colours, and bars that hide parts of it. Position, size, direction and colours vary.
+It is a small version of weakly supervised localization. The classes share body, legs and textures. Only a few spots,
+each a few pixels wide, tell them apart: one on the head, and three anywhere on the flank. A classifier needs one spot,
+so its map tends to cover only that spot. A good localizer covers the creature. Patches of every colour, dots in the
+spots' colours, and bars that hide parts of the creature lie before and around it. Position, size, direction and colours
+vary.
 
-Images are drawn from seed, split and index; nothing is on disk. Boxes and masks come with them.
+The seed, the split and the index determine an image, and nothing is on disk. Boxes and masks come with the images.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ _COLOURS: Mapping[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (10, 10, 10),
 }
-_RIM = (60, 40, 25)  # around the spots of every creature
+_RIM = (60, 40, 25)  # This colour surrounds the spots of every creature.
 _FUR = (200, 140, 70)
 _FLANK_SPOTS = 3
 CLASSES = tuple(f"{colour} spots" for colour in _COLOURS)
 
 _SPLIT_NUMBER: Mapping[Split, int] = {"train": 0, "val": 1, "test": 2}
-_SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
+_SHIFT = 4  # OpenCV's drawing coordinates have this many fractional bits.
 
 
 class ShapesRecords:
     """Images of one split, drawn on first use and kept in memory.
 
     Args:
-        split: which; the splits differ in their random numbers.
-        sizes: number of images of each split.
-        image_size: side in pixels.
-        seed: of the whole data set.
+        split: the split. Splits differ in their random numbers.
+        sizes: the number of images of each split.
+        image_size: the side in pixels.
+        seed: the seed of the whole data set.
     """
 
     def __init__(self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int) -> None:
@@ -59,27 +60,27 @@ class ShapesRecords:
         self._drawn: dict[int, tuple[Image, Mask]] = {}
 
     def name(self, index: int) -> str:
-        """See `Records.name`."""
+        """Return the name, see `Records.name`."""
         return f"{self._split}/{index:05d}"
 
     def source(self, index: int) -> None:
-        """See `Records.source`."""
+        """Return None, see `Records.source`."""
 
     def image(self, index: int) -> Image:
-        """See `Records.image`."""
+        """Return an image, see `Records.image`."""
         return self._draw(index)[0]
 
     def mask(self, index: int) -> Mask:
-        """See `Records.mask`: the visible part of the creature."""
+        """Return the mask of the creature's visible part, see `Records.mask`."""
         return self._draw(index)[1]
 
     def boxes(self, index: int) -> Boxes:
-        """See `Records.boxes`: one box around the visible part of the creature."""
+        """Return one box around the creature's visible part, see `Records.boxes`."""
         rows, columns = np.nonzero(self.mask(index))
         return np.array([[columns.min(), rows.min(), columns.max(), rows.max()]], dtype=np.int64)
 
     def size(self, index: int) -> None:
-        """See `Records.size`."""
+        """Return None, see `Records.size`."""
         return None
 
     def _draw(self, index: int) -> tuple[Image, Mask]:
@@ -104,7 +105,7 @@ def _background(rng: np.random.Generator, size: int) -> Image:
     coarse = rng.uniform(80, 180, (4, 4, 3)).astype(np.float32)
     coarse = 0.5 * coarse + 0.5 * coarse.mean(axis=-1, keepdims=True)  # duller than what lies before it
     image = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
-    for _ in range(rng.integers(3, 7)):  # clutter, as coloured as the creatures, now and then in their fur
+    for _ in range(rng.integers(3, 7)):  # This clutter has the colours of the creatures, and sometimes their fur.
         corners = rng.uniform(0, size, 2) + rng.uniform(-0.14, 0.14, (rng.integers(3, 6), 2)) * size
         region = np.zeros((size, size), np.uint8)
         cv2.fillPoly(region, [cv2.convexHull(corners.astype(np.int32))], 1)
@@ -112,7 +113,7 @@ def _background(rng: np.random.Generator, size: int) -> Image:
             _paint_fur(rng, image, region)
         else:
             image[region > 0] = rng.uniform(30, 220, 3)
-    for _ in range(rng.integers(1, 5)):  # dots in the spots' colours
+    for _ in range(rng.integers(1, 5)):  # These are dots in the spots' colours.
         colour = _COLOURS[rng.choice(list(_COLOURS))]
         _disc(image, rng.uniform(0, size, 2), size * rng.uniform(0.025, 0.04), _tint(rng, colour))
     return np.asarray(image, np.uint8)
@@ -120,7 +121,7 @@ def _background(rng: np.random.Generator, size: int) -> Image:
 
 def _creature(rng: np.random.Generator, image: Image, mask: Mask, label: int) -> None:
     size = len(image)
-    length = size * rng.uniform(0.12, 0.24)  # half of the body's
+    length = size * rng.uniform(0.12, 0.24)  # This is half the length of the body.
     width = length * rng.uniform(0.5, 0.75)
     angle = rng.uniform(0, 2 * np.pi)
     along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
@@ -128,7 +129,7 @@ def _creature(rng: np.random.Generator, image: Image, mask: Mask, label: int) ->
     side = rng.choice([-1, 1])
 
     cv2.ellipse(mask, _fixed(centre), _fixed((length, width)), np.degrees(angle), 0, 360, 1, -1, cv2.LINE_8, _SHIFT)
-    for at in rng.uniform(-0.75, 0.75, rng.integers(2, 5)):  # legs
+    for at in rng.uniform(-0.75, 0.75, rng.integers(2, 5)):  # These are the legs.
         hip = centre + along * at * length + side * across * width * 0.6
         foot = hip + side * across * length * rng.uniform(0.5, 0.8) + along * rng.uniform(-0.1, 0.1) * length
         cv2.line(mask, _fixed(hip), _fixed(foot), 1, max(1, round(size * 0.05)), cv2.LINE_8, _SHIFT)
@@ -175,7 +176,7 @@ def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
         _SHIFT,
     )
     image[strip > 0] = rng.uniform(30, 220, 3)
-    # Never hide the whole creature: a box needs something to be around.
+    # It never hides the whole creature, because a box needs something to surround.
     if (mask & (1 - strip)).any():
         mask[strip > 0] = 0
 

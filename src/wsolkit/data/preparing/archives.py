@@ -1,7 +1,7 @@
-"""The archives that data sets are published in: checked, and unpacked so that they can neither harm nor be left halves.
+"""Check the archives of data sets, and unpack them safely and completely.
 
-What an archive holds is written into a folder beside the data set's files (`ROOT/.wsolkit`) and moved into
-place when all of it is there. A process that is killed leaves this folder; the next one goes on from it.
+The content of an archive is first written into a folder beside the data set's files (`ROOT/.wsolkit`), and moved into
+place when all of it is there. If a process is killed, the next one continues from this folder.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ from rich.progress import Progress
 from wsolkit.errors import ConfigError, DataError
 
 STATE = ".wsolkit"
-"""Folder in a data set's root of what is known about it, and of what is not finished."""
+"""The folder in a data set's root with what is known about it, and with what is unfinished."""
 
-_SPARE = 100 * 2**20  # bytes that are left free on the disk
-# Images do not shrink in archives, and lists and XML by 10 to 30 times. Small archives may do as they like.
+_SPARE = 100 * 2**20  # This many bytes stay free on the disk.
+# Images do not shrink in archives, and lists and XML shrink by 10 to 30 times. Small archives may have any ratio.
 _MAX_RATIO, _ALWAYS_ALLOWED = 200, 2**30
 _CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive of a data set: tar, compressed or not, or zip. A tar in a tar is unpacked into a folder of its name.
+    """An archive of a data set: zip, or tar with or without compression.
+
+    A tar inside a tar is unpacked into a folder of its own name.
 
     Args:
-        file: its name, in the data set's root.
-        page: where a person finds it.
-        url: where it can be downloaded without a login; None: it has to be put there by hand.
-        size: in bytes, None if unknown.
-        checksum: "sha256:…" or "md5:…", None if unknown.
-        unpack: folders of the archive → folders of the root that their contents go to; "." is the whole archive, or the
-            root. What lies in other folders is left out. Empty: the file is no archive, and is used where it lies.
-        holds: patterns of files that are in the root afterwards; "a|b" is either.
-        setting: of the data set; without it, the archive is not needed. None: it is always.
-        splits: which cannot be read without the archive. It is not needed while they can be.
-        place: setting of the data set that names the folder where what is unpacked is looked for. If it names another
-            folder, the archive is not needed. None: there is none.
+        file: its name in the data set's root.
+        page: the page where a person finds it.
+        url: the address from which it can be downloaded without a login. None means that the user has to get it.
+        size: its size in bytes, or None if unknown.
+        checksum: "sha256:…" or "md5:…", or None if unknown.
+        unpack: maps folders of the archive to folders of the root, where their content goes. "." is the whole archive,
+            or the root. The content of other folders is left out. If empty, the file is used where it lies.
+        holds: patterns of files that are in the root afterwards. "a|b" stands for either.
+        setting: the setting of the data set that needs the archive, or None if it is always needed.
+        splits: the splits that need the archive. It is not needed while they can be read.
+        place: the setting of the data set that names the folder of the unpacked files, or None. If it names another
+            folder, the archive is not needed.
     """
 
     file: str
@@ -66,19 +68,19 @@ class Archive:
     place: str | None = None
 
     def finished(self, root: Path) -> bool:
-        """Whether all files of the archive lie in the root, or in folders of it."""
-        from wsolkit.data.layout import folders_below  # here, since readers load torch
+        """Say whether all files of the archive lie in the root, or in folders of it."""
+        from wsolkit.data.layout import folders_below  # The import stands here, because readers load torch.
 
         if self.started(root):
             return False
         return not self.missing(root) or (root.is_dir() and not self.missing(root, *folders_below(root)))
 
     def started(self, root: Path) -> bool:
-        """Whether a process that unpacked the archive did not finish."""
+        """Say whether a process that unpacked the archive did not finish."""
         return self._stage(root).exists()
 
     def missing(self, *places: Path) -> list[str]:
-        """Which of `holds` are in none of some folders."""
+        """Return those of `holds` that are in none of some folders."""
         return [
             pattern
             for pattern in self.holds
@@ -86,27 +88,27 @@ class Archive:
         ]
 
     def is_looked_for(self, root: Path, places: Sequence[str]) -> bool:
-        """Whether what is unpacked is looked for in folders that are relative to the root, or in it."""
+        """Say whether the unpacked files are looked for in the root, or in folders relative to it."""
         targets = [root / target for target in self.unpack.values()]
         return any(
             target.is_relative_to(place) for target in targets for text in places for place in (Path(text), root / text)
         )
 
     def described(self) -> str:
-        """Size and checksum in words, as far as they are known."""
+        """Return size and checksum in words, as far as they are known."""
         size = None if self.size is None else f"{self.size:,} bytes"
         return ", ".join(part for part in (size, self.checksum) if part) or "size and checksum are not known"
 
     def install(self, name: str, root: Path, progress: Progress) -> None:
-        """Check the archive in `root`, and put what it holds in place. Goes on where a process was killed.
+        """Check the archive in `root`, and put its content in place. Continue where a killed process stopped.
 
         Args:
-            name: of the archive in `dataset.archives`.
-            root: of the data set.
-            progress: shows how far it is.
+            name: the name of the archive in `dataset.archives`.
+            root: the root of the data set.
+            progress: shows the progress.
 
         Raises:
-            DataError: the archive is damaged or another one, would write elsewhere, or does not fit on the disk.
+            DataError: the archive is damaged or a different one, would write elsewhere, or does not fit on the disk.
         """
         path, stage = root / self.file, self._stage(root)
         if not self.unpack:
@@ -130,7 +132,7 @@ class Archive:
             raise DataError(f"'{path}' cannot be unpacked ({error})") from error
 
     def verify(self, name: str, path: Path, progress: Progress) -> None:
-        """Compare size and checksum of a file with the published ones; see `install`.
+        """Compare the size and the checksum of a file with the published ones, see `install`.
 
         Raises:
             DataError: they differ.
@@ -179,28 +181,28 @@ class _Member:
 
 
 def unpack(path: Path, target: Path, folders: Mapping[str, str], progress: Progress) -> None:
-    """Write the files of an archive into a folder. Nothing but folders and plain files is ever made, all inside it.
+    """Write the files of an archive into a folder. It only creates folders and plain files, all inside that folder.
 
     Args:
-        path: of the archive.
+        path: the path of the archive.
         target: the folder.
         folders: see `Archive.unpack`.
-        progress: shows how far it is.
+        progress: shows the progress.
 
     Raises:
         DataError: the archive is damaged, holds a link, a device or a path that leads elsewhere, unpacks to far more
             than images do, or needs more space than there is.
     """
-    room = _Room(path, target)
+    limit = _SpaceLimit(path, target)
     try:
         with progress.open(path, "rb", description=f"Unpacking {path.name}") as file:
             for member in _members(path, file):
-                inside = _place(member, path.name, folders)
+                inside = _safe_path(member, path.name, folders)
                 if inside is not None:
-                    _write(member, target / inside, f"{path.name}/{member.name}", room)
+                    _write(member, target / inside, f"{path.name}/{member.name}", limit)
     except (
         *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError),
-        *(RuntimeError, NotImplementedError),  # a zip file that is encrypted, or compressed in an unknown way
+        *(RuntimeError, NotImplementedError),  # The zip file is encrypted, or compressed in an unknown way.
     ) as error:
         raise DataError(f"'{path}' is damaged, or no archive ({_first_line(error)}): download it again") from error
 
@@ -210,7 +212,7 @@ def _first_line(error: Exception) -> str:
 
 
 def settle(source: Path, target: Path) -> None:
-    """Move what is in a folder into another, which may have some of its folders and files already."""
+    """Move the content of a folder into another folder, which may have some of its folders and files already."""
     target.mkdir(parents=True, exist_ok=True)
     with os.scandir(source) as entries:
         for entry in list(entries):
@@ -220,20 +222,20 @@ def settle(source: Path, target: Path) -> None:
             if there.is_dir():
                 settle(Path(entry.path), there)
             else:
-                shutil.move(entry.path, there)  # also to another disk
+                shutil.move(entry.path, there)  # This works for another disk, too.
 
 
-class _Room:
-    """Watches how much an archive unpacks to."""
+class _SpaceLimit:
+    """Limits the size to which an archive unpacks."""
 
     def __init__(self, path: Path, target: Path) -> None:
         self.name, self.packed, self.target = path.name, path.stat().st_size, target
         self.written = 0
-        if not any(target.iterdir()):  # otherwise, a killed process has written some of it
+        if not any(target.iterdir()):  # Otherwise, a killed process has written some of it.
             self.check(self.packed)
 
     def take(self, size: int) -> None:
-        """A file of some size is about to be written."""
+        """Count a file that is about to be written, and refuse it if the total is too large."""
         self.written += size
         if self.written > max(self.packed * _MAX_RATIO, _ALWAYS_ALLOWED):
             raise DataError(
@@ -251,36 +253,36 @@ class _Room:
             )
 
 
-def _write(member: _Member, path: Path, where: str, room: _Room) -> None:
+def _write(member: _Member, path: Path, where: str, limit: _SpaceLimit) -> None:
     if member.is_folder:
         path.mkdir(parents=True, exist_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".tar":
-        _write_nested(member, path.with_suffix(""), where, room)
+        _write_nested(member, path.with_suffix(""), where, limit)
         return
-    room.take(member.size)
+    limit.take(member.size)
     with member.open() as source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy, _CHUNK)
     if path.stat().st_size != member.size:
         raise tarfile.ReadError(f"{member.name} is cut short")
 
 
-def _write_nested(outer: _Member, folder: Path, where: str, room: _Room) -> None:
+def _write_nested(outer: _Member, folder: Path, where: str, limit: _SpaceLimit) -> None:
     if folder.exists():
-        return  # by a process that was killed later on
+        return  # A process that was killed later wrote it.
     draft = folder.with_name(f"{folder.name}.partial")
     draft.mkdir(exist_ok=True)
     with outer.open() as file:
         for member in _tar_members(file):
-            inside = _place(member, where, {".": "."})
+            inside = _safe_path(member, where, {".": "."})
             if inside is not None:
-                _write(member, draft / inside, f"{where}/{member.name}", room)
+                _write(member, draft / inside, f"{where}/{member.name}", limit)
     draft.rename(folder)
 
 
-def _place(member: _Member, archive: str, folders: Mapping[str, str]) -> PurePosixPath | None:
-    """Where a member goes, relative to the root; None: it is left out.
+def _safe_path(member: _Member, archive: str, folders: Mapping[str, str]) -> PurePosixPath | None:
+    """Return the path of a member relative to the root, or None to leave it out.
 
     Raises:
         DataError: it leads elsewhere, or is neither a file nor a folder.
@@ -298,7 +300,7 @@ def _place(member: _Member, archive: str, folders: Mapping[str, str]) -> PurePos
             "archive from its publisher"
         )
     if "__MACOSX" in parts or (parts and parts[-1].startswith("._")):
-        return None  # what macOS adds to archives
+        return None  # macOS adds these to archives.
     path = PurePosixPath(*parts)
     for source, target in folders.items():
         if path.is_relative_to(source):
@@ -313,18 +315,18 @@ def _members(path: Path, file: BinaryIO) -> Iterator[_Member]:
 
 
 def _tar_members(file: IO[bytes]) -> Iterator[_Member]:
-    # Not with tarfile's `data` filter: it keeps links, corrects names in silence and looks at no disk space, whereas
-    # `_place` and `_Room` refuse all of that, in zip files too.
+    # tarfile's `data` filter is not enough: it keeps links, corrects names in silence and ignores the disk space.
+    # `_safe_path` and `_SpaceLimit` refuse all of that, in zip files too.
     with tarfile.open(fileobj=file, mode="r:*") as tar:
         for info in tar:
             other = "" if info.isreg() or info.isdir() else f"is {_kind(info)}"
             yield _Member(info.name, info.size, info.isdir(), other, lambda info=info: _opened(tar, info))  # type: ignore[misc]
-            tar.members = []  # type: ignore[attr-defined]  # or it remembers a million of them
+            tar.members = []  # type: ignore[attr-defined]  # It would keep a million of them.
 
 
 def _opened(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = tar.extractfile(info)
-    assert file is not None  # links alone have none
+    assert file is not None  # Only links have no file.
     return file
 
 

@@ -1,4 +1,4 @@
-"""Downloads that go on where they were interrupted."""
+"""Download files, and continue interrupted downloads."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from rich.progress import Progress, TaskID
 from wsolkit.data.preparing.archives import STATE, Archive
 from wsolkit.errors import DataError
 
-_CHUNK = 2**16  # what is lost when a connection breaks
-_TIMEOUT = (30, 60)  # seconds to connect, and between two pieces
-_TRIES = 5  # how often in a row a connection may break without a byte
-_PAUSE = 1.0  # seconds to wait after the first such time; then twice as long each time
+_CHUNK = 2**16  # A broken connection loses this many bytes at most.
+_TIMEOUT = (30, 60)  # Seconds to connect, and between two pieces.
+_TRIES = 5  # A connection may break this many times in a row without a byte.
+_PAUSE = 1.0  # Seconds to wait after the first break. The time doubles with each further one.
 
 
 def download(archive: Archive, root: Path, progress: Progress) -> None:
-    """Download an archive into the root of its data set and compare its checksum, if that is known.
+    """Download an archive into the root of its data set, and compare its checksum if that is known.
 
-    What a killed process, or a connection that broke for good, has left is gone on from.
+    It continues what a killed process or a broken connection has left.
 
     Raises:
-        DataError: it cannot be downloaded, or is not what it should be.
+        DataError: it cannot be downloaded, or is a different file.
     """
     assert archive.url is not None
     folder, path = root / STATE, root / archive.file
-    by_hand = f"get it from {archive.page} and put it there as '{path}', or run the same command again to go on"
+    by_hand = f"get it from {archive.page} and put it there as '{path}', or run the same command again to continue"
     if archive.size is not None and archive.size > shutil.disk_usage(folder).free:
         raise DataError(f"there is no room for '{archive.file}' of {archive.size:,} bytes on the disk of '{root}'")
     downloader = Resuming(folder / f"{archive.file}.part", f"Downloading {archive.file}", progress)
-    pooch.get_logger().setLevel(logging.ERROR)  # the progress bar says it
+    pooch.get_logger().setLevel(logging.ERROR)  # The progress bar says it.
     try:
         pooch.retrieve(archive.url, archive.checksum, archive.file, folder, downloader=downloader)
     except requests.RequestException as error:
@@ -47,13 +47,13 @@ def download(archive: Archive, root: Path, progress: Progress) -> None:
 
 
 class Resuming:
-    """A downloader for pooch, which itself begins anew each time.
+    """A downloader for pooch, which by itself starts from the beginning each time.
 
     Args:
-        part: what has been downloaded so far; kept until all of it is there. Beside it, `<part>.version` has what the
-            server calls the file's version: of another version, nothing is gone on from.
-        description: of the progress bar.
-        progress: which it is shown in.
+        part: the file with what has been downloaded so far, which is kept until it is complete. `<part>.version` beside
+            it has the server's version of the file. A download of another version starts from the beginning.
+        description: the text of the progress bar.
+        progress: shows the bar.
     """
 
     def __init__(self, part: Path, description: str, progress: Progress) -> None:
@@ -61,7 +61,7 @@ class Resuming:
         self.description, self.progress = description, progress
 
     def __call__(self, url: str, output_file: str, pooch: object, check_only: bool = False) -> None:
-        """Download a file; called by pooch.
+        """Download a file for pooch.
 
         Raises:
             requests.RequestException: the server refuses, or the connection breaks again and again.
@@ -89,14 +89,14 @@ class Resuming:
 
     def _continue(self, url: str, task: TaskID) -> None:
         version = self.version.read_text(encoding="utf-8") if self.version.exists() else ""
-        start = self._size() if version else 0  # unless it is known to be the same file, all of it is fetched
+        start = self._size() if version else 0  # All of it is fetched, unless it is known to be the same file.
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": version}
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
             given = answer.headers.get("Content-Range", "")
             if answer.status_code == 416:
-                if given == f"bytes */{start}":  # killed after the last byte
+                if given == f"bytes */{start}":  # The process was killed after the last byte.
                     return
                 self.part.unlink()
                 raise requests.ConnectionError(f"the server has no more than {given or 'a part'} of {start} bytes")
@@ -119,6 +119,6 @@ class Resuming:
 
 
 def _version(answer: requests.Response) -> str:
-    """What a server answers `If-Range` by: a strong ETag, or a date."""
+    """Return what a server accepts in `If-Range`: a strong ETag, or a date."""
     tag = answer.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")

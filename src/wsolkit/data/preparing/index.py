@@ -1,19 +1,19 @@
-"""The index of a data set: one Arrow file with all that its official files say, so that runs start in seconds.
+"""The index of a data set: one Arrow file with the content of its official files, so that runs start in seconds.
 
-Columns, a record batch for each split:
+Each split has a record batch with these columns:
 
     path     name of an image, relative to its split's folder
     label    from 0
     size     width and height that the boxes refer to; null: those of the file
     upright  whether the image is turned as its EXIF orientation says
-    boxes    x0, y0, x1, y1 each, as published: not cut off at the edges of the image
-    masks    paths of the files in which the objects are marked, or run lengths: height, width and COCO's "counts"
-    ignored  the same of what is to be ignored
+    boxes    x0, y0, x1, y1 each, as published: not clipped at the edges of the image
+    masks    paths of the files that mark the objects, or run lengths: height, width and COCO's "counts"
+    ignored  the same for what is to be ignored
 
-The file is mapped into memory and used where it lies: the processes of a machine share it, and none copies it.
+The file is mapped into memory and used where it lies. The processes of a machine share it, and none of them copies it.
 
-What a split was read from (lists and folders, with their times of change and sizes) is in the file too, as are the
-settings it was read with. An index that does not fit them any more is not used.
+The file also holds the sources of each split (lists and folders, with their times of change and sizes) and the settings
+of its reader. An index that does not fit them any more is not used.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from wsolkit.errors import DataError
 from wsolkit.system.drafts import draft
 
 FORMAT = 2
-"""To be raised when the file's form changes, or what is read from official files."""
+"""Raise it when the file's form changes, or the result of reading official files."""
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
-_MANY = 100  # files of one folder: above, they are watched by their folder
+_MANY = 100  # If a folder has more files, their folder is watched instead of the files.
 _KEY = b"wsolkit"
 _SCHEMA = pa.schema(
     {
@@ -60,14 +60,14 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Indexed:
-    """Reads the splits of a data set: from its index if there is one that fits, otherwise from its official files.
+    """Reads the splits of a data set from its index if it has a valid one, or else from its official files.
 
     Args:
         read: reads a split from the official files.
-        settings: what `read` does so with.
-        root: folder of the data set.
-        path: of the index.
-        warn: is told why an index that is there is not used.
+        settings: the settings of `read`.
+        root: the folder of the data set.
+        path: the path of the index.
+        warn: is called with the reason if an existing index is not used.
     """
 
     read: Callable[[Split], Records]
@@ -80,7 +80,7 @@ class Indexed:
         """Read a split.
 
         Raises:
-            DataError: see the data set's file of records.
+            DataError: see the data set's module.
         """
         if not self.path.is_file():
             return self.read(split)
@@ -88,7 +88,7 @@ class Indexed:
         if isinstance(found, str):
             self.warn(
                 f"the index '{self.path}' is not used for the {split} split: {found}. Run python -m wsolkit.prepare "
-                "again; the data set's own files are read instead"
+                "again. The data set's own files are read instead"
             )
             return self.read(split)
         return found
@@ -100,14 +100,14 @@ def write_index(
     """Read splits from a data set's official files and write its index.
 
     Args:
-        path: of the index; an old one is replaced when the new one is complete.
-        splits: which.
+        path: the path of the index. An old one is replaced when the new one is complete.
+        splits: the splits.
         read: reads a split from the official files.
-        settings: what `read` does so with.
-        root: folder of the data set.
+        settings: the settings of `read`.
+        root: the folder of the data set.
 
     Raises:
-        DataError: a split cannot be read, or is of another kind than those here; or `path` cannot be written.
+        DataError: a split cannot be read, or its kind has no index, or `path` cannot be written.
     """
     records: dict[Split, FileRecords] = {}
     about: dict[str, Any] = {}
@@ -125,18 +125,18 @@ def write_index(
             for found in records.values():
                 file.write_batch(_batch(found, schema))
     except OSError as error:
-        raise DataError(f"the index '{path}' cannot be written ({error}); set another dataset.index=FILE") from error
+        raise DataError(f"the index '{path}' cannot be written ({error}). Set another dataset.index=FILE") from error
     return records
 
 
 def read_index(path: Path, split: Split, settings: Mapping[str, Any], root: Path) -> FileRecords | str:
-    """Read a split from an index, or say why it does not fit.
+    """Read a split from an index, or say why the index does not fit.
 
     Args:
-        path: of the index.
-        split: which.
-        settings: of what reads the split from the official files.
-        root: folder of the data set.
+        path: the path of the index.
+        split: the split.
+        settings: the settings of the reader of the official files.
+        root: the folder of the data set.
     """
     try:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -202,7 +202,7 @@ def _mask_columns(records: FileRecords) -> tuple[Sequence[Sequence[str]] | None,
 
 
 def _text(mask: Mapping[str, Any]) -> str:
-    """A mask in COCO's compressed run lengths as text."""
+    """Return a mask in COCO's compressed run lengths as text."""
     (height, width), counts = mask["size"], mask["counts"]
     return f"{height} {width} {counts.decode('ascii') if isinstance(counts, bytes) else counts}"
 
@@ -252,7 +252,7 @@ def _array(buffer: pa.Buffer | None, dtype: type) -> npt.NDArray[Any]:
 
 
 def _changed(about: Mapping[str, Any], settings: Mapping[str, Any], root: Path) -> str | None:
-    """What differs from when the index was written: a setting, a list or a folder."""
+    """Say which setting, list or folder has changed since the index was written, or return None."""
     before, now = about["settings"], json.loads(json.dumps(_portable(settings, root)))
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -264,7 +264,7 @@ def _changed(about: Mapping[str, Any], settings: Mapping[str, Any], root: Path) 
 
 
 def _portable(value: Any, root: Path) -> Any:
-    """Settings with paths in the root relative to it, so that an index holds wherever the data set is moved to."""
+    """Return settings with paths relative to the root, so that an index stays valid when the data set is moved."""
     if isinstance(value, Mapping):
         return {str(key): _portable(inner, root) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -279,7 +279,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _sources(seen: set[Path], records: FileRecords, settings: Mapping[str, Any], root: Path) -> list[list[str | int]]:
-    """What a split was read from, each with its state: lists, and folders of images."""
+    """Return the sources of a split with their state: lists, and folders of images."""
     folders = {name.rpartition("/")[0] for name in map(records.ids.__getitem__, range(len(records.ids)))}
     paths = {records.root / folder for folder in folders}
     if isinstance(records.masks, MaskFiles):
@@ -287,7 +287,8 @@ def _sources(seen: set[Path], records: FileRecords, settings: Mapping[str, Any],
     places = {root.absolute(), *(Path(text) for text in _strings(settings) if Path(text).is_absolute())}
     together = defaultdict(set)
     for path in {Path(os.path.normpath(path.absolute())) for path in seen}:
-        if path.suffix == ".xml" or any(path.is_relative_to(place) for place in places):  # Kaggle's lie beside the root
+        # Kaggle has them beside the root.
+        if path.suffix == ".xml" or any(path.is_relative_to(place) for place in places):
             together[path.parent].add(path)
     for folder, files in together.items():
         single = {path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir()}
@@ -307,9 +308,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _state(name: str, root: Path) -> list[int]:
-    """Time of change and size (of a folder 0); −1 where there is nothing.
+    """Return the time of change and the size (0 for a folder), or −1 if nothing is there.
 
-    Of the root itself, what is in it, without archives, which may be deleted, and hidden files.
+    For the root, this is its content without hidden files, and without archives, which may be deleted.
     """
     path = root / name
     try:
