@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["tests.warm"])
@@ -30,7 +30,7 @@ def draw_no_report() -> None:
     """Have the runs of this process write no report: it takes most of a small run's time."""
     from wsolkit.reporting import pictures
 
-    pictures.write_report = lambda *_: None  # type: ignore[assignment]
+    pictures.write_report = lambda *_: None
 
 
 def command(
@@ -283,7 +283,7 @@ def _obey(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # which Lightning notes when it is imported
+    setattr(rank_zero_only, "rank", int(environment.get("LOCAL_RANK", 0)))  # noqa: B010  # noted at Lightning's import
     if processes > 1:
         _fork_companions(processes)
     _run_module(command)
