@@ -283,7 +283,7 @@ def _obey(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # type: ignore[attr-defined]  # which Lightning notes when it is imported
+    setattr(rank_zero_only, "rank", int(environment.get("LOCAL_RANK", 0)))  # noqa: B010  # noted at Lightning's import
     if processes > 1:
         _fork_companions(processes)
     _run_module(command)

@@ -216,7 +216,7 @@ def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypat
         process.join()
         sys.exit(process.exitcode)  # the others are as good
 
-    monkeypatch.setattr(config, "run_job", run_first_job)
+    monkeypatch.setattr("wsolkit.settings.command.run_job", run_first_job)
     monkeypatch.setattr(sys, "argv", [])  # put back afterwards, as is what the command changes
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert exit_code(f"wsolkit.{name}", arguments) == 0
@@ -243,7 +243,7 @@ def test_settings_of_commands_are_right(
         sys.exit(0)
 
     monkeypatch.setattr(f"wsolkit.{name}.{name}", check)
-    monkeypatch.setattr(config, "run_job", check_job)
+    monkeypatch.setattr("wsolkit.settings.command.run_job", check_job)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert exit_code(f"wsolkit.{name}", arguments) == 0
