@@ -33,6 +33,7 @@ from wsolkit.reporting.figure import PlainFigure, fallback
 from wsolkit.reporting.images import ImageRow
 from wsolkit.reporting.overlay import prediction_figure
 from wsolkit.reporting.page import write_page
+from wsolkit.reporting.report import describe
 from wsolkit.reporting.table import print_results, write_results
 from wsolkit.reporting.terminal import PlainConsole, picture
 from wsolkit.settings.compose import save_config
@@ -171,8 +172,7 @@ def test_pictures_say_names() -> None:
 
 def test_report_says_names(tmp_path: Path) -> None:
     for name in NAMES[:13]:
-        write_page(
-            tmp_path / "report.html",
+        report = describe(
             title=name,
             method=name,
             results={METRIC: 50.0},
@@ -184,6 +184,7 @@ def test_report_says_names(tmp_path: Path) -> None:
             chosen_on={"maxboxacc": name},
             settings=yaml.safe_dump({"name": name}),
         )
+        write_page(tmp_path / "report.html", report)
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
         heads = Cells(page, "th").texts
         assert heads[-len(NAMES) :] == list(map(readable, NAMES))

@@ -24,6 +24,7 @@ from wsolkit.interop.coco import prediction_files
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.reporting.images import ImageRow, write_images
 from wsolkit.reporting.page import write_page
+from wsolkit.reporting.report import describe
 from wsolkit.reporting.table import write_metrics
 from wsolkit.settings.compose import save_config
 from wsolkit.settings.run_directory import LOCK, leads, one_run, run_directory
@@ -153,7 +154,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "metrics.json": lambda path: write_metrics(OUTCOME, ["a", "b"], path),
     "images.csv": lambda path: write_images({"maxboxacc": [ImageRow("x.jpg", "a", "b", 0.5, "cls", False)]}, path),
     "config.yaml": lambda path: save_config(OmegaConf.create({"seed": 1}), path.parent),
-    "report.html": lambda path: write_page(path, **PAGE),  # type: ignore[arg-type]
+    "report.html": lambda path: write_page(path, describe(**PAGE)),  # type: ignore[arg-type]
 }
 
 

@@ -22,6 +22,10 @@ def test_wheel_carries_the_settings_and_works_elsewhere(tmp_path: Path) -> None:
     assert carried == {
         path.relative_to(REPOSITORY / "conf").as_posix() for path in (REPOSITORY / "conf").rglob("*.yaml")
     }
+    templates = REPOSITORY / "src" / "wsolkit" / "reporting" / "templates"
+    assert {f"wsolkit/reporting/templates/{path.name}" for path in templates.iterdir()} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"

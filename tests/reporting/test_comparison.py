@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from tests.conftest import browse
 from tests.reporting.test_page import HOSTILE, Tags, shown

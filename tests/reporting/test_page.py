@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,10 +11,12 @@ from typing import Any, TypedDict
 import numpy as np
 import PIL.Image
 import pytest
+from markupsafe import escape
 
 from tests.conftest import browse
 from wsolkit.reporting.charts import Shown, charts, example_image
 from wsolkit.reporting.page import write_page
+from wsolkit.reporting.report import describe
 
 BASELINES = ("center_box", "gaussian", "full_image")
 HOSTILE = '<script>alert("x")</script> & <b>'
@@ -143,7 +144,7 @@ NOTHING: Report = {
 
 
 def written(folder: Path, data: Report) -> str:
-    write_page(folder / "report.html", **data)
+    write_page(folder / "report.html", describe(**data))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

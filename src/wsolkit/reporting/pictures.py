@@ -33,6 +33,7 @@ from wsolkit.reporting.figure import PlainFigure
 from wsolkit.reporting.gallery import Localize, show, shown_threshold
 from wsolkit.reporting.images import evenly
 from wsolkit.reporting.page import write_page
+from wsolkit.reporting.report import describe
 from wsolkit.reporting.terminal import picture
 from wsolkit.system.drafts import draft
 from wsolkit.system.names import isolated, shortened
@@ -89,8 +90,7 @@ def write_report(
         with picture(folder / EXAMPLES / LIST):
             write_examples(folder, pictures, first, shown_threshold(outcome.results, first))
     with picture(folder / "report.html"):
-        write_page(
-            folder / "report.html",
+        report = describe(
             title=title,
             method=method,
             results=outcome.results,
@@ -102,6 +102,7 @@ def write_report(
             chosen_on=evaluation.chosen_on(datamodule.held_out),
             settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         )
+        write_page(folder / "report.html", report)
 
 
 def choose_examples(dataset: WSOLDataset, count: int, names: Sequence[str] = ()) -> list[int]:

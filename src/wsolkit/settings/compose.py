@@ -20,6 +20,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.settings.conf import CONF, HYDRA_KEYS, LABELS, named_folders
 from wsolkit.settings.explain import explain
 from wsolkit.settings.overrides import as_overrides, escaped, quoted
+from wsolkit.settings.usage import groups
 from wsolkit.settings.usage import settings as settings_of
 from wsolkit.system.drafts import write_text
 
@@ -83,9 +84,13 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def referable(config_name: str) -> set[str]:
-    """Return the names that interpolations of a command's settings begin with."""
-    own = (item.name.partition(".")[0] for item in settings_of(CONF, config_name))
-    return {*own, *(folder.name for folder in CONF.iterdir() if folder.is_dir())}
+    """Return the names that interpolations of a command's settings begin with.
+
+    A command without groups of settings has nothing to refer to, so ${ in its paths is text.
+    """
+    own = settings_of(CONF, config_name) if groups(CONF, config_name) else []
+    folders = (folder.name for folder in CONF.iterdir() if folder.is_dir())
+    return {*(item.name.partition(".")[0] for item in own), *folders}
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

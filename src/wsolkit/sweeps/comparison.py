@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from wsolkit.errors import JobError
 from wsolkit.reporting.examples import FOLDER, Example, read_examples
-from wsolkit.reporting.page import colour_key, document, embedded, isolated, mistake
+from wsolkit.reporting.page import render
+from wsolkit.reporting.report import Picture, mistaken_for, picture_file
 from wsolkit.sweeps.tables import SEED, Row, Run, Sweep, Value, cells, order, remarks, shown
 
 _MOST_COLUMNS = 12  # wider tables are no longer read, and each picture makes the file larger
@@ -31,6 +30,51 @@ class Column:
     examples: Mapping[ImageKey, Example]
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of the heading: the name of a setting or metric, and a text for each column."""
+
+    name: str
+    values: Sequence[str]
+    is_setting: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a column makes of an image.
+
+    row: the column's row of the table; taken_for: another class's name, or None; iou: in [0, 1], None without ground
+    truth.
+    """
+
+    row: str
+    taken_for: str | None
+    iou: float | None
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """An image: its id, its class, its picture with ground truth, and a cell for each column; None has no picture."""
+
+    name: str
+    label: str
+    truth: Picture
+    cells: Sequence[Cell | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the page shows; `columns` are counted, and `with_truth` says whether any image has ground truth."""
+
+    title: str
+    remarks: Sequence[str]
+    columns: int
+    heading: Sequence[Line]
+    images: Sequence[ImageRow]
+    with_truth: bool
+
+
 def comparison(sweep: Sweep, directory: Path) -> tuple[str | None, list[str]]:
     """The page, and what is wrong with pictures that are left out.
 
@@ -47,11 +91,15 @@ def comparison(sweep: Sweep, directory: Path) -> tuple[str | None, list[str]]:
     images = [key for key, count in counts.most_common() if count > 1]  # those that most columns show come first
     if not images:
         return None, problems
-    lines = [*remarks(sweep), *_left_out(sweep, len(columns), len(every))]
-    head = "\n".join(f'<p class="dim">{escape(line)}</p>' for line in lines)
-    title = f"{directory.resolve().name}: the same images side by side"
-    key = colour_key(any(column.examples[image].iou is not None for column in columns for image in column.examples))
-    return document(title, head, f"{key}\n{_table(sweep, columns, images)}"), problems
+    content = Comparison(
+        title=f"{directory.resolve().name}: the same images side by side",
+        remarks=[*remarks(sweep), *_left_out(sweep, len(columns), len(every))],
+        columns=len(columns),
+        heading=_heading(sweep, columns),
+        images=[_image(columns, key) for key in images],
+        with_truth=any(column.examples[key].iou is not None for column in columns for key in column.examples),
+    )
+    return render("comparison.html", comparison=content), problems
 
 
 def _columns(sweep: Sweep, directory: Path) -> tuple[list[Column], list[str]]:
@@ -82,16 +130,7 @@ def _left_out(sweep: Sweep, columns: int, pictured: int) -> list[str]:
     return lines
 
 
-def _table(sweep: Sweep, columns: Sequence[Column], images: Sequence[ImageKey]) -> str:
-    """A row for each image, below the rows of the heading."""
-    body = "\n".join(_image(columns, key) for key in images)
-    return (
-        f'<div class="wide"><table class="comparison" style="--columns: {len(columns) + 1}">\n'
-        f"<thead>\n{_heading(sweep, columns)}\n</thead>\n<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _heading(sweep: Sweep, columns: Sequence[Column]) -> str:
+def _heading(sweep: Sweep, columns: Sequence[Column]) -> list[Line]:
     """The columns' rows of the table, turned by 90 degrees, which runs are shown, and where their boxes are drawn."""
     names, rows = cells(sweep)
     texts = [rows[sweep.rows.index(column.row)] for column in columns]
@@ -99,19 +138,13 @@ def _heading(sweep: Sweep, columns: Sequence[Column]) -> str:
     for place, name in enumerate(names[: len(sweep.keys) + 1 + _METRICS]):
         if place == len(sweep.keys):
             if any(len(column.row.runs) > 1 for column in columns):
-                lines.append(_line(name, [text[place] for text in texts]))
-                lines.append(_line("shown", [_which(sweep, column) for column in columns]))
+                lines.append(Line(name, [text[place] for text in texts]))
+                lines.append(Line("shown", [_which(sweep, column) for column in columns]))
         else:
-            lines.append(_line(name, [text[place] for text in texts], setting=place < len(sweep.keys)))
+            lines.append(Line(name, [text[place] for text in texts], is_setting=place < len(sweep.keys)))
     drawn = [next(iter(column.examples.values())) for column in columns]
-    lines.append(_line("boxes at", [f"τ {example.threshold:.3f} ({example.protocol})" for example in drawn]))
-    return "\n".join(lines)
-
-
-def _line(name: str, values: Sequence[str], *, setting: bool = False) -> str:
-    cells = "".join(f'<th scope="col">{escape(value)}</th>' for value in values)
-    name = re.sub(r"(?<=[/._])", "<wbr>", escape(name))  # broken there rather than anywhere
-    return f'<tr{" class=setting" * setting}><th scope="row">{name}</th>{cells}</tr>'
+    lines.append(Line("boxes at", [f"τ {example.threshold:.3f} ({example.protocol})" for example in drawn]))
+    return lines
 
 
 def _which(sweep: Sweep, column: Column) -> str:
@@ -123,29 +156,20 @@ def _which(sweep: Sweep, column: Column) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None) or column.run.name
 
 
-def _image(columns: Sequence[Column], key: ImageKey) -> str:
-    """The row of an image: with ground truth, and as each column has it."""
+def _image(columns: Sequence[Column], key: ImageKey) -> ImageRow:
+    """An image: with ground truth, and as each column has it."""
     first = next(column for column in columns if key in column.examples)
     example = first.examples[key]
     shown_truth = "" if example.iou is None else ": ground truth"
-    picture = embedded((first.folder / example.truth_file).read_bytes(), f"{example.image}{shown_truth}")
-    caption = f"<b>{isolated(example.label)}</b><br><small>{isolated(example.image)}</small>"
-    cells = "".join(f"<td>{_cell(column, key)}</td>" for column in columns)
-    return f'<tr><th scope="row">{_figure(picture, caption)}</th>{cells}</tr>'
+    truth = picture_file((first.folder / example.truth_file).read_bytes(), f"{example.image}{shown_truth}")
+    return ImageRow(example.image, example.label, truth, [_cell(column, key) for column in columns])
 
 
-def _cell(column: Column, key: ImageKey) -> str:
-    if key not in column.examples:
-        return "–"
-    example = column.examples[key]
+def _cell(column: Column, key: ImageKey) -> Cell | None:
+    example = column.examples.get(key)
+    if example is None:
+        return None
     values = ", ".join(shown(value) for value in column.row.values if value is not None)
-    picture = embedded(
-        (column.folder / example.map_file).read_bytes(), f"{example.image}: score map and box of {values}"
-    )
-    fit = "" if example.iou is None else f"IoU <b>{example.iou:.2f}</b>"
-    said = (fit + mistake(example.label, example.predicted_label)).removeprefix(", ")
-    return _figure(picture, f"{said}{'<br>' if said else ''}<small>{escape(values)}</small>")
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}\n<figcaption>{caption}</figcaption></figure>"
+    drawn = (column.folder / example.map_file).read_bytes()
+    picture = picture_file(drawn, f"{example.image}: score map and box of {values}")
+    return Cell(values, mistaken_for(example.label, example.predicted_label), example.iou, picture)
