@@ -41,7 +41,7 @@ def test_wheel_carries_the_settings_and_works_elsewhere(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert ask("-c", "import wsolkit.config; print(wsolkit.settings.conf.CONF)").strip() == str(
+    assert ask("-c", "import wsolkit.settings.conf as c; print(c.CONF)").strip() == str(
         site / "wsolkit" / "conf"
     )
     settings = ask("-m", "wsolkit.train", "--cfg", "job", "method=ts_cam")
