@@ -41,8 +41,6 @@ def test_wheel_carries_the_settings_and_works_elsewhere(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert ask("-c", "import wsolkit.settings.conf as c; print(c.CONF)").strip() == str(
-        site / "wsolkit" / "conf"
-    )
+    assert ask("-c", "import wsolkit.settings.conf as c; print(c.CONF)").strip() == str(site / "wsolkit" / "conf")
     settings = ask("-m", "wsolkit.train", "--cfg", "job", "method=ts_cam")
     assert "_target_: wsolkit.methods.ts_cam.TSCAM" in settings

@@ -19,7 +19,7 @@ from wsolkit.data.preparing.index import Indexed
 from wsolkit.data.records import Records, Split
 from wsolkit.errors import ConfigError
 from wsolkit.localization.protocol import Protocol
-from wsolkit.methods.base import Description, Network, WSOLModule
+from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.settings.checks import accepted, check_config, locate
 from wsolkit.settings.compose import arguments, built, plain
@@ -28,6 +28,7 @@ from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.loss_log import LossLog
 from wsolkit.training.noise import StepNoise
 from wsolkit.training.optimization import Optimization
+from wsolkit.types import Description
 
 
 def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -64,3 +65,13 @@ class EvaluationBatch(TrainingBatch):
 
 PlainConfig = dict[str, Any]
 """A resolved config as plain containers, as checkpoints hold it."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Describes a model in its checkpoint: settings, class names by label, and mean and std of the network's input."""
+
+    config: PlainConfig = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()

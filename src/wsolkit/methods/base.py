@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from lightning import Callback, LightningModule
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 import wsolkit
 from wsolkit.errors import ConfigError
 from wsolkit.methods.parameters import weight_decay_groups
-from wsolkit.types import Classes, EvaluationBatch, Localization, PlainConfig, TrainingBatch
+from wsolkit.types import Classes, Description, EvaluationBatch, Localization, TrainingBatch
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
@@ -31,16 +30,6 @@ class Network(nn.Module):
     """
 
     passes: ClassVar[tuple[str, ...]] = ("forward",)
-
-
-@dataclass(frozen=True)
-class Description:
-    """Describes a model in its checkpoint: settings, class names by label, and mean and std of the network's input."""
-
-    config: PlainConfig = field(default_factory=dict)
-    class_names: Sequence[str] = ()
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
 
 
 class WSOLModule(LightningModule, ABC):
