@@ -347,7 +347,7 @@ def test_port_that_is_taken_is_named(
 ) -> None:
     pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
     failing(f"checkpoint={shapes_checkpoint}", f"port={taken}", "device=cpu")
-    expected = f"error: host=127.0.0.1, port={taken}: the page cannot be served there (Address already in use); port=0 "
+    expected = f"error: host=127.0.0.1, port={taken}: the page cannot be served there (Address already in use). port=0 "
     assert expected in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ def test_job_whose_result_was_deleted_is_run_again(modules: Path) -> None:
 
 def test_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text('{"overrides"')
-    with pytest.raises(JobError, match=r"job\.json' is damaged .*delete it"):
+    with pytest.raises(JobError, match=r"job\.json' is damaged .*Delete it"):
         read_job(tmp_path)
     assert read_job(tmp_path / "nowhere") is None
 

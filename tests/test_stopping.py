@@ -277,6 +277,7 @@ def interrupt_evaluation(number: int) -> None:
 
 def test_signals_are_heard_once() -> None:
     """Before there are points to stop at, at once; then when the run looks; a second SIGTERM changes nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jobs that ran in this process before may have left another
     with SIGNALS.listening():
         with pytest.raises(Stopped) as stop:
             signal.raise_signal(signal.SIGTERM)

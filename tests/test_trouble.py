@@ -96,7 +96,7 @@ def test_full_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     change_losses(monkeypatch, fill)
-    with pytest.raises(TrainingError, match=r"no memory left with dataset.batch_size=16: .*batch_size=auto finds out"):
+    with pytest.raises(TrainingError, match=r"no memory left with dataset.batch_size=16. .*batch_size=auto finds out"):
         train(config(*SETTINGS), tmp_path)
     with pytest.raises(TrainingError, match="not even one image of 64 pixels fits into the memory of cpu"):
         train(config(*SETTINGS, "fit_memory=true"), tmp_path)
