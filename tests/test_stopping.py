@@ -116,7 +116,7 @@ def interrupt_save() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments)
 
-    torch.save = interrupted
+    torch.save = interrupted  # type: ignore[assignment]
 
 
 def begin(folder: Path, *settings: str, processes: int = 2, before: Any = None, name: str = "train") -> Running:

@@ -117,7 +117,7 @@ class LossSums:
 
 
 def _precise(values: Tensor) -> Tensor:
-    """Return float64 values, with which a mean is the same in any order of summation; Apple's GPUs have float32 only."""
+    """Return float64 values, whose mean is the same in any order of summation. Apple's GPUs have float32 only."""
     return values if values.device.type == "mps" else values.double()
 
 
