@@ -232,7 +232,7 @@ def test_every_epoch_has_its_own_order_and_augmentations(
 
     step, seen = SAT.training_step, []
 
-    def remember(self: SAT, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def remember(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
         seen.append(round(batch["image"].sum().item(), 1))
         return step(self, batch, batch_idx)
 
@@ -250,7 +250,7 @@ def test_resume_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     step = SAT.training_step
 
-    def interrupted(self: SAT, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def interrupted(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.current_epoch == 2 and batch_idx == 1:
             raise Interrupted
         return step(self, batch, batch_idx)

@@ -201,7 +201,7 @@ def steps(folder: Path, *settings: str, stop_at: int | None = None) -> list[tupl
     """Train without the test at the end: epoch, batch, images and learning rate (in thousandths) of each step."""
     training_step, seen = SAT.training_step, []
 
-    def watched(self: SAT, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def watched(self: SAT, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == stop_at:
             raise Interrupted
         rate = 1000 * self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -108,15 +108,15 @@ def interrupt(number: int, rank: str, within: str, step: int, apart: float | Non
 
 
 def interrupt_save() -> None:
-    """Have the first process get SIGTERM twice while a checkpoint is written."""
-    fsync = os.fsync
+    """Have the process that writes checkpoints get SIGTERM twice while it writes one."""
+    save = torch.save
 
-    def interrupted(descriptor: int) -> None:
+    def interrupted(*arguments: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        fsync(descriptor)
+        save(*arguments)
 
-    os.fsync = interrupted  # type: ignore[assignment]
+    torch.save = interrupted  # type: ignore[assignment]
 
 
 def begin(folder: Path, *settings: str, processes: int = 2, before: Any = None, name: str = "train") -> Running:
@@ -217,7 +217,10 @@ def test_signals_while_a_checkpoint_is_written_leave_it_whole(processes: int, tm
     done = begin(tmp_path, processes=processes, before=interrupt_save).finish(600)
     assert done.returncode == 143, done.stderr
     assert is_whole(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").step == 4
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").step in (
+        4,
+        5,
+    )  # other processes may be in the next step
 
 
 @pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])

@@ -132,7 +132,9 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
 def attach_training(cfg: DictConfig, module: WSOLModule) -> WSOLModule:
     """Give a module an optimizer, a schedule and an evaluation."""
     module.optimization = build_optimization(cfg)
-    module.callbacks = [StepNoise(cfg.seed), LossLog(), build_evaluator(cfg, module)]
+    losses = LossLog()
+    module.watch_losses = losses.add
+    module.callbacks = [StepNoise(cfg.seed), losses, build_evaluator(cfg, module)]
     return module
 
 

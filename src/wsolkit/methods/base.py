@@ -7,7 +7,7 @@ can train and evaluate the module.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from lightning import Callback, LightningModule
@@ -42,6 +42,7 @@ class WSOLModule(LightningModule, ABC):
     Attributes:
         description: describes the model in checkpoints.
         optimization: makes the optimizer and its schedule, None until it is attached.
+        watch_losses: a function that is called with the losses of each batch, None until it is attached.
         callbacks: the callbacks that Lightning runs with the module, for example the evaluation.
     """
 
@@ -51,6 +52,7 @@ class WSOLModule(LightningModule, ABC):
         self.no_weight_decay = tuple(no_weight_decay)
         self.description = Description()
         self.optimization: Callable[[WSOLModule], Any] | None = None
+        self.watch_losses: Callable[[Mapping[str, Tensor]], None] | None = None
         self.callbacks: list[Callback] = []
 
     @abstractmethod
@@ -101,10 +103,12 @@ class WSOLModule(LightningModule, ABC):
         """Return the attached callback of a class."""
         return next(callback for callback in self.callbacks if isinstance(callback, kind))
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the total loss, and pass its terms on to the callbacks."""
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        """Compute the losses, and show them to who watches before anything can stop the run."""
         losses = self.losses(batch)
-        return {"loss": losses["loss"], "terms": {name: value.detach() for name, value in losses.items()}}
+        if self.watch_losses is not None:
+            self.watch_losses(losses)
+        return losses["loss"]
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Do nothing. The evaluation is a callback, because each protocol feeds the network in its own way."""

@@ -32,9 +32,12 @@ class LossLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the losses of a batch."""
-        self._sums.add(outputs["terms"])
+        """Log the losses of the step, if it is due."""
         self.log_step(trainer)
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of a batch, which are scalars."""
+        self._sums.add(losses)
 
     def log_step(self, trainer: Trainer) -> None:
         """Log the losses of the last step once, if it is due.
@@ -53,7 +56,7 @@ class LossLog(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean of each loss over the epoch."""
         sums = self._sums.over_processes(pl_module.device)
-        means = {f"{logged_name(name)}_epoch": total / count for name, (total, count) in sums.items()}
+        means = {f"{logged_name(name)}_epoch": (total / count).float() for name, (total, count) in sums.items()}
         self._sums = LossSums()
         pl_module.log_dict(means, logger=False)
         # It logs at once, because Lightning would do so after it has written the checkpoint.
@@ -82,7 +85,7 @@ class LossSums:
     def __init__(self, sums: Mapping[str, Tensor] | None = None) -> None:
         sums = sums or {}
         self._names = tuple(sums)
-        self._sum = torch.tensor([float(total) for total, _ in sums.values()])
+        self._sum = torch.tensor([float(total) for total, _ in sums.values()], dtype=torch.float64)
         self._count = max((int(count) for _, count in sums.values()), default=0)
         self._latest = self._sum
 
@@ -90,10 +93,11 @@ class LossSums:
         """Add the losses of a batch, which are scalars."""
         self._latest = torch.stack([value.detach().float() for value in losses.values()])
         if tuple(losses) == self._names:
-            self._sum = self._latest + self._sum.to(self._latest.device)
+            latest = _precise(self._latest)
+            self._sum = latest + self._sum.to(latest)
             self._count += 1
         else:  # This is the first batch of an epoch, or a resumed run has other loss terms.
-            self._names, self._sum, self._count = tuple(losses), self._latest, 1
+            self._names, self._sum, self._count = tuple(losses), _precise(self._latest), 1
 
     def latest(self) -> dict[str, float]:
         """Return the losses of the last batch. This waits for the device."""
@@ -105,10 +109,16 @@ class LossSums:
         Args:
             device: the device on which the processes exchange them.
         """
-        sums = torch.stack([self._sum, torch.full_like(self._sum, self._count)], dim=1).to(device)  # [losses, 2]
+        sums = torch.stack([self._sum, torch.full_like(self._sum, self._count)], dim=1)  # [losses, 2]
+        sums = (sums.float() if device.type == "mps" else sums).to(device)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         return dict(zip(self._names, sums.unbind(), strict=True))
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return float64 values, whose mean is the same in any order of summation. Apple's GPUs have float32 only."""
+    return values if values.device.type == "mps" else values.double()
 
 
 def logged_name(term: str) -> str:
