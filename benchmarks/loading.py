@@ -98,6 +98,8 @@ def own(paths: list[Path], cache: str | None) -> WSOLDataModule:
     return WSOLDataModule(
         records=records,
         image_size=224,
+        eval_image_size=None,
+        eval_flip=False,
         resize=256,
         batch_size=BATCH,
         eval_batch_size=BATCH,

@@ -24,11 +24,14 @@ from wsolkit.train import train
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = tuple(sorted(path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml")))
-CNN_METHODS = tuple(
-    name
-    for name in METHODS
-    if "architecture: cnn" in (REPOSITORY / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-)
+
+
+def _methods_on(architecture: str) -> tuple[str, ...]:
+    files = {name: REPOSITORY / "conf" / "method" / f"{name}.yaml" for name in METHODS}
+    return tuple(name for name in METHODS if f"architecture: {architecture}" in files[name].read_text(encoding="utf-8"))
+
+
+CNN_METHODS, TOKEN_METHODS = _methods_on("cnn"), _methods_on("tokens")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import wsolkit
-from tests.conftest import REPOSITORY
+from tests.conftest import CNN_METHODS, REPOSITORY, TOKEN_METHODS
 from wsolkit import load_config
 from wsolkit.errors import ConfigError
 from wsolkit.settings.checks import check_config
@@ -37,7 +37,9 @@ def test_every_method_composes_with_every_data_set(method: str, dataset: str) ->
     check_config(cfg)
     OmegaConf.resolve(cfg)
     assert cfg.method.name == method
-    assert cfg.backbone._target_.endswith(".CNN" if cfg.optimizer._target_.endswith("SGD") else ".ViT")
+    kind = "CNN" if method in CNN_METHODS else "TokenBackbone" if method in TOKEN_METHODS else "ViT"
+    assert cfg.backbone._target_.endswith(f".{kind}")
+    assert cfg.optimizer._target_.endswith("SGD" if kind == "CNN" else "AdamW")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_help_says_defaults_choices_and_what_is_required() -> None:
     text = usage(CONF, "predict", ("method", "backbone", "dataset"))
     assert "  top_k=1                 The number of most probable classes to find in each image.\n" in text
     assert "  source                  An image, a folder with images at any depth, or a pattern. (required)\n" in text
-    assert "refinement of a convolutional network's maps, which SPA brings along: none, scg\n" in text
+    assert "refinement of score maps, such as scg, which SPA brings along: none, scg,\n" in text
     assert "resnet50" not in text
     assert "protocol=[maxboxacc, maxboxacc_v2]" in usage(CONF, "evaluate")
 

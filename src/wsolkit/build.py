@@ -171,21 +171,14 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
     module: WSOLModule = method(
         backbone=backbone(**arguments(cfg.backbone)),
         num_classes=len(class_names),
-        **_postprocess(cfg, method),
+        **_postprocess(cfg, method, backbone),
         **arguments(cfg.method),
     )
+    _check_sizes(cfg, module)
     module.description = Description(plain(cfg), class_names, mean, std)
     if cfg.get("compile"):
         compile_network(module.network, **_compilation(cfg.compile))
     return module
-
-
-def _optimization(cfg: DictConfig) -> tuple[Any, Any]:
-    """Return a function that makes the optimizer, and the schedule. Both are None for a command that trains nothing."""
-    if "optimizer" not in cfg:
-        return None, None
-    optimizer = locate(cfg.optimizer._target_, "optimizer.")
-    return functools.partial(optimizer, **arguments(cfg.optimizer)), built(cfg.schedule)
 
 
 def compile_network(network: Network, **options: Any) -> None:
@@ -223,14 +216,37 @@ def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -
         )
 
 
-def _postprocess(cfg: DictConfig, method: type[WSOLModule]) -> dict[str, Any]:
-    """Return the post-process of `cfg.postprocess`, or None, as an argument of a method that accepts one."""
-    node = cfg.get("postprocess")
-    if "postprocess" in accepted(method)[0]:
-        return {"postprocess": locate(node._target_, "postprocess.")(**arguments(node)) if node else None}
-    if node:
+def _check_sizes(cfg: DictConfig, module: WSOLModule) -> None:
+    """Check, before a run trains, that the backbone can divide the images of the evaluation into patches.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    patch = getattr(getattr(module.network, "backbone", None), "patch_size", 1)
+    sizes = cfg.dataset.eval_image_size or []
+    for name, size in [("image_size", cfg.dataset.image_size)] + [
+        ("eval_image_size", size) for size in ([sizes] if isinstance(sizes, int) else sizes)
+    ]:
+        if size % patch:
+            raise ConfigError(
+                f"dataset.{name}: {size} is not a multiple of the patch size {patch} of backbone={cfg.backbone.name}: "
+                f"use {size // patch * patch or patch} or {(size // patch + 1) * patch}"
+            )
+
+
+def _postprocess(cfg: DictConfig, method: type[WSOLModule], backbone: type) -> dict[str, Any]:
+    """Return the post-process of `cfg.postprocess`, or None, as an argument of a method that accepts one.
+
+    Raises:
+        ConfigError: the post-process does not refine the maps of this method or backbone.
+    """
+    node, accepts = cfg.get("postprocess"), "postprocess" in accepted(method)[0]
+    if not node:
+        return {"postprocess": None} if accepts else {}
+    kind = locate(node._target_, "postprocess.")
+    if not accepts or not issubclass(backbone, kind.backbones):
         raise ConfigError(
-            f"postprocess={node.name} refines the maps of methods on convolutional networks, and "
-            f"method={cfg.method.name} is none: leave it out"
+            f"postprocess={node.name} refines the maps of methods on {kind.networks}, and method={cfg.method.name} on "
+            f"backbone={cfg.backbone.name} is none: leave it out"
         )
-    return {}
+    return {"postprocess": kind(**arguments(node))}

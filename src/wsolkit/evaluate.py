@@ -65,6 +65,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.settings.restore import restore
     from wsolkit.system.libraries import quieten_libraries
     from wsolkit.training.report import Report
+    from wsolkit.training.tokens import cache_tokens
     from wsolkit.training.trainer import running
 
     checkpoint = read_checkpoint(cfg.checkpoint)
@@ -85,6 +86,7 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with running(cfg, folder, module, [report]) as trainer:
         if trainer.is_global_zero:
             save_config(cfg, folder)
+        cache_tokens(module, datamodule, trainer, ("val", "test") if datamodule.held_out else ("test",))
         if datamodule.held_out:
             evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
             trainer.validate(module, datamodule, verbose=False)  # The validation selects the thresholds.

@@ -60,8 +60,9 @@ def export(cfg: DictConfig, folder: Path) -> None:
             "SCM's diffusion blocks are for training, and are left out of the file: add method.semantic_level=0 "
             "method.attention_level=0"
         )
+    size = exported_size(cfg)
     localizer = Localizer(cfg, checkpoint, "cpu", "32-true")
-    program = programs.trace(localizer.module, localizer.image_size)
+    program = programs.trace(localizer.module, size)
     write, run = {
         "onnx": (programs.write_onnx, programs.run_onnx),
         "torch_export": (programs.write_torch_export, programs.run_torch_export),
@@ -69,7 +70,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     draft = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
     try:
         write(program, draft, describe(cfg, localizer))
-        logits, maps, same = programs.differences(run(draft), localizer.module, localizer.image_size)
+        logits, maps, same = programs.differences(run(draft), localizer.module, size)
         if not same:
             raise CheckpointError(
                 f"the exported program is not the model: logits differ by {logits:.2g} and maps by {maps:.2g} of the "
@@ -110,6 +111,23 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output: '{output}' exists already: add overwrite=true, or give another name")
 
 
+def exported_size(cfg: DictConfig) -> int:
+    """Return the side of the images that the program takes, which is that of the evaluation.
+
+    Raises:
+        ConfigError: the evaluation averages over several views, and a program has one.
+    """
+    given = cfg.dataset.eval_image_size
+    sizes = [given or cfg.dataset.image_size] if given is None or isinstance(given, int) else list(given)
+    if len(sizes) > 1 or cfg.dataset.eval_flip:
+        raise ConfigError(
+            f"the model averages over images of {', '.join(map(str, sizes))} pixels"
+            f"{' and their mirror images' if cfg.dataset.eval_flip else ''}, and an exported program sees each image "
+            f"once: add dataset.eval_image_size={max(sizes)} dataset.eval_flip=false"
+        )
+    return int(sizes[0])
+
+
 def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
     """Describe what a user of the program needs to get from an image to a box.
 
@@ -117,15 +135,15 @@ def describe(cfg: DictConfig, localizer: Localizer) -> dict[str, Any]:
     the rules, see `wsolkit.localization.protocol`, and `threshold` is its τ. `exif` says whether images are turned
     upright.
     """
-    rules = localizer.rules
+    rules, size = localizer.rules, exported_size(cfg)
     return {
         "wsolkit": localizer.version,
         "method": localizer.method,
         "backbone": localizer.backbone,
         "postprocess": cfg.postprocess.name if cfg.get("postprocess") else None,
         "class_names": localizer.class_names,
-        "image_size": localizer.image_size,
-        "resize": rules.resize if rules.input == "center_crop" else localizer.image_size,
+        "image_size": size,
+        "resize": rules.resize * size // localizer.image_size if rules.input == "center_crop" else size,
         "exif": localizer.exif,
         "mean": localizer.mean,
         "std": localizer.std,

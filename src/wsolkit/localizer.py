@@ -130,7 +130,7 @@ class Localizer:
             used.
         threshold_origin: the origin of the threshold: "protocol" if the paper states it, "validation" if it was best
             there, or "default" for 0.3, if validation had no boxes to select it.
-        image_size: the side length of the network's input.
+        image_size: the side length of the network's input in training.
         mean, std: the normalisation of the network's input.
         metrics: the numbers of the last validation before the checkpoint was written, in percent.
         version: the version of wsolkit that wrote the checkpoint.
@@ -197,6 +197,7 @@ class Localizer:
     ) -> None:
         """Build the model of restored settings. Most users call `from_checkpoint` instead."""
         from wsolkit.build import build_model, build_protocols
+        from wsolkit.data.dataset import Sizes
         from wsolkit.data.transforms import Transform
 
         self.class_names = checkpoint.class_names
@@ -219,6 +220,9 @@ class Localizer:
         self._ten_crop = self.rules.classification == "ten_crop"
         if self.rules.input != "resize" or self._ten_crop:
             self._uncropped = Transform(cfg.dataset.resize, cfg.dataset.resize, False, self.mean, self.std)
+        larger = None if self._uncropped is None else cfg.dataset.resize
+        seen = cfg.dataset.eval_image_size, cfg.dataset.eval_flip
+        self._sizes = Sizes.of(self.image_size, larger, *seen, self.mean, self.std)
 
     @property
     def module(self) -> WSOLModule:
@@ -357,12 +361,10 @@ class Localizer:
             the classes [B, K], given or most probable, their probabilities [B, K], and their raw score maps [B, K, h,
             w].
         """
-        from wsolkit.localization.inputs import network_input, ten_crop_probabilities
+        from wsolkit.localization.inputs import images_to, localize_views, network_views, ten_crop_probabilities
 
         weights = next(self._module.parameters())
-        uncropped = None if batch["uncropped"] is None else batch["uncropped"].to(weights)
-        batch = {**batch, "image": batch["image"].to(weights), "uncropped": uncropped}
-        image, _ = network_input(batch, self.rules.input)
+        batch = images_to(batch, weights)
         with torch.inference_mode(), self._autocast:
             pooled = ten_crop_probabilities(batch, self._module) if self._ten_crop else None
 
@@ -371,7 +373,8 @@ class Localizer:
                     return torch.tensor(labels, device=logits.device)
                 return (logits if pooled is None else pooled).topk(top_k, dim=1).indices
 
-            logits, maps = self._module.localize(image, classes_of)
+            views = network_views(batch, self.rules.input)
+            logits, maps = localize_views(views, self._module.localize, classes_of)
             probabilities = logits.float().softmax(dim=1) if pooled is None else pooled
             classes = classes_of(logits)
             return classes.cpu(), probabilities.gather(1, classes).cpu(), maps
@@ -443,7 +446,7 @@ def samples(localizer: Localizer, records: Records) -> WSOLDataset:
     """Make samples of images, transformed as in the evaluation of a localizer's model."""
     from wsolkit.data.dataset import WSOLDataset
 
-    return WSOLDataset(records, localizer._transform, 0, localizer._uncropped)
+    return WSOLDataset(records, localizer._transform, 0, localizer._uncropped, sizes=localizer._sizes)
 
 
 def predictions(

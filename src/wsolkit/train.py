@@ -48,6 +48,7 @@ class Settings(EvaluationSettings):
     """The settings of conf/train.yaml."""
 
     monitor: str | None
+    patience: int | None
     resume: str | None
     fit_memory: bool
     checkpoints: Checkpoints
@@ -66,6 +67,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from wsolkit.training.failures import FiniteLoss, FitMemory, named_trouble
     from wsolkit.training.report import Report
     from wsolkit.training.resume import Start
+    from wsolkit.training.tokens import cache_tokens
     from wsolkit.training.trainer import running
 
     check_config(cfg, Settings)
@@ -81,7 +83,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     start.check(cfg, module, datamodule)
     monitor = check_monitor(cfg.monitor, evaluator.evaluation, datamodule.dataset("val").records)
 
-    best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", start.path)
+    apart = {prefix: f"val/{metric}" for prefix, metric in module.chosen_apart.items()}
+    best = BestCheckpoint(folder / "checkpoints", f"val/{monitor}", start.path, apart, cfg.patience)
     last = LastCheckpoint(folder / "checkpoints", **cfg.checkpoints)
     callbacks = [FiniteLoss(cfg.trainer.log_every_n_steps), best, last, report, *start.callbacks()]
     advice = lambda: f"{last.left()}. Continue with {command_to_resume(folder)}"  # noqa: E731
@@ -92,6 +95,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         if trainer.is_global_zero:
             save_config(cfg, folder)
             datamodule.save_subset(folder / "train_images.txt")
+        cache_tokens(module, datamodule, trainer, ("train", "val", "test"))
         with named_trouble(cfg.dataset.batch_size):
             trainer.fit(module, datamodule, ckpt_path=start.path, weights_only=True)
         trainer.test(module, datamodule, ckpt_path=best.found(cfg.trainer.max_epochs), weights_only=True, verbose=False)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from typing_extensions import NotRequired
 
 Boxes = npt.NDArray[np.int64]
 """Boxes [n, 4]: x0, y0, x1, y1 in pixels of their image. Both corners lie inside the box."""
@@ -37,10 +38,30 @@ class Localization(NamedTuple):
     maps: Tensor
 
 
-class TrainingBatch(TypedDict):
-    """The input of a loss: image [B, 3, H, W], normalised as the backbone expects it, and label [B] int64."""
+class Tokens(NamedTuple):
+    """What a frozen transformer makes of a batch of images.
 
-    image: Tensor
+    pooled: a feature of each whole image [B, D]; patches: the patch tokens after L chosen blocks [B, L, D, h, w].
+    """
+
+    pooled: Tensor
+    patches: Tensor
+
+
+class View(NamedTuple):
+    """A batch as the network sees it: images [B, 3, S, S] or their tokens, and whether these images are mirrored."""
+
+    image: Any
+    mirrored: bool
+
+
+class TrainingBatch(TypedDict):
+    """The input of a loss: image [B, 3, H, W], normalised as the backbone expects it, and label [B] int64.
+
+    Where tokens are cached, `image` holds the tokens of the images instead.
+    """
+
+    image: Any
     label: Tensor
 
 
@@ -51,7 +72,8 @@ class EvaluationBatch(TrainingBatch):
     image; size [B, 2]: width and height of the original image; mask [B, H, W]: uint8 (0, 1, 255) at the network's input
     size, 255 everywhere for an image without a mask, or None if no image of the batch has one; index [B]: the position
     in the split; uncropped [B, 3, R, R], uncropped_mask [B, R, R]: the image and the mask from which some protocols cut
-    the network's input, or None if no protocol does.
+    the network's input, or None if no protocol does; views: the images at the sizes of the evaluation, absent or [] if
+    it only takes `image`; uncropped_views: the same before protocols cut them.
     """
 
     boxes: list[Boxes]
@@ -61,6 +83,8 @@ class EvaluationBatch(TrainingBatch):
     index: Tensor
     uncropped: Tensor | None
     uncropped_mask: Tensor | None
+    views: NotRequired[list[View]]
+    uncropped_views: NotRequired[list[View]]
 
 
 PlainConfig = dict[str, Any]

@@ -62,7 +62,7 @@ class ImageCache:
         Raises:
             DataError: it is missing or cannot be decoded, or the disk is full.
         """
-        source = _status(self._records.source(index))
+        source = source_status(self._records.source(index))
         slot = self._slots[index]
         width, height = slot["width_height"].tolist()
         if width and slot["source"].tolist() == source:
@@ -101,9 +101,10 @@ class ImageCache:
             file.truncate(length)  # This makes the file longer, without touching what other processes have written.
 
 
-def _status(source: Source | None) -> list[int]:
-    """Return what changes when a file changes: its time in nanoseconds and its length."""
-    assert source is not None
+def source_status(source: Source | None) -> list[int]:
+    """Return what changes when a file changes: its time in nanoseconds and its length. Without a file, nothing does."""
+    if source is None:
+        return [0, 0]
     try:
         status = source.path.stat()
     except OSError:  # Reading the file will say what is wrong.

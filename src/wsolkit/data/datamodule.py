@@ -16,6 +16,7 @@ from wsolkit.data.dataset import (
     GlobalBatches,
     Place,
     Sample,
+    Sizes,
     TrainingLoader,
     WSOLDataset,
     evaluation_batch,
@@ -23,6 +24,7 @@ from wsolkit.data.dataset import (
 )
 from wsolkit.data.records import Records, Split
 from wsolkit.data.subset import Subset, part_of
+from wsolkit.data.tokens import TokenSamples, TokenStore
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
 from wsolkit.system.cores import available_cores
@@ -44,6 +46,8 @@ class WSOLDataModule(LightningDataModule):
     Args:
         records: reads a split.
         image_size: the side of the network's input in pixels.
+        eval_image_size: the sides at which the network sees evaluated images, one or several. None is `image_size`.
+        eval_flip: whether it sees them mirrored, too. Maps and logits of all views are averaged.
         resize: the side to which training images are scaled before they are cropped. Evaluation scales to `image_size`.
         batch_size: the images of one optimizer step, over all devices and accumulated batches.
         eval_batch_size: the images of one evaluation batch on one device.
@@ -63,6 +67,8 @@ class WSOLDataModule(LightningDataModule):
         self,
         records: Callable[[Split], Records],
         image_size: int,
+        eval_image_size: int | Sequence[int] | None,
+        eval_flip: bool,
         resize: int,
         batch_size: int,
         eval_batch_size: int,
@@ -88,6 +94,7 @@ class WSOLDataModule(LightningDataModule):
             if value < 1:
                 raise ConfigError(f"dataset.{name}={value}: expected 1 or more")
         self.image_size = image_size
+        self.eval_image_size, self.eval_flip = eval_image_size, eval_flip
         self.resize = resize
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -103,6 +110,8 @@ class WSOLDataModule(LightningDataModule):
         self._datasets: dict[Split, WSOLDataset] = {}
         self._training: TrainingLoader | None = None
         self._position: Place | None = None
+        self.stores: dict[Split, list[TokenStore]] = {}
+        """The tokens of splits, which the loaders give in place of images."""
 
     @property
     def class_names(self) -> list[str]:
@@ -115,8 +124,7 @@ class WSOLDataModule(LightningDataModule):
         Raises:
             ConfigError, DataError: see the data set's module and `part_of`, or the split is empty.
         """
-        if split == "val" and not self.held_out:
-            return self.dataset("test")
+        split = self.read_as(split)
         if split not in self._datasets:
             train = split == "train"
             transform = Transform(
@@ -132,7 +140,13 @@ class WSOLDataModule(LightningDataModule):
             if len(records.labels) == 0:
                 raise DataError(f"the {split} split is empty")
             cache = ImageCache(Path(self.cache), records, self.resize) if train and self.cache is not None else None
-            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache)
+            larger = None if uncropped is None else self.resize
+            sizes = (
+                Sizes()
+                if train
+                else Sizes.of(self.image_size, larger, self.eval_image_size, self.eval_flip, self.mean, self.std)
+            )
+            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache, sizes)
         return self._datasets[split]
 
     def read(self, *splits: Split) -> None:
@@ -204,10 +218,12 @@ class WSOLDataModule(LightningDataModule):
                 f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
                 f"{world_size} devices × {accumulate} accumulated batches"
             )
-        dataset = self.dataset("train")
+        dataset = self._loaded("train")
         batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
         limit = _limited(None if self.trainer is None else self.trainer.limit_train_batches, len(batches))
-        self._training = TrainingLoader(dataset, batches, limit, accumulate, self._ended, **self._options())
+        self._training = TrainingLoader(
+            dataset, batches, limit, accumulate, self._ended, **self.loader_options(dataset)
+        )
         if self._position is not None:
             self._training.load_state_dict(self._position)
         return self._training
@@ -274,8 +290,17 @@ class WSOLDataModule(LightningDataModule):
         """Load the images of the test."""
         return self._evaluation_loader("test")
 
-    def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
+    def _loaded(self, split: Split) -> WSOLDataset:
+        stores = self.stores.get(self.read_as(split))
         dataset = self.dataset(split)
+        return TokenSamples(dataset, stores, training=split == "train") if stores else dataset
+
+    def read_as(self, split: Split) -> Split:
+        """Return the split whose images stand for a split, which is the test if nothing is held out."""
+        return "test" if split == "val" and not self.held_out else split
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Sample]:
+        dataset = self._loaded(split)
         rank, world_size, _ = self._share_of_process()
         if len(dataset) < world_size:
             raise DataError(
@@ -287,7 +312,7 @@ class WSOLDataModule(LightningDataModule):
             sampler=order,
             batch_size=self.eval_batch_size,
             collate_fn=evaluation_batch,
-            **self._options(),
+            **self.loader_options(dataset),
         )
 
     def _share_of_process(self) -> tuple[int, int, int]:
@@ -295,10 +320,13 @@ class WSOLDataModule(LightningDataModule):
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
-    def _options(self) -> dict[str, Any]:
+    def loader_options(self, dataset: WSOLDataset) -> dict[str, Any]:
+        """Return the options of a loader of these samples, see PyTorch's `DataLoader`."""
         devices = self.trainer.num_devices if self.trainer is not None else 1
         automatic = min(_MAX_AUTO_WORKERS, available_cores() // devices)
         workers = automatic if self.num_workers == "auto" else self.num_workers
+        if isinstance(dataset, TokenSamples):
+            workers = 0  # Tokens are in memory, or mapped into it. Other processes would have to copy them.
         return {
             "num_workers": workers,
             "worker_init_fn": one_thread,

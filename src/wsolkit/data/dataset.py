@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -17,18 +18,19 @@ from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records, uncut_boxes
 from wsolkit.data.seeding import derive_seed
 from wsolkit.data.transforms import Transform
-from wsolkit.errors import DataError
-from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, TrainingBatch
+from wsolkit.errors import ConfigError, DataError
+from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, Tokens, TrainingBatch, View
 
 
 class Sample(TypedDict):
-    """One transformed image with its `boxes` and `mask`, and its original boxes and size (w, h).
+    """One image (`Pixels`, or `Tokens`), its transformed `boxes` and `mask`, and its original boxes and size (w, h).
 
     uncut_boxes: the original boxes before they were clipped at the edges of the image.
     uncropped, uncropped_mask: image and mask after the second transform, if there is one.
+    views, uncropped_views: the image at the sizes of the evaluation, and whether it is mirrored.
     """
 
-    image: Pixels
+    image: Any
     label: int
     index: int
     boxes: Boxes
@@ -38,6 +40,51 @@ class Sample(TypedDict):
     size: tuple[int, int]
     uncropped: Pixels | None
     uncropped_mask: Mask | None
+    views: list[tuple[Pixels | Tokens, bool]]
+    uncropped_views: list[tuple[Pixels | Tokens, bool]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes at which an evaluation shows images to the network, besides the one at which it is trained.
+
+    Args:
+        whole: transforms of the whole image to each size.
+        uncropped: transforms to the sizes from which protocols cut, or () if no protocol does.
+        mirrored: whether the network sees each image mirrored, too.
+    """
+
+    whole: Sequence[Transform] = ()
+    uncropped: Sequence[Transform] = ()
+    mirrored: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        image_size: int,
+        resize: int | None,
+        sizes: int | Sequence[int] | None,
+        mirrored: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Sizes:
+        """Make the transforms.
+
+        Args:
+            image_size: the side at which the network is trained.
+            resize: the side from which protocols cut `image_size`, or None if none does.
+            sizes: the sides of the evaluation. None is `image_size`.
+            mirrored: see the class.
+            mean, std: see `Transform`.
+        """
+        sides = [image_size] if sizes is None else [sizes] if isinstance(sizes, int) else list(sizes)
+        if not sides:
+            raise ConfigError("dataset.eval_image_size=[]: expected one size or more, or null for dataset.image_size")
+        if sides == [image_size] and not mirrored:
+            return cls()
+        whole = [Transform(side, side, False, mean, std) for side in sides]
+        larger = [] if resize is None else [round(side * resize / image_size) for side in sides]
+        return cls(whole, [Transform(side, side, False, mean, std) for side in larger], mirrored)
 
 
 class WSOLDataset(Dataset[Sample]):
@@ -52,6 +99,7 @@ class WSOLDataset(Dataset[Sample]):
         seed: the seed of the augmentations.
         uncropped: a second transform of the same image.
         cache: the images at a size that is large enough for the transforms.
+        sizes: the sizes of an evaluation.
     """
 
     def __init__(
@@ -61,8 +109,10 @@ class WSOLDataset(Dataset[Sample]):
         seed: int,
         uncropped: Transform | None = None,
         cache: ImageCache | None = None,
+        sizes: Sizes = Sizes(),
     ) -> None:
         self.records = records
+        self.sizes = sizes
         self.transform = transform
         self.seed = seed
         self.uncropped = uncropped
@@ -76,7 +126,7 @@ class WSOLDataset(Dataset[Sample]):
         image, (width, height) = self._image(index)
         boxes, mask = self.records.boxes(index), self.records.mask(index)
         if mask is not None:
-            _check_shape(self.records.name(index), mask, width, height)
+            check_shape(self.records.name(index), mask, width, height)
         transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index), (width, height))
         second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0, (width, height))
         return {
@@ -90,7 +140,18 @@ class WSOLDataset(Dataset[Sample]):
             "size": self.records.size(index) or (width, height),
             "uncropped": None if second is None else second.image,
             "uncropped_mask": None if second is None else second.mask,
+            "views": self._views(image, self.sizes.whole),
+            "uncropped_views": self._views(image, self.sizes.uncropped),
         }
+
+    def _views(self, image: Image, transforms: Sequence[Transform]) -> list[tuple[Pixels | Tokens, bool]]:
+        views: list[tuple[Pixels | Tokens, bool]] = []
+        for transform in transforms:
+            seen = transform(image, np.zeros((0, 4), np.int64), None, 0).image
+            views.append((seen, False))
+            if self.sizes.mirrored:
+                views.append((seen._replace(image=np.ascontiguousarray(seen.image[:, ::-1])), True))
+        return views
 
     def _image(self, index: int) -> tuple[Image, tuple[int, int]]:
         """Return an image, which may be resized, and its width and height in the records."""
@@ -100,7 +161,12 @@ class WSOLDataset(Dataset[Sample]):
         return image, (image.shape[1], image.shape[0])
 
 
-def _check_shape(name: str, mask: Mask, width: int, height: int) -> None:
+def check_shape(name: str, mask: Mask, width: int, height: int) -> None:
+    """Check that a mask has the proportions of its image.
+
+    Raises:
+        DataError: it does not.
+    """
     h, w = mask.shape
     # Proportions are equal as far as sides in whole pixels allow.
     if abs(h * width - w * height) > h + w + height + width:
@@ -110,7 +176,7 @@ def _check_shape(name: str, mask: Mask, width: int, height: int) -> None:
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
     """Collate what losses need."""
     return {
-        "image": normalised_batch([sample["image"] for sample in samples]),
+        "image": _input([sample["image"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
 
@@ -127,7 +193,22 @@ def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:
         "index": torch.tensor([sample["index"] for sample in samples]),
         "uncropped": normalised_batch(uncropped) if uncropped else None,
         "uncropped_mask": _stack_masks([sample["uncropped_mask"] for sample in samples]),
+        "views": _views([sample["views"] for sample in samples]),
+        "uncropped_views": _views([sample["uncropped_views"] for sample in samples]),
     }
+
+
+def _views(samples: Sequence[Sequence[tuple[Pixels | Tokens, bool]]]) -> list[View]:
+    """Return a batch in each of several views, given the views of each sample."""
+    return [View(_input([image for image, _ in view]), view[0][1]) for view in zip(*samples, strict=True)]
+
+
+def _input(images: Sequence[Pixels | Tokens]) -> Tensor | Tokens:
+    """Stack images, or tokens in half precision, as the network's input in single precision."""
+    if isinstance(images[0], Pixels):
+        return normalised_batch(cast("Sequence[Pixels]", images))
+    parts = zip(*images, strict=True)
+    return Tokens(*(torch.from_numpy(np.stack(part)).float() for part in parts))
 
 
 def _stack_masks(masks: Sequence[Mask | None]) -> Tensor | None:

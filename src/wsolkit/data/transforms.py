@@ -73,11 +73,23 @@ class Transform:
             self._compose.set_random_seed(seed)
         given: dict[str, Any] = {"image": resize(image, self._resize, self._resize)}
         if mask is not None:
-            given["mask"] = cv2.resize(mask, (self._resize, self._resize), interpolation=cv2.INTER_NEAREST)
+            given["mask"] = self._resized(mask)
         out = self._compose(**given)
         moved = self._move(boxes, size or (image.shape[1], image.shape[0]), out["applied_transforms"])
         pixels = Pixels(out["image"], self._levels)
         return Transformed(pixels, moved, None if mask is None else np.ascontiguousarray(out["mask"]))
+
+    def whole(self, boxes: Boxes, mask: Mask | None, size: tuple[int, int]) -> tuple[Boxes, Mask | None]:
+        """Transform boxes and mask alone, without a crop or a mirror image.
+
+        Args:
+            boxes, mask: see `__call__`.
+            size: the width and height of the image that they refer to.
+        """
+        return self._move(boxes, size, ()), None if mask is None else self._resized(mask)
+
+    def _resized(self, mask: Mask) -> Mask:
+        return np.asarray(cv2.resize(mask, (self._resize, self._resize), interpolation=cv2.INTER_NEAREST))
 
     def _move(self, boxes: Boxes, size: tuple[int, int], steps: Sequence[tuple[str, dict[str, Any]]]) -> Boxes:
         """Move boxes of an image of this size through the resizing and the steps that albumentations reports."""

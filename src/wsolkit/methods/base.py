@@ -46,6 +46,9 @@ class WSOLModule(LightningModule, ABC):
         callbacks: the callbacks that Lightning runs with the module, for example the evaluation.
     """
 
+    chosen_apart: ClassVar[Mapping[str, str]] = {}
+    """The metrics that choose the best weights of parts, by the prefix of their names. The rest follows the monitor."""
+
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
         self.network: Network = network

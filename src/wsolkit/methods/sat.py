@@ -31,6 +31,7 @@ from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.maps import choose_classes, semantic_head
+from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 # The published ablations with fewer than three spatial blocks put them where three would start (Table 9).
@@ -118,6 +119,8 @@ class SATNetwork(Network):
         head_init: see `semantic_head`.
     """
 
+    passes = ("with_tokens",)
+
     def __init__(
         self,
         backbone: ViT,
@@ -143,6 +146,10 @@ class SATNetwork(Network):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B, C] and the localization map [B, h, w] in [0, 1], float32, from an image [B, 3, H, W]."""
+        return self.with_tokens(image)[:2]
+
+    def with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what `forward` does, and the patch tokens [B, D, h, w] before the final LayerNorm."""
         tokens = self.backbone.embed(image)
         spatial = (self.spatial_token + self.spatial_embed).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([tokens, spatial.to(tokens.dtype)], dim=1)  # [B, 1 + N, D] → [B, 1 + N + 1, D]
@@ -155,7 +162,8 @@ class SATNetwork(Network):
                 tokens = block(tokens)
         semantic = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
         logits = semantic.float().mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
-        return logits, self.backbone.grid(torch.stack(masks).mean(dim=0), image)
+        maps = self.backbone.grid(torch.stack(masks).mean(dim=0), image)
+        return logits, maps, self.backbone.patches(tokens, image)
 
     def _gate(self, scores: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = mask_probabilities(scores)[:, None, :, None].to(value.dtype)  # [B, N + 2] → [B, 1, N + 2, 1]
@@ -177,6 +185,7 @@ class SAT(WSOLModule):
         area_level: whether the area loss takes the "batch" (the method) or each "image" (Table 13).
         area_weight, norm_weight: the factors of the two spatial losses. 0 leaves a term out (Table 2).
         filter, filter_sigma: see `smoothing_kernel`.
+        postprocess: refines the maps, or None.
     """
 
     network: SATNetwork
@@ -196,6 +205,7 @@ class SAT(WSOLModule):
         norm_weight: float,
         filter: Literal["released", "gaussian", "none"],
         filter_sigma: float,
+        postprocess: SimilarityWalk | None,
         no_weight_decay: Sequence[str],
     ) -> None:
         if not 0 < area_prior < 1:
@@ -207,6 +217,7 @@ class SAT(WSOLModule):
         self.area_level = area_level
         self.area_weight = area_weight
         self.norm_weight = norm_weight
+        self.postprocess = postprocess
         self.register_buffer("kernel", smoothing_kernel(filter, filter_sigma), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -235,7 +246,9 @@ class SAT(WSOLModule):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """Localize as `WSOLModule.localize` says. Every class has the same map."""
-        logits, maps = self.network(image)
+        logits, mask, tokens = self.network.with_tokens(image)
+        maps = mask[:, None]
+        if self.postprocess is not None:
+            maps = self.postprocess(maps, tokens)
         chosen = choose_classes(classes, logits)
-        count = 1 if chosen is None else chosen.shape[1]
-        return Localization(logits, maps[:, None].expand(-1, count, -1, -1))
+        return Localization(logits, maps.expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1))

@@ -46,6 +46,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.maps import choose_classes, select_maps
+from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.methods.ts_cam import TSCAMNetwork, couple
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -460,6 +461,7 @@ class SCM(WSOLModule):
         num_blocks: the number L of ADBs. 0 trains the network without calibration.
         iterations: p, for all blocks or for each.
         alpha, semantic_weight, threshold, solver, detach_initial: see `ActivationDiffusionBlock`.
+        postprocess: refines the maps, or None.
         semantic_level, attention_level: i and j, from 0 to L, of the evaluated map S^i · F^j (supplement, Fig. 2). 0
             and 0 need no ADB.
     """
@@ -481,6 +483,7 @@ class SCM(WSOLModule):
         attention_level: int,
         head_init: Literal["default", "he"],
         keep_head_bias: bool,
+        postprocess: SimilarityWalk | None,
         no_weight_decay: Sequence[str],
     ) -> None:
         iterations = [iterations] * num_blocks if isinstance(iterations, int) else list(iterations)
@@ -493,6 +496,7 @@ class SCM(WSOLModule):
                 for each in iterations
             ]
         )
+        self.postprocess = postprocess
         self.semantic_level = semantic_level
         self.attention_level = attention_level
 
@@ -514,14 +518,15 @@ class SCM(WSOLModule):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """Localize as `WSOLModule.localize` says, with one map per class."""
-        semantic, attention = self.network.with_attention(image)
+        semantic, attention, tokens = self.network.with_tokens(image)
         attention = min_max(attention)
         logits = semantic.mean(dim=(2, 3))
         if self.semantic_level or self.attention_level:
             states = list(self.calibration.states(semantic, attention))
             semantic = semantic * states[self.semantic_level][0][:, None]
             attention = states[self.attention_level][1]
-        return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))
+        maps = couple(select_maps(semantic, choose_classes(classes, logits)), attention)
+        return Localization(logits, maps if self.postprocess is None else self.postprocess(maps, tokens))
 
     @torch.no_grad()
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:

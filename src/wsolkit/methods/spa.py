@@ -23,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from wsolkit.backbones.cnn import CNN
@@ -154,6 +154,9 @@ class SelfCorrelationGenerator:
     Raises:
         ConfigError: there is no stage, an order is below 1, or no order is left.
     """
+
+    networks: ClassVar[str] = "convolutional networks"
+    backbones: ClassVar[tuple[type[nn.Module], ...]] = (CNN,)
 
     stages: Sequence[str]
     order: int

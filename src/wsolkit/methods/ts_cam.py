@@ -22,6 +22,7 @@ from wsolkit.backbones.vit import ViT, block_with_scores
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.maps import choose_classes, select_maps, semantic_head
+from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 
@@ -41,7 +42,7 @@ class TSCAMNetwork(Network):
             the released code does for ImageNet.
     """
 
-    passes = ("forward", "with_attention")
+    passes = ("forward", "with_tokens")
 
     def __init__(
         self, backbone: ViT, num_classes: int, head_init: Literal["default", "he"], keep_head_bias: bool
@@ -65,12 +66,17 @@ class TSCAMNetwork(Network):
 
     def with_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute semantic maps [B, C, h, w] and the attention map [B, h, w] from an image [B, 3, H, W]."""
+        return self.with_tokens(image)[:2]
+
+    def with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what `with_attention` does, and the patch tokens [B, D, h, w] before the final LayerNorm."""
         tokens = self.backbone.embed(image)
         attention = torch.zeros(tokens.shape[:2], device=tokens.device)
         for block in self.backbone.blocks:
             tokens, scores = block_with_scores(block, tokens, token=0)
             attention = attention + scores.softmax(dim=-1).mean(dim=1)  # [B, h, 1 + N] → [B, 1 + N]
-        return self._semantic(tokens, image), self.backbone.grid(attention, image)
+        attention = self.backbone.grid(attention, image)
+        return self._semantic(tokens, image), attention, self.backbone.patches(tokens, image)
 
     def _semantic(self, tokens: Tensor, image: Tensor) -> Tensor:
         semantic: Tensor = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
@@ -78,7 +84,7 @@ class TSCAMNetwork(Network):
 
 
 class TSCAM(WSOLModule):
-    """TS-CAM in training and evaluation. `TSCAMNetwork` explains the arguments."""
+    """TS-CAM in training and evaluation. `TSCAMNetwork` explains the arguments, and `postprocess` refines the maps."""
 
     network: TSCAMNetwork
 
@@ -88,10 +94,12 @@ class TSCAM(WSOLModule):
         num_classes: int,
         head_init: Literal["default", "he"],
         keep_head_bias: bool,
+        postprocess: SimilarityWalk | None,
         no_weight_decay: Sequence[str],
     ) -> None:
         network = TSCAMNetwork(backbone, num_classes, head_init, keep_head_bias)
         super().__init__(network, no_weight_decay)
+        self.postprocess = postprocess
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
@@ -105,6 +113,7 @@ class TSCAM(WSOLModule):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """Localize as `WSOLModule.localize` says, with one map per class."""
-        semantic, attention = self.network.with_attention(image)
+        semantic, attention, tokens = self.network.with_tokens(image)
         logits = semantic.mean(dim=(2, 3))
-        return Localization(logits, couple(select_maps(semantic, choose_classes(classes, logits)), attention))
+        maps = couple(select_maps(semantic, choose_classes(classes, logits)), attention)
+        return Localization(logits, maps if self.postprocess is None else self.postprocess(maps, tokens))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsolkit.localization.boxes import Levels
-from wsolkit.localization.inputs import network_input, ten_crop_probabilities
+from wsolkit.localization.inputs import localize_views, network_mask, network_views, ten_crop_probabilities
 from wsolkit.localization.protocol import Input, Protocol
 from wsolkit.metrics.boxes import CONDITIONS
 from wsolkit.metrics.errors import ERRORS
@@ -91,7 +91,7 @@ class Evaluation(nn.Module):
 
         Args:
             batch: the images and their ground truth.
-            localize: see `WSOLModule.localize`. It is called once for each way in which protocols feed the network.
+            localize: see `WSOLModule.localize`. It is called for each view that the protocols show to the network.
             classify: maps images [B, 3, H, W] to logits [B, C], for protocols that classify ten crops.
         """
         label = batch["label"]
@@ -104,8 +104,8 @@ class Evaluation(nn.Module):
         submitted = []
         all_finite = torch.ones_like(label, dtype=torch.bool)
         for way in self._inputs:
-            image, mask = network_input(batch, way)
-            localization = localize(image, classes)
+            localization = localize_views(network_views(batch, way), localize, classes)
+            mask = network_mask(batch, way)
             finite = localization.maps.isfinite().flatten(1).all(dim=1)
             all_finite &= finite & localization.logits.isfinite().all(dim=1)
             score_maps = localization.maps.where(finite[:, None, None, None], 0)
@@ -181,7 +181,7 @@ class Evaluation(nn.Module):
             rules = metric.protocol
             square = (rules.resolution, rules.resolution)
             if batch["mask"] is not None:
-                mask = network_input(batch, rules.input)[1]
+                mask = network_mask(batch, rules.input)
                 assert mask is not None
                 resized = torch.cat([at_size(score, square) for score in maps])
                 metric.masks.update(metric.histograms(resized, mask))

@@ -11,7 +11,7 @@ from torch import Tensor
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.transforms import denormalise
 from wsolkit.localization.boxes import matched_boxes
-from wsolkit.localization.inputs import network_input
+from wsolkit.localization.inputs import images_to, localize_views, network_input, network_views
 from wsolkit.localization.protocol import UNKNOWN_THRESHOLD
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
@@ -28,14 +28,13 @@ def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
     metric = next(iter(evaluation.protocols.values()))
 
     def localize(batch: EvaluationBatch) -> tuple[list[Tensor], list[int | None]]:
-        image = network_input(batch, metric.protocol.input)[0]
         # With trainer.precision=bf16-true, the weights have half precision, and the images need it, too.
-        image = image.to(next(module.parameters()))
+        views = network_views(images_to(batch, next(module.parameters())), metric.protocol.input)
         training = module.training
         module.eval()
         try:
             with torch.inference_mode():
-                localization = module.localize(image, batch["label"].to(module.device)[:, None])
+                localization = localize_views(views, module.localize, batch["label"].to(module.device)[:, None])
         finally:  # Showing an image must not change the training.
             module.train(training)
         maps = metric.localization_maps(localization.maps[:, 0], batch)
@@ -76,7 +75,7 @@ def show(
     step = int(np.abs(rules.thresholds - shown_threshold(results, name)).argmin())
     batch = evaluation_batch([dataset[0, index] for index in indices])
     maps, predictions = localize(batch)
-    inputs = network_input(batch, rules.input)[0]
+    inputs = network_input(batch, rules.input)
     truths = metric.truths(batch, range(len(indices)))
     shown = []
     for row, index in enumerate(indices):

@@ -18,6 +18,7 @@ from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.dataset import WSOLDataset, evaluation_batch
 from wsolkit.data.transforms import denormalise
 from wsolkit.errors import ConfigError
+from wsolkit.localization.inputs import images_to
 from wsolkit.methods.base import WSOLModule
 from wsolkit.metrics.evaluation import Evaluation, Outcome
 from wsolkit.reporting.charts import (
@@ -164,7 +165,7 @@ def write_inside(
         return None
     dataset = datamodule.dataset("test")
     batch = evaluation_batch([dataset[0, index] for index in examples])
-    image = batch["image"].to(next(module.parameters()))
+    image = images_to(batch, next(module.parameters()))["image"]
     training = module.training
     series = module.eval().inside(image, batch["label"].to(module.device))
     module.train(training)

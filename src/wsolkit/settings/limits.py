@@ -34,6 +34,7 @@ _SHARE = Limits("a number from 0 to less than 1", 0, 1, open_high=True)
 
 # The keys are dotted names of settings, or of lists of numbers. Other values, such as null and auto, pass.
 LIMITS: Mapping[str, Limits] = {
+    "patience": _COUNT,
     "seed": Limits("a whole number from 0 to 4294967295", 0, 2**32 - 1),  # NumPy accepts these seeds.
     "num_examples": _NOT_NEGATIVE,
     "num_table_images": _NOT_NEGATIVE,
@@ -52,6 +53,7 @@ LIMITS: Mapping[str, Limits] = {
     "dataset.batch_size": _COUNT,
     "dataset.eval_batch_size": _COUNT,
     "dataset.image_size": _COUNT,
+    "dataset.eval_image_size": _COUNT,
     "dataset.resize": _COUNT,
     "dataset.num_classes": _COUNT,
     "dataset.subset_seed": _NOT_NEGATIVE,

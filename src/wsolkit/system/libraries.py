@@ -16,6 +16,7 @@ def quieten_libraries() -> None:
         ".*does not have many workers",  # The built-in data set needs no workers.
         ".*treespec, LeafSpec.*",
         "The number of training batches",
+        "Found .* module.s. in eval mode",  # A frozen backbone stays in it.
         ".*sync_dist=True",  # The logged values are over all processes already.
         "`broadcast_buffers` is deprecated",
         ".*compute.*method of metric .* was called before",  # A process may get no image of a small split.

@@ -6,11 +6,13 @@ case the disk damages the last one.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from wsolkit.checkpoint import is_whole
 from wsolkit.errors import CheckpointError, ConfigError
@@ -37,16 +39,66 @@ class BestCheckpoint(ModelCheckpoint):
     A checkpoint says which file was the best. The run does not read, copy or delete the file of that name, because a
     checkpoint may come from anywhere.
 
+    A method may choose some of its weights by another metric, for example its classifier by the accuracy. The best
+    checkpoint then has these weights from the epoch that was best in that metric.
+
     Args:
         folder: the folder of the checkpoints.
         monitor: the metric that the best checkpoint maximises.
         resume: the checkpoint that the run continues, or None for a new run.
+        apart: the metric that chooses the weights whose names begin with a prefix, by prefix.
+        patience: the validations without a better value of any of these metrics after which training ends. None trains
+            to the end.
     """
 
-    def __init__(self, folder: Path, monitor: str, resume: str | Path | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        resume: str | Path | None,
+        apart: Mapping[str, str] | None = None,
+        patience: int | None = None,
+    ) -> None:
         super().__init__(folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
         self._here = folder / "best.ckpt"
         self._earlier = None if resume is None else Path(resume).parent / "best.ckpt"
+        self._apart, self._patience = apart or {}, patience
+        self._parts: dict[str, dict[str, torch.Tensor]] = {}
+        self._scores: dict[str, float] = {}
+        self._waited = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best checkpoint, with the parts that are chosen apart, and end training that no longer improves."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        assert self.monitor is not None
+        saved = self._improved(trainer, self.monitor)
+        better = [prefix for prefix, metric in self._apart.items() if self._improved(trainer, metric)]
+        for prefix in better:
+            weights = pl_module.state_dict()
+            self._parts[prefix] = {n: w.detach().cpu().clone() for n, w in weights.items() if n.startswith(prefix)}
+        if self._parts and (saved or better) and trainer.is_global_zero and self._here.is_file():
+            checkpoint = torch.load(self._here, map_location="cpu", weights_only=True)
+            for part in self._parts.values():
+                checkpoint["state_dict"] |= part
+            AtomicCheckpointIO().save_checkpoint(checkpoint, self._here)
+        self._waited = 0 if saved or better else self._waited + 1
+        if self._patience is not None and self._waited >= self._patience:
+            rank_zero_info(f"Training ends: {self._waited} validations brought no better {self.monitor}")
+            trainer.should_stop = True
+
+    def _improved(self, trainer: Trainer, metric: str) -> bool:
+        """Note a metric's value, and say whether it is the best so far."""
+        value = float(trainer.callback_metrics.get(metric, math.nan))
+        better = value > self._scores.get(metric, -math.inf)
+        if better:
+            self._scores[metric] = value
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score, and the parts that are chosen apart."""
+        return {**super().state_dict(), "parts": self._parts, "scores": self._scores, "waited": self._waited}
 
     def found(self, max_epochs: int) -> str:
         """Return the file of the best checkpoint.
@@ -63,6 +115,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score of the earlier run, with the file of this run."""
+        self._parts, self._scores = state_dict.get("parts", {}), state_dict.get("scores", {})
+        self._waited = state_dict.get("waited", 0)
         score = state_dict.get("best_model_score")
         if self._earlier is None or not isinstance(score, torch.Tensor) or not self._earlier.is_file():
             return
