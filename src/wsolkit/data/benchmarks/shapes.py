@@ -12,7 +12,7 @@ The seed, the split and the index determine an image, and nothing is on disk. Bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -38,6 +38,8 @@ _FLANK_SPOTS = 3
 CLASSES = tuple(f"{colour} spots" for colour in _COLOURS)
 
 _SPLIT_NUMBER: Mapping[Split, int] = {"train": 0, "val": 1, "test": 2}
+Bars = Literal["dull", "vivid"]
+
 _SHIFT = 4  # OpenCV's drawing coordinates have this many fractional bits.
 
 
@@ -49,14 +51,17 @@ class ShapesRecords:
         sizes: the number of images of each split.
         image_size: the side in pixels.
         seed: the seed of the whole data set.
+        bars: whether the bars that hide parts of an image have "dull" colours like the background, or "vivid" ones.
     """
 
-    def __init__(self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int) -> None:
+    def __init__(
+        self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int, bars: Bars = "dull"
+    ) -> None:
         if sizes[split] < 1:
             raise ConfigError(f"dataset.sizes.{split}={sizes[split]}: expected 1 or more images")
         self.classes: Sequence[str] = CLASSES
         self.labels: npt.NDArray[np.int64] = np.arange(sizes[split], dtype=np.int64) % len(CLASSES)
-        self._split, self._image_size, self._seed = split, image_size, seed
+        self._split, self._image_size, self._seed, self._bars = split, image_size, seed, bars
         self._drawn: dict[int, tuple[Image, Mask]] = {}
 
     def name(self, index: int) -> str:
@@ -86,17 +91,17 @@ class ShapesRecords:
     def _draw(self, index: int) -> tuple[Image, Mask]:
         if index not in self._drawn:
             rng = np.random.default_rng([self._seed, _SPLIT_NUMBER[self._split], index])
-            self._drawn[index] = draw(rng, int(self.labels[index]), self._image_size)
+            self._drawn[index] = draw(rng, int(self.labels[index]), self._image_size, self._bars)
         return self._drawn[index]
 
 
-def draw(rng: np.random.Generator, label: int, size: int) -> tuple[Image, Mask]:
+def draw(rng: np.random.Generator, label: int, size: int, bars: Bars = "dull") -> tuple[Image, Mask]:
     """Draw one image [size, size, 3] of a class and the mask of the creature's visible part (0, 1)."""
     image = _background(rng, size)
     mask = np.zeros((size, size), np.uint8)
     _creature(rng, image, mask, label)
     for _ in range(rng.integers(0, 3)):
-        _bar(rng, image, mask)
+        _bar(rng, image, mask, bars)
     noise = rng.normal(0, 6, image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8), mask
 
@@ -159,7 +164,7 @@ def _paint_fur(rng: np.random.Generator, image: Image, region: Mask) -> None:
     image[region > 0] = np.clip(colour * shade[..., None], 0, 255)[region > 0]
 
 
-def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
+def _bar(rng: np.random.Generator, image: Image, mask: Mask, bars: Bars) -> None:
     """Hide a strip of the image."""
     size = len(image)
     angle = rng.uniform(0, np.pi)
@@ -175,7 +180,11 @@ def _bar(rng: np.random.Generator, image: Image, mask: Mask) -> None:
         cv2.LINE_8,
         _SHIFT,
     )
-    image[strip > 0] = rng.uniform(30, 220, 3)
+    if bars == "vivid":
+        image[strip > 0] = rng.uniform(30, 220, 3)
+    else:
+        colour = rng.uniform(80, 180, 3)
+        image[strip > 0] = 0.2 * colour + 0.8 * colour.mean()
     # It never hides the whole creature, because a box needs something to surround.
     if (mask & (1 - strip)).any():
         mask[strip > 0] = 0
