@@ -76,8 +76,9 @@ class ViT(nn.Module):
 
     Args:
         model: timm's name, for example "deit_small_patch16_224.fb_in1k".
-        image_size: the side of the input in pixels, a multiple of the patch size. Position embeddings of pretrained
-            weights are interpolated to it, and again if a batch has another size.
+        image_size: the side of the input in training in pixels, a multiple of the patch size. The position embeddings
+            keep the grid of timm's weights, and are interpolated once, to the grid of each batch. A model whose patch
+            size `options` changes has the grid of `image_size`.
         drop_path_rate: stochastic depth at the last block. It grows linearly from 0 at the first block.
         pretrained: whether to take ImageNet weights from timm's hub, unless `weights` is given.
         weights: a file of weights (safetensors or a state dict, in timm's names).
@@ -179,7 +180,9 @@ def _create(
     plain = f"'{model}' is not a plain vision transformer with a class token, which this method needs"
     if timm.is_model(model) and not timm.models.is_model_in_modules(model, ("vision_transformer", "deit")):
         raise ConfigError(plain)
-    settings = {"img_size": image_size, "drop_path_rate": drop_path_rate, "dynamic_img_size": True, **options}
+    pretrained_cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    native = image_size if pretrained_cfg is None or "patch_size" in options else pretrained_cfg.input_size[-1]
+    settings = {"img_size": native, "drop_path_rate": drop_path_rate, "dynamic_img_size": True, **options}
     network = create(model, pretrained, settings)
     if not isinstance(network, VisionTransformer) or network.cls_token is None or type(network.blocks[0]) is not Block:
         raise ConfigError(plain)

@@ -66,27 +66,41 @@ class BestCheckpoint(ModelCheckpoint):
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
         self._scores: dict[str, float] = {}
         self._waited = 0
+        self._joined: int | None = None  # The number of the file into which the parts were put.
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best checkpoint, with the parts that are chosen apart, and end training that no longer improves."""
+        """Note the best parts, and end training that no longer improves."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         assert self.monitor is not None
-        saved = self._improved(trainer, self.monitor)
+        improved = self._improved(trainer, self.monitor)
         better = [prefix for prefix, metric in self._apart.items() if self._improved(trainer, metric)]
         for prefix in better:
             weights = pl_module.state_dict()
             self._parts[prefix] = {n: w.detach().cpu().clone() for n, w in weights.items() if n.startswith(prefix)}
-        if self._parts and (saved or better) and trainer.is_global_zero and self._here.is_file():
+        self._joined = None if better else self._joined
+        self._join(trainer)
+        self._waited = 0 if improved or better else self._waited + 1
+        if self._patience is not None and self._waited >= self._patience:
+            rank_zero_info(f"Training ends: {self._waited} validations brought no better {self.monitor}")
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best checkpoint, if Lightning has not saved it after the validation, with the best parts."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        """Put the best parts into the best checkpoint, unless they are in it."""
+        if not self._parts or not trainer.is_global_zero or not self._here.is_file():
+            return
+        if self._here.stat().st_ino != self._joined:
             checkpoint = torch.load(self._here, map_location="cpu", weights_only=True)
             for part in self._parts.values():
                 checkpoint["state_dict"] |= part
             AtomicCheckpointIO().save_checkpoint(checkpoint, self._here)
-        self._waited = 0 if saved or better else self._waited + 1
-        if self._patience is not None and self._waited >= self._patience:
-            rank_zero_info(f"Training ends: {self._waited} validations brought no better {self.monitor}")
-            trainer.should_stop = True
+            self._joined = self._here.stat().st_ino
 
     def _improved(self, trainer: Trainer, metric: str) -> bool:
         """Note a metric's value, and say whether it is the best so far."""

@@ -54,9 +54,7 @@ class ShapesRecords:
         bars: whether the bars that hide parts of an image have "dull" colours like the background, or "vivid" ones.
     """
 
-    def __init__(
-        self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int, bars: Bars = "dull"
-    ) -> None:
+    def __init__(self, split: Split, sizes: Mapping[str, int], image_size: int, seed: int, bars: Bars = "dull") -> None:
         if sizes[split] < 1:
             raise ConfigError(f"dataset.sizes.{split}={sizes[split]}: expected 1 or more images")
         self.classes: Sequence[str] = CLASSES
