@@ -4,9 +4,9 @@
     python benchmarks/attention.py layer                                             # fused and plain attention alone
     python benchmarks/attention.py steps method=sat dataset.batch_size=32            # the methods
 
-Rivals are timed in turns, and figures are medians. The released code of TS-CAM, SCM and SAT stores the whole attention
-matrix of each block. It is written out below, works on the same weights, and must give the same results, or the script
-fails.
+Rivals are timed in turns, and figures are medians. OMP_NUM_THREADS=1 measures time of the processor, which is steady on
+a machine that has other work. The released code of TS-CAM, SCM and SAT stores the attention matrix of each block. It is
+written out below, works on the same weights, and must give the same results, or the script fails.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def layer() -> None:
             "plain" if prefers_plain(DEVICE.type, dtype, tokens, training) else "fused" for training in (False, True)
         ]
         cells = [f"{fused:.2f} | {plain:.2f} | {fused / plain:.2f}" for fused, plain in (inference, training)]
-        print(f"| {batch}, {heads}, {tokens} | {dtype} | {' | '.join(cells)} | {', '.join(chosen)} |", flush=True)
+        print(
+            f"| {batch}, {heads}, {tokens} | {str(dtype)[6:]} | {' | '.join(cells)} | {', '.join(chosen)} |", flush=True
+        )
 
 
 def released_block(block: Any, x: Tensor, spatial: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +158,7 @@ def as_released(module: Any) -> WSOLModule:
 
 def check(own: WSOLModule, released: WSOLModule, size: int) -> None:
     """Compare loss and maps of both on one batch, without what is drawn at random."""
-    image, label = torch.randn(2, 3, size, size, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    image, label = torch.randn(2, 3, size, size, device=own.device), torch.tensor([0, 1], device=own.device)
     with torch.no_grad():
         for ours, theirs in (
             (own.eval().localize(image).maps, released.eval().localize(image).maps),

@@ -95,6 +95,16 @@ def test_block_is_that_of_timm(dtype: torch.dtype | None) -> None:
         assert torch.allclose(run_block(block, x), block(x), atol=1e-5 if dtype is None else 2e-2)
 
 
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_both_forms_compile_as_one_graph(form: str) -> None:
+    """Without a gradient, the same block takes the fused kernel."""
+    torch._dynamo.reset()
+    block, x = vit(depth=1).blocks[0], torch.randn(2, 17, 24)
+    compiled = torch.compile(run_block, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(form == "plain"):
+        assert torch.allclose(compiled(block, x), run_block(block, x), atol=2e-2)
+
+
 def test_tokens_are_those_of_timm() -> None:
     backbone, image = vit(), torch.randn(2, 3, 32, 32)
     tokens = backbone.norm(backbone.blocks(backbone.embed(image)))

@@ -48,10 +48,11 @@ def prefers_plain(device_type: str, dtype: torch.dtype, tokens: int, needs_gradi
         tokens: N.
         needs_gradient: whether a backward pass follows.
     """
-    # On CPUs, the backward pass of the fused kernel is slow in half precision. As benchmarks/attention.py measured,
-    # plain attention in bfloat16, forward and backward, is 3.3 times as fast at N = 65, 1.6 times at 198, 1.4 times at
-    # 577, 1.1 times at 785 and 0.95 times at 1,025. The limit lies where the gain no longer pays for the memory. Plain
-    # attention gains nothing in float32, nor without a backward pass.
+    # On CPUs, the backward pass of the fused kernel is slow in half precision. As benchmarks/attention.py measured on a
+    # CPU without AMX, plain attention in bfloat16, forward and backward, is 3.3 times as fast at N = 65, 1.7 times at
+    # 198, 1.4 times at 577, 1.2 times at 785 and 0.9 times at 1,025. It is 2.3 times as fast at 198 on a CPU with AMX.
+    # The limit lies where the gain no longer pays for the memory. In float32 plain attention gains next to nothing, and
+    # without a backward pass it is slower.
     return device_type == "cpu" and dtype in (torch.bfloat16, torch.float16) and needs_gradient and tokens <= 640
 
 
