@@ -87,7 +87,7 @@ def write(pictures: Iterable[PIL.Image.Image], folder: Path) -> list[Path]:
     return paths
 
 
-def own(paths: list[Path], cache: str | None) -> WSOLDataModule:
+def own(paths: list[Path], cache: str | None, workers: int = 1) -> WSOLDataModule:
     """This project's loaders of the same files."""
 
     def records(split: str) -> FileRecords:
@@ -103,7 +103,7 @@ def own(paths: list[Path], cache: str | None) -> WSOLDataModule:
         resize=256,
         batch_size=BATCH,
         eval_batch_size=BATCH,
-        num_workers=1,
+        num_workers=workers,
         held_out=False,
         classes=None,
         fraction=None,

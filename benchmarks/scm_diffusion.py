@@ -10,37 +10,18 @@ Times are medians of forward and backward, the two compared in turns; memory is 
 from __future__ import annotations
 
 import itertools
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
-from omegaconf import DictConfig
+from timing import milliseconds, name, steps
 from torch import Tensor
 
-from wsolkit import build_module, load_config
-from wsolkit.build import build_optimization
+from wsolkit import load_config
 from wsolkit.methods.scm import ActivationDiffusionBlock, Solver, choose_solver
 
 CLASSES = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def milliseconds(*functions: Callable[[], object], seconds: float = 2.0, rounds: int = 2) -> list[float]:
-    """Median times of functions that are run in turns, for `seconds` and at least `rounds` rounds."""
-    times: list[list[float]] = [[] for _ in functions]
-    begin = time.perf_counter()
-    while len(times[0]) <= rounds or time.perf_counter() - begin < seconds:
-        for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            own.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own[1:]) for own in times]  # the first round warms up
 
 
 def kept_for_backward(function: Callable[[], object]) -> int:
@@ -56,11 +37,13 @@ def kept_for_backward(function: Callable[[], object]) -> int:
     return sum(stored.values())
 
 
-def block_forward(batch: int, side: int, iterations: int, solver: Solver) -> Callable[[], Tensor]:
+def block_forward(
+    batch: int, side: int, iterations: int, solver: Solver, device: torch.device = DEVICE
+) -> Callable[[], Tensor]:
     """Forward pass of one ADB on a random batch."""
-    semantic = torch.randn(batch, CLASSES, side, side, device=DEVICE, requires_grad=True)
-    attention = torch.rand(batch, side, side, device=DEVICE, requires_grad=True)
-    block = ActivationDiffusionBlock(iterations, solver=solver).to(DEVICE)
+    semantic = torch.randn(batch, CLASSES, side, side, device=device, requires_grad=True)
+    attention = torch.rand(batch, side, side, device=device, requires_grad=True)
+    block = ActivationDiffusionBlock(iterations, solver=solver).to(device)
 
     def forward() -> Tensor:
         semantic_after, attention_after = block(semantic, attention)
@@ -75,7 +58,9 @@ def solvers(batch: int, sides: Sequence[int], iterations: Sequence[int]) -> None
     for side, p in itertools.product(sides, iterations):
         forwards = [block_forward(batch, side, p, solver) for solver in ("stencil", "dense")]
         memory = [kept_for_backward(forward) / 2**20 for forward in forwards]
-        stencil, dense = milliseconds(*[lambda forward=forward: forward().backward() for forward in forwards])
+        stencil, dense = milliseconds(
+            *[lambda forward=forward: forward().backward() for forward in forwards], device=DEVICE
+        )
         auto = choose_solver(DEVICE.type, batch, side**2, p)
         print(
             f"| {side}×{side} | {batch} | {p} | {stencil:.1f} | {dense:.1f} | {dense / stencil:.1f} "
@@ -84,53 +69,30 @@ def solvers(batch: int, sides: Sequence[int], iterations: Sequence[int]) -> None
         )
 
 
-def training_step(cfg: DictConfig) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """Forward pass, and the whole step: forward, backward, optimizer."""
-    torch.manual_seed(0)
-    module = build_module(cfg).to(DEVICE)
-    optimizer = build_optimization(cfg).optimizer(module)
-    size, count = cfg.dataset.image_size, cfg.dataset.batch_size
-    image = torch.randn(count, 3, size, size, device=DEVICE)
-    label = torch.randint(cfg.dataset.num_classes, (count,), device=DEVICE)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(cfg.trainer.precision))
-
-    def forward() -> Tensor:
-        with torch.autocast(DEVICE.type, half) if half is not None else nullcontext():
-            return module.losses({"image": image, "label": label})["loss"]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward().backward()
-        optimizer.step()
-
-    return forward, step
-
-
-def steps(overrides: Sequence[str]) -> None:
+def training_steps(overrides: Sequence[str]) -> None:
     """Print a table of training steps' cost."""
     common = ["dataset=listed", "dataset.root=none", "dataset.num_classes=1000", "backbone.pretrained=false"]
     configs = {
         "TS-CAM": load_config("method=ts_cam", *common, "dataset.batch_size=64", *overrides),
         "SCM, 4 ADBs, p = 4": load_config("method=scm", *common, "dataset.batch_size=64", *overrides),
     }
-    forwards, runs = zip(*map(training_step, configs.values()), strict=True)
-    memory = [kept_for_backward(forward) / 2**20 for forward in forwards]
-    times = milliseconds(*runs, seconds=10, rounds=10)
+    made = [steps(cfg, DEVICE) for cfg in configs.values()]
+    memory = [kept_for_backward(each.forward) / 2**20 for each in made]
+    times = milliseconds(*[each.train for each in made], device=DEVICE, seconds=10, rounds=10)
     cfg = configs["TS-CAM"]
     print(
         f"| {cfg.backbone.name}, batch {cfg.dataset.batch_size}, {cfg.dataset.num_classes} classes "
         f"| ms a step | kept for backward, MiB |\n|---|---|---|"
     )
-    for name, duration, size in zip(configs, times, memory, strict=True):
-        print(f"| {name} | {duration:.0f} (×{duration / times[0]:.3f}) | {size:.0f} (+{size - memory[0]:.0f}) |")
+    for method, duration, size in zip(configs, times, memory, strict=True):
+        print(f"| {method} | {duration:.0f} (×{duration / times[0]:.3f}) | {size:.0f} (+{size - memory[0]:.0f}) |")
 
 
 def main() -> None:
     """Measure and print Markdown tables."""
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, {platform.machine()}, torch {torch.__version__}\n")
+    print(f"{name(DEVICE)}, torch {torch.__version__}\n")
     if sys.argv[1:2] == ["step"]:
-        steps(sys.argv[2:])
+        training_steps(sys.argv[2:])
         return
     print(f"One ADB, {CLASSES} classes, float32, forward and backward; memory kept for the backward pass\n")
     print("| grid | batch | p | stencil, ms | dense, ms | ratio | stencil, MiB | dense, MiB | auto |")

@@ -28,6 +28,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig
+from timing import CNNS, TERMS, TRANSFORMERS
 
 from wsolkit import build_module, load_config
 from wsolkit.build import build_optimization
@@ -39,8 +40,6 @@ from wsolkit.training.progress import Progress
 from wsolkit.training.speed import Speed
 from wsolkit.training.trainer import build_trainer
 
-TRANSFORMERS, CNNS = ("sat", "ts_cam", "scm"), ("cam", "spa", "bridging_gap")
-TERMS = {"spa": ["method.start_epoch=0"], "bridging_gap": ["method.warmup_epochs=0"]}  # every term of the loss, at once
 WINDOWS, WINDOW = 8, 10
 
 

@@ -35,7 +35,7 @@ from wsolkit.training.failures import FiniteLoss
 from wsolkit.training.loss_log import LossLog
 from wsolkit.training.profiling import StepProfiler
 from wsolkit.training.progress import Progress
-from wsolkit.training.trainer import SyncBatchNormPlugin, build_trainer
+from wsolkit.training.trainer import SyncBatchNormPlugin, build_trainer, quick_precision
 
 
 def settings(method: str, *overrides: str) -> Any:
@@ -184,6 +184,33 @@ def test_cheaper_settings_learn_the_same(method: str, setting: str, tolerance: f
             settings(method, setting)
         return
     assert_learned(fit(tmp_path, settings(method, setting)), reference(method), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "matrix_units", "precision"),
+    [
+        ("auto", True, False, "bf16-mixed"),
+        ("cpu", True, False, "32-true"),
+        ("cpu", False, True, "bf16-mixed"),
+        ("auto", False, True, "bf16-mixed"),
+        ("auto", False, False, "32-true"),
+        ("mps", False, True, "32-true"),
+    ],
+)
+def test_precision_auto_is_the_quick_one(
+    accelerator: str, gpu: bool, matrix_units: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    assert quick_precision(accelerator) == precision
+
+
+def test_trainer_takes_the_quick_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    cfg = settings("sat", "trainer.precision=auto")
+    build_module(cfg)  # checks the settings
+    assert build_trainer(cfg, tmp_path, [], []).precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("method", METHODS)

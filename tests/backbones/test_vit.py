@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from wsolkit.backbones import vit as vit_module
 from wsolkit.backbones.pretrained import normalization
-from wsolkit.backbones.vit import ViT, block_with_scores
+from wsolkit.backbones.vit import ViT, block_with_scores, mix, prefers_plain, run_block
 from wsolkit.errors import CheckpointError, ConfigError
 
 OPTIONS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -46,6 +47,62 @@ def test_row_of_scores_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         _, row = block_with_scores(vit().blocks[0], torch.randn(2, 17, 24), 0)
     assert row.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tokens", "needs_gradient", "plain"),
+    [
+        ("cpu", torch.bfloat16, 198, True, True),
+        ("cpu", torch.float16, 577, True, True),
+        ("cpu", torch.bfloat16, 1025, True, False),  # the matrix would need too much memory
+        ("cpu", torch.bfloat16, 198, False, False),
+        ("cpu", torch.float32, 198, True, False),
+        ("cuda", torch.bfloat16, 198, True, False),
+    ],
+)
+def test_form_of_attention(device: str, dtype: torch.dtype, tokens: int, needs_gradient: bool, plain: bool) -> None:
+    assert prefers_plain(device, dtype, tokens, needs_gradient) == plain
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_both_forms_of_attention_agree(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the output and in the gradients of q, k and v, with a gradient that differs by position."""
+    query, key, value = inputs = torch.randn(3, 2, 3, 17, 8, dtype=dtype, requires_grad=True).unbind()
+    results = {}
+    for plain in (True, False):
+        monkeypatch.setattr(vit_module, "prefers_plain", lambda *_, plain=plain: plain)
+        out = mix(query, key, value, scale=0.3)
+        results[plain] = [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, 8, dtype=dtype).expand_as(out))]
+    for actual, expected in zip(results[True], results[False], strict=True):
+        assert torch.allclose(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_plain_attention_drops_entries_as_the_fused_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With values of 1, each output is what is left of a row of the attention matrix, scaled up."""
+    query, key, value = torch.randn(4, 3, 64, 8), torch.randn(4, 3, 64, 8), torch.ones(4, 3, 64, 8)
+    for plain in (True, False):
+        monkeypatch.setattr(vit_module, "prefers_plain", lambda *_, plain=plain: plain)
+        left = mix(query, key, value, scale=0.3, dropout=0.5)
+        assert left.std() > 0.05
+        assert left.mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_block_is_that_of_timm(dtype: torch.dtype | None) -> None:
+    """In training, in float32 and under autocast, where attention takes another form than timm's."""
+    block, x = vit(depth=1).blocks[0].train(), torch.randn(2, 17, 24)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        assert torch.allclose(run_block(block, x), block(x), atol=1e-5 if dtype is None else 2e-2)
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_both_forms_compile_as_one_graph(form: str) -> None:
+    """Without a gradient, the same block takes the fused kernel."""
+    torch._dynamo.reset()
+    block, x = vit(depth=1).blocks[0], torch.randn(2, 17, 24)
+    compiled = torch.compile(run_block, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(form == "plain"):
+        assert torch.allclose(compiled(block, x), run_block(block, x), atol=2e-2)
 
 
 def test_tokens_are_those_of_timm() -> None:

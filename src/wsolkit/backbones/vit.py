@@ -2,7 +2,7 @@
 
 Methods need one row of each attention matrix, that of the class token or of a spatial token, and never the whole
 matrix. The row is computed from q and k. Everything else stays in the fused attention kernel, which never stores an N×N
-matrix.
+matrix, except where plain attention is quicker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -38,6 +39,41 @@ def token_scores(query: Tensor, key: Tensor, scale: float, token: int) -> Tensor
     return (query[:, :, token, None].float() * scale * key.float()).sum(-1)  # [B, h, 1, d]·[B, h, N, d] → [B, h, N]
 
 
+def prefers_plain(device_type: str, dtype: torch.dtype, tokens: int, needs_gradient: bool) -> bool:
+    """Say whether plain attention, which stores its N×N matrix, is quicker than the fused kernel and affordable.
+
+    Args:
+        device_type: for example "cpu" or "cuda".
+        dtype: the type of q, k and v.
+        tokens: N.
+        needs_gradient: whether a backward pass follows.
+    """
+    # On CPUs, the backward pass of the fused kernel is slow in half precision. As benchmarks/attention.py measured on a
+    # CPU without AMX, plain attention in bfloat16, forward and backward, is 3.3 times as fast at N = 65, 1.7 times at
+    # 198, 1.4 times at 577, 1.2 times at 785 and 0.9 times at 1,025. It is 2.3 times as fast at 198 on a CPU with AMX.
+    # The limit lies where the gain no longer pays for the memory. In float32 plain attention gains next to nothing, and
+    # without a backward pass it is slower.
+    return device_type == "cpu" and dtype in (torch.bfloat16, torch.float16) and needs_gradient and tokens <= 640
+
+
+def mix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """Compute softmax(scale · q kᵀ) v in the form that `prefers_plain` chooses.
+
+    Args:
+        query, key, value: [B, h, N, d].
+        scale: usually d ** -0.5.
+        dropout: the probability of setting an entry of the softmax to 0.
+
+    Returns:
+        [B, h, N, d].
+    """
+    needs_gradient = torch.is_grad_enabled() and value.requires_grad
+    if prefers_plain(value.device.type, value.dtype, value.shape[2], needs_gradient):
+        weights = (query * scale @ key.mT).softmax(dim=-1)  # [B, h, N, d]·[B, h, d, N] → [B, h, N, N]
+        return F.dropout(weights, dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+
+
 def attend(attention: Attention, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
     """Run a timm attention layer, and return one token's row of scores beside its output.
 
@@ -50,25 +86,44 @@ def attend(attention: Attention, x: Tensor, token: int, gate: Gate | None = None
     Returns:
         output [B, N, D] and the row [B, h, N], before softmax, float32.
     """
-    batch, length, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, 3, h, d] → three of [B, h, N, d]
-    query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key, value = _project(attention, x)
     row = token_scores(query, key, attention.scale, token)
     if gate is not None:
         query, key, value = gate(row, query, key, value)
+    return _output(attention, query, key, value), row
+
+
+def _project(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute q, k and v [B, h, N, d] of tokens [B, N, D]."""
+    batch, length, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, 3, h, d] → three of [B, h, N, d]
+    return attention.q_norm(query), attention.k_norm(key), value
+
+
+def _output(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute a layer's output [B, N, D] from q, k and v [B, h, N, d]."""
     dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
-    out = out.transpose(1, 2).reshape(batch, length, -1)  # [B, h, N, d] → [B, N, D]
-    return attention.proj_drop(attention.proj(attention.norm(out))), row
+    out = mix(query, key, value, attention.scale, dropout)
+    out = out.transpose(1, 2).flatten(2)  # [B, h, N, d] → [B, N, D]
+    return attention.proj_drop(attention.proj(attention.norm(out)))  # type: ignore[no-any-return]
+
+
+def run_block(block: Block, x: Tensor) -> Tensor:
+    """Run one pre-norm transformer block on tokens [B, N, D], as timm does, but with the quicker form of attention."""
+    return _add(block, x, _output(block.attn, *_project(block.attn, block.norm1(x))))
 
 
 def block_with_scores(block: Block, x: Tensor, token: int, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
     """Run one pre-norm transformer block: tokens [B, N, D] → tokens [B, N, D] and a token's row of scores [B, h, N]."""
     update, row = attend(block.attn, block.norm1(x), token, gate)
+    return _add(block, x, update), row
+
+
+def _add(block: Block, x: Tensor, update: Tensor) -> Tensor:
+    """Add the attention's update to the tokens, and then that of the MLP."""
     x = x + block.drop_path1(block.ls1(update))
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return x, row
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 
 class ViT(nn.Module):

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from wsolkit.backbones.vit import ViT, block_with_scores
+from wsolkit.backbones.vit import ViT, block_with_scores, run_block
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.maps import choose_classes, semantic_head
@@ -159,7 +159,7 @@ class SATNetwork(Network):
                 tokens, scores = block_with_scores(block, tokens, token=-1, gate=self._gate)
                 masks.append(mask_probabilities(scores))
             else:
-                tokens = block(tokens)
+                tokens = run_block(block, tokens)
         semantic = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
         logits = semantic.float().mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
         maps = self.backbone.grid(torch.stack(masks).mean(dim=0), image)

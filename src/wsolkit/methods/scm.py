@@ -263,6 +263,7 @@ class Costs(NamedTuple):
 
 # The CPU's were measured by benchmarks/scm_diffusion.py. Those of GPUs are not measured: they follow from the number of
 # kernels (27 for each step of the series, 8 for each of the iteration, 4 to 5 µs each), 2 TB/s and 40 TFLOP/s.
+# benchmarks/gpu.py measures them on a GPU.
 COSTS = {"cpu": Costs(0.3, 2e-5, 1.2, 1.1e-7), "cuda": Costs(0.11, 2e-7, 0.04, 3e-10)}
 
 

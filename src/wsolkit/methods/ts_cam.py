@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsolkit.backbones.vit import ViT, block_with_scores
+from wsolkit.backbones.vit import ViT, block_with_scores, run_block
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.maps import choose_classes, select_maps, semantic_head
@@ -61,7 +61,9 @@ class TSCAMNetwork(Network):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute semantic maps [B, C, h, w] from an image [B, 3, H, W]. Their spatial mean gives the logits."""
-        tokens = self.backbone.blocks(self.backbone.embed(image))
+        tokens = self.backbone.embed(image)
+        for block in self.backbone.blocks:
+            tokens = run_block(block, tokens)
         return self._semantic(tokens, image)
 
     def with_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
