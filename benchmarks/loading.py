@@ -103,6 +103,7 @@ def own(paths: list[Path], cache: str | None) -> WSOLDataModule:
         eval_batch_size=BATCH,
         num_workers=1,
         held_out=False,
+        pseudo_boxes=None,
         classes=None,
         fraction=None,
         shots=None,
