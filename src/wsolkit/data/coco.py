@@ -215,21 +215,25 @@ def path_forms(name: str) -> tuple[str, str]:
 def places(ids: Sequence[str], folder: str) -> dict[str, int]:
     """Return the positions of images by each of their possible names in a file.
 
-    These are an image's path, the path relative to a folder, and its name without folders if that is unique.
+    These are an image's path, the path relative to a folder, and any end of its path that no other image has, such as
+    its name without folders.
 
     Args:
         ids: the paths of the images.
         folder: the folder, relative to the base of the paths, or "" for none.
     """
     found = {name: place for place, name in enumerate(ids)}
-    bare: dict[str, list[int]] = {}
+    ends: dict[str, int | None] = {}
     for place, name in enumerate(ids):
-        bare.setdefault(PurePosixPath(name).name, []).append(place)
         if folder:
             found.setdefault(name.removeprefix(f"{folder}/"), place)
-    for name, of_name in bare.items():
-        if len(of_name) == 1:
-            found.setdefault(name, of_name[0])
+        parts = name.split("/")
+        for start in range(1, len(parts)):
+            end = "/".join(parts[start:])
+            ends[end] = None if end in ends else place
+    for end, only in ends.items():
+        if only is not None:
+            found.setdefault(end, only)
     return found
 
 

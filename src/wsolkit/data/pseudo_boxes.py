@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import io
-import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -61,17 +60,15 @@ def pseudo_boxes(path: Path, records: Records) -> FileRecords:
     Raises:
         DataError: the file is missing, a line of it is wrong, it names an unknown image, or it has no box for any.
     """
-    whole = records.whole if isinstance(records, Subset) else records
-    ids = _names(whole)
-    sizes = _sizes(whole)
     file = _file(path)
-    folder = posixpath.commonpath([posixpath.dirname(name) for name in ids])
+    whole = records.whole if isinstance(records, Subset) else records
+    ids, sizes = _names(whole), _sizes(whole)
     if file.suffix.lower() == ".json":
-        found = _of_coco(file, ids, sizes, folder)
+        found = _of_coco(file, ids, sizes)
     elif file.suffix.lower() == ".csv":
-        found = _of_table(file, ids, sizes, folder)
+        found = _of_table(file, ids, sizes)
     else:
-        found = _of_list(file, ids, sizes, folder)
+        found = _of_list(file, ids, sizes)
     boxes = {ids[place]: of_image for place, of_image in found.items()}
     own = _names(records)
     without = [name for name in own if name not in boxes]
@@ -129,8 +126,8 @@ def _file(path: Path) -> Path:
     )
 
 
-def _of_list(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64], folder: str) -> _Boxes:
-    place_of, other = places(ids, folder), _mapping(path.with_name(MAPPING))
+def _of_list(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64]) -> _Boxes:
+    place_of, other = places(ids, ""), _mapping(path.with_name(MAPPING))
     found: _Boxes = {}
     for where, name, box in read_integers(path, 4, None):
         forms = [form for one in path_forms(name) for form in (one, *_mapped(one, other))]
@@ -155,16 +152,16 @@ def _mapped(name: str, other: Mapping[str, str]) -> list[str]:
     return [below, other.get(below, below)] if other else []
 
 
-def _of_coco(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64], folder: str) -> _Boxes:
-    read = coco_annotations(path, ids, folder, (), needs_all=False)
+def _of_coco(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64]) -> _Boxes:
+    read = coco_annotations(path, ids, "", (), needs_all=False)
     for name, said, size in zip(ids, read.sizes.tolist(), sizes.tolist(), strict=True):
         if name in read.boxes:
             _check_size(str(path), name, said, size)
     return {place: read.boxes[name] for place, name in enumerate(ids) if name in read.boxes}
 
 
-def _of_table(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64], folder: str) -> _Boxes:
-    place_of, category_of = places(ids, folder), dict[int, str]()
+def _of_table(path: Path, ids: Sequence[str], sizes: npt.NDArray[np.int64]) -> _Boxes:
+    place_of, category_of = places(ids, ""), dict[int, str]()
     found: _Boxes = {}
     for where, row in _rows(path):
         place = next((place_of[form] for form in path_forms(row["file_name"]) if form in place_of), None)
