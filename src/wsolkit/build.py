@@ -54,8 +54,9 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
     protocols = build_protocols(cfg).values()
     selection = cfg.get("selection", "test")  # Commands that select nothing have none.
     settings["held_out"] = node["held_out"] and selection != "test"
-    settings["pseudo_boxes"] = node["pseudo_boxes"] if selection == "pseudo" else None
-    if selection == "pseudo" and node["pseudo_boxes"] is None:
+    by_pseudo = "selection" in cfg and any(rules.selection == "pseudo" for rules in protocols)
+    settings["pseudo_boxes"] = node["pseudo_boxes"] if by_pseudo else None
+    if by_pseudo and node["pseudo_boxes"] is None:
         raise ConfigError("selection=pseudo chooses by boxes from a file: give dataset.pseudo_boxes=PATH")
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
         **settings,
