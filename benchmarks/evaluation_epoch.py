@@ -29,10 +29,12 @@ from wsolkit.data.pixels import normalised_batch
 from wsolkit.data.records import read_image
 from wsolkit.data.transforms import Transform
 from wsolkit.metrics.boxes import Verdicts
+from wsolkit.metrics.functional import size_bins
 from wsolkit.metrics.under_protocol import ProtocolEvaluation
 
 BATCH, CLASSES, LOADERS = 64, 1000, 8
 TRUTH = np.array([[30, 40, 160, 190]])
+SIZES = size_bins(TRUTH, 224, 224)
 
 
 def seconds(function: Callable[[], object], repeats: int = 30) -> float:
@@ -84,16 +86,16 @@ def main() -> None:
     levels = next(iter(protocols.values())).levels(next(iter(protocols.values())).localization_maps(maps))
     for rules in protocols.values():  # they share the levels, and the holes filled in them
         metric = ProtocolEvaluation(rules, CLASSES)
-        metric.judge(levels[-1], TRUTH)  # compiles
+        metric.judge(levels[-1], TRUTH, SIZES)  # compiles
         start = time.perf_counter()
         for level in levels:
-            metric.judge(level, TRUTH)
+            metric.judge(level, TRUTH, SIZES)
         draw += (time.perf_counter() - start) / BATCH
-        judged = [metric.judge(level, TRUTH) for level in levels]
-        iou, error, baselines = (np.stack(part) for part in zip(*judged, strict=True))
+        judged = [metric.judge(level, TRUTH, SIZES) for level in levels]
+        iou, error, size, baselines = (np.stack(part) for part in zip(*judged, strict=True))
         top1, top5 = rng.random(BATCH) < 0.7, rng.random(BATCH) < 0.9
         label = rng.integers(0, CLASSES, BATCH)
-        verdicts = Verdicts(np.arange(BATCH), label, iou, error, baselines.swapaxes(0, 1), iou, top1, top5, label)
+        verdicts = Verdicts(np.arange(BATCH), label, iou, error, size, baselines.swapaxes(0, 1), iou, top1, top5, label)
         count += seconds(lambda m=metric, v=verdicts: m.boxes.update(v)) / BATCH  # type: ignore[misc]
     for what, cost in (("load", load), ("draw boxes, both protocols", draw), ("count, both protocols", count)):
         print(f"{what}: {1000 * cost:.2f} ms an image on one core")

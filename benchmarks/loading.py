@@ -105,6 +105,7 @@ def own(paths: list[Path], cache: str | None, workers: int = 1) -> WSOLDataModul
         eval_batch_size=BATCH,
         num_workers=workers,
         held_out=False,
+        pseudo_boxes=None,
         classes=None,
         fraction=None,
         shots=None,

@@ -84,7 +84,7 @@ def test_commands_say_it_in_one_message(name: str, arguments: list[str], message
         (["dataset.resize=32"], "cannot cut 64 pixels out of an image resized to 32"),
         (["dataset.records.sizes.train=0"], "dataset.sizes.train=0: expected 1 or more images"),
         (["seed=one"], "seed='one': Input should be a valid integer"),
-        (["selection=best"], "selection='best': Input should be 'val' or 'test'"),
+        (["selection=best"], "selection='best': Input should be 'val', 'test', 'pseudo' or 'classification'"),
         (["schedule.name=linear"], "schedule.name='linear': Input should be 'constant', 'step' or 'cosine'"),
         (["trainer.precision=8"], "trainer.precision=8: Input should be"),
         (["trainer.max_epochs=soon"], "trainer.max_epochs='soon': Input should be a valid integer"),

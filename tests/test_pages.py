@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
+from tests.data.test_pseudo_boxes import write_predictions
 from tests.fresh import FRESH, draw_no_report
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
@@ -125,6 +126,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.torch.save_file(timm.create_model(model).state_dict(), folder / f"{model}.safetensors")
     for method in ("scm", "cam"):
         train(load_config(f"method={method}", *SMALL["train"]), folder / method)
+    write_predictions(folder / "boxes", {f"red spots/{number}.jpg": [[0, 0, 9, 9]] for number in range(3)}, (60, 40))
+    (folder / "shapes.txt").write_text("val/00000,0,0,9,9\n", encoding="utf-8")
     torch.save({"model": released_state("sat"), "best_thr": 0.4}, folder / "best_loc.pth.tar")
     for name, accuracy in (("a", 50.0), ("b", 60.0)):
         add_job(folder / "sweep", name, f"method.attention_level={name == 'b':d}", accuracy=accuracy)
@@ -160,6 +163,7 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
     dataset = next((word.split("=")[1] for word in arguments if word.startswith("dataset=")), "")
     model = "mobilenetv2_100" if "backbone=mobilenetv2" in arguments else "vit_tiny_patch16_224"
     root = place / ("photos" if "dataset.splits=null" in arguments else f"data/{dataset}")
+    pseudo = {"cub": root / "metadata" / "val", "folder": place / "boxes"}.get(dataset, place / "shapes.txt")
     here = {
         "dataset.root": root,
         "backbone.weights": place / f"{model}.safetensors",
@@ -167,6 +171,7 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
         "score_maps": place / "maps",
         "source": place / ("best_loc.pth.tar" if name == "import_checkpoint" else "photos"),
         "dataset.cache": Path("cache"),
+        "dataset.pseudo_boxes": pseudo,
     }
     elsewhere = ("hydra/launcher=", "hydra.launcher.", "trainer.num_nodes=")  # tested by themselves
     arguments = [word for word in arguments if not word.startswith(elsewhere)]

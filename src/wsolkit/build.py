@@ -52,7 +52,12 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": _indexed(cfg)}
     protocols = build_protocols(cfg).values()
-    settings["held_out"] = node["held_out"] and cfg.get("selection") == "val"
+    selection = cfg.get("selection", "test")  # Commands that select nothing have none.
+    settings["held_out"] = node["held_out"] and selection != "test"
+    by_pseudo = "selection" in cfg and any(rules.selection == "pseudo" for rules in protocols)
+    settings["pseudo_boxes"] = node["pseudo_boxes"] if by_pseudo else None
+    if by_pseudo and node["pseudo_boxes"] is None:
+        raise ConfigError("selection=pseudo chooses by boxes from a file: give dataset.pseudo_boxes=PATH")
     datamodule: WSOLDataModule = locate(cfg.dataset._target_, "dataset.")(
         **settings,
         mean=mean,

@@ -86,15 +86,15 @@ def evaluate_checkpoint(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with running(cfg, folder, module, [report]) as trainer:
         if trainer.is_global_zero:
             save_config(cfg, folder)
-        cache_tokens(module, datamodule, trainer, ("val", "test") if datamodule.held_out else ("test",))
-        if datamodule.held_out:
+        cache_tokens(module, datamodule, trainer, ("val", "test") if datamodule.selects else ("test",))
+        if datamodule.selects:
             evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("val"))
             trainer.validate(module, datamodule, verbose=False)  # The validation selects the thresholds.
         evaluator.evaluation.on_maps = _writer(saved, datamodule.dataset("test"))
         trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
         chosen_on = evaluator.evaluation.chosen_on(datamodule.held_out)
-        print_summary(folder, report.title, report.method, chosen_on, evaluator.results)
+        print_summary(folder, report.title, report.method, chosen_on, report.outcome(evaluator))
         if not cfg.allow_not_finite:
             evaluator.check_finite(datamodule.dataset("test").records, f"the network of '{checkpoint.path}'")
     return evaluator.results
@@ -137,10 +137,12 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     examples = choose_examples(test, cfg.num_examples, cfg.examples)
     class_names = list(test.records.classes)
     evaluation = Evaluation(protocols, len(class_names))
-    if datamodule.held_out:
+    if datamodule.selects:
+        evaluation.pseudo_boxes = datamodule.pseudo_boxes
         _count(evaluation, maps, datamodule, "val", cfg.trainer.enable_progress_bar)
         evaluation.select(outcome(evaluation.compute()).results)
         evaluation.reset()
+        evaluation.pseudo_boxes = None
     tables = ImageTables(evaluation, test, cfg.num_table_images)
     _count(evaluation, maps, datamodule, "test", cfg.trainer.enable_progress_bar)
     result = outcome(evaluation.compute())
@@ -150,7 +152,7 @@ def evaluate_score_maps(cfg: DictConfig, folder: Path) -> dict[str, float]:
     heading, row = f"score maps of {cfg.score_maps}, {cfg.dataset.name}", "score maps"
     localize = _localize(evaluation, maps, test)
     write_report(folder, heading, row, class_names, plain(cfg), datamodule, evaluation, result, localize, examples)
-    print_summary(folder, heading, row, evaluation.chosen_on(datamodule.held_out), result.results)
+    print_summary(folder, heading, row, evaluation.chosen_on(datamodule.held_out), result)
     return result.results
 
 

@@ -26,7 +26,7 @@ class EvaluationSettings:
     """The settings that train and evaluate share, see conf/evaluation.yaml."""
 
     seed: int
-    selection: Literal["val", "test"]
+    selection: Literal["val", "test", "pseudo", "classification"]
     compile: bool | str
     allow_not_finite: bool
     num_examples: int
@@ -101,7 +101,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
         trainer.test(module, datamodule, ckpt_path=best.found(cfg.trainer.max_epochs), weights_only=True, verbose=False)
     if trainer.is_global_zero:
         chosen_on = evaluator.evaluation.chosen_on(datamodule.held_out)
-        print_summary(folder, report.title, report.method, chosen_on, evaluator.results)
+        print_summary(folder, report.title, report.method, chosen_on, report.outcome(evaluator))
         print(what_next(folder, cfg))
         if not cfg.allow_not_finite:
             evaluator.check_finite(datamodule.dataset("test").records, f"the network of '{as_named(folder)}'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from tests.conftest import protocol
+from wsolkit.data.records import FileRecords, file_records
 from wsolkit.localization import boxes_at_thresholds
 from wsolkit.localization.maps import central_crop, min_max, ten_crops
 from wsolkit.localization.protocol import Protocol
+from wsolkit.metrics import MaxBoxAccuracy
 from wsolkit.metrics.baselines import BASELINES, baseline_map
 from wsolkit.metrics.boxes import CONDITIONS, NUM_EXTREMES
 from wsolkit.metrics.errors import ERRORS, localization_errors
 from wsolkit.metrics.evaluation import Evaluation, outcome
 from wsolkit.metrics.functional import box_iou
+from wsolkit.training.evaluator import check_monitor
 from wsolkit.types import Classes, EvaluationBatch, Localization
 
 SIZE, RESIZE, CLASSES, IMAGES, WIDTH, HEIGHT = 32, 40, 8, 40, 64, 48
@@ -279,6 +283,116 @@ def test_fixed_and_test_selected_thresholds_ignore_the_other_split() -> None:
     assert results["fixed/threshold"] == pytest.approx(0.4)
     assert results["best/gt_known_loc"] == results["best/max_box_acc"]
     assert evaluation.chosen_on(held_out=True) == {"fixed": "fixed", "best": "test"}
+
+
+def pseudo(boxes: dict[int, list[list[int]]]) -> FileRecords:
+    """Pseudo boxes of some of the images."""
+    ids = [str(index) for index in range(IMAGES)]
+    sizes = np.array([[WIDTH, HEIGHT]] * IMAGES)
+    named = {ids[index]: own for index, own in boxes.items()}
+    return file_records(Path(), ids, [0] * IMAGES, [str(label) for label in range(CLASSES)], named, sizes)
+
+
+@pytest.mark.parametrize("name", ["maxboxacc", "scm", "spa"])
+def test_pseudo_boxes_select_as_ground_truth_would_that_is_like_them(name: str) -> None:
+    """The held-out split has pseudo boxes of 30 images, and other ground truth. Numbers of the test stay its own."""
+    other = {index: [[0, 0, WIDTH - 9 + index % 9, HEIGHT - 1], [0, 0, 9, 9]][: 1 + index % 2] for index in range(30)}
+    alone = Evaluation({"p": rules(name)}, CLASSES)
+    network = Network()
+    batch = batch_of(0, 30)
+    batch["boxes"] = batch["uncut_boxes"] = [np.array(other[index]) for index in range(30)]
+    alone.update(batch, network.localize, network.classify)
+    like_them, by_truth = outcome(alone.compute()).results, run(Evaluation({"p": rules(name)}, CLASSES))[0]
+    assert like_them["p/threshold"] != by_truth["p/threshold"]
+
+    evaluation = Evaluation({"p": rules(name, selection="pseudo")}, CLASSES)
+    evaluation.pseudo_boxes = pseudo(other)
+    held_out = run(evaluation, (0, 10), (10, IMAGES))[0]
+    assert held_out["p/pseudo_max_box_acc"] == pytest.approx(like_them["p/max_box_acc"])
+    assert held_out["p/max_box_acc"] == by_truth["p/max_box_acc"]
+    evaluation.select(held_out)
+    evaluation.reset()
+    evaluation.pseudo_boxes = None
+    assert evaluation.chosen_on(held_out=True) == {"p": "pseudo"}
+    results, _ = run(evaluation)
+    assert results["p/threshold"] == results["p/threshold_by_pseudo"] == like_them["p/threshold"]
+    assert results["p/threshold_by_truth"] == results["p/threshold_by_best"] == by_truth["p/threshold"]
+    own = "gt_known_loc_predicted_class" if name == "scm" else "gt_known_loc"
+    assert results["p/gt_known_loc_by_best"] == by_truth[f"p/{own}"] >= results["p/gt_known_loc_by_pseudo"]
+    assert not [key for key in results if key.startswith("p/pseudo")]
+
+
+def test_pseudo_boxes_select_where_there_is_no_ground_truth_at_all() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc", selection="pseudo")}, CLASSES)
+    evaluation.pseudo_boxes = pseudo({0: [[5, 5, 30, 30]], 7: [[0, 0, 20, 20]]})
+    held_out = run(evaluation, with_boxes=False, with_masks=False)[0]
+    assert set(held_out) >= {"p/pseudo_max_box_acc", "p/pseudo_threshold"}
+    assert not [key for key in held_out if "loc" in key]
+    evaluation.select(held_out)
+    evaluation.reset()
+    evaluation.pseudo_boxes = None
+    results, _ = run(evaluation, with_boxes=False, with_masks=False)
+    assert results["p/threshold_by_pseudo"] == held_out["p/pseudo_threshold"]
+    assert "p/threshold" not in results
+
+
+def test_pseudo_boxes_and_maps_of_another_program_give_the_same() -> None:
+    boxes = {index: [[5, 5, 30, 30 + index % 9]] for index in range(20)}
+    saved: list[Tensor] = []
+    own, other = (Evaluation({"p": rules("maxboxacc", selection="pseudo")}, CLASSES) for _ in range(2))
+    own.pseudo_boxes = other.pseudo_boxes = pseudo(boxes)
+    own.on_maps = lambda batch, maps: saved.extend(maps)
+    expected = run(own)[0]
+    other.update_maps(batch_of(0, IMAGES), saved)
+    assert outcome(other.compute()).results["p/pseudo_max_box_acc"] == expected["p/pseudo_max_box_acc"]
+
+
+def test_classification_selects_no_threshold() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES)
+    held_out = run(evaluation)[0]
+    evaluation.select(held_out)
+    assert evaluation.thresholds == {"p/by_truth": held_out["p/threshold_by_best"]}
+    assert evaluation.chosen_on(held_out=True) == {"p": "default"}
+    evaluation.reset()
+    results, curves = run(evaluation)
+    assert results["p/threshold"] == results["p/threshold_by_classification"] == pytest.approx(0.3)
+    assert results["p/gt_known_loc"] == curves["p/curves/gt_known_loc_50"][6]
+    assert results["p/gt_known_loc_by_truth"] == max(curves["p/curves/gt_known_loc_50"])
+    fixed = Evaluation({"p": rules("maxboxacc", selection="classification", threshold=0.4)}, CLASSES)
+    assert run(fixed, (0, 4))[0]["p/threshold"] == pytest.approx(0.4)
+    assert fixed.chosen_on(held_out=True) == {"p": "fixed"}
+
+
+def test_accuracy_by_size_is_that_of_the_metric_by_itself() -> None:
+    """For images as large as the maps, with the same boxes."""
+    maps = torch.rand(IMAGES, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(0, IMAGES)
+    batch["size"] = torch.full((IMAGES, 2), SIZE)
+    batch["boxes"] = [boxes % SIZE for boxes in batch["boxes"]]
+    batch["boxes"] = [
+        np.concatenate([np.minimum(b[:, :2], b[:, 2:]), b.reshape(-1, 2, 2).max(1)], 1) for b in batch["boxes"]
+    ]
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    evaluation.update_maps(batch, list(maps))
+    results, curves = outcome(evaluation.compute())
+    metric = MaxBoxAccuracy(num_thresholds=20)
+    metric.update(maps, batch["boxes"])
+    expected = metric.compute()
+    assert results["p/max_box_acc_size_mean"] == pytest.approx(expected["max_box_acc_size_mean"].item())
+    assert curves["p/images_by_size"] == expected["images_by_size"].tolist()
+    np.testing.assert_allclose(curves["p/max_box_acc_by_size"], expected["max_box_acc_by_size"])
+
+
+@pytest.mark.parametrize(
+    ("selection", "monitor"),
+    [("val", "p/max_box_acc"), ("pseudo", "p/pseudo_max_box_acc"), ("classification", "top1_cls")],
+)
+def test_checkpoint_is_chosen_by_what_the_run_selects_by(selection: str, monitor: str) -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc", selection=selection)}, CLASSES)
+    records = pseudo({0: [[0, 0, 3, 3]]})
+    assert check_monitor(None, evaluation, records) == monitor
+    assert check_monitor("p/pxap", evaluation, records) == "p/pxap"
+    assert monitor in evaluation.names
 
 
 def test_numbers_do_not_depend_on_batches_and_are_forgotten_on_reset() -> None:

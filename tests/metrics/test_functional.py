@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from wsolkit.localization import boxes_at_thresholds
 from wsolkit.localization.boxes import (
     MAXBOXACC,
     MAXBOXACC_V2,
@@ -21,6 +22,7 @@ from wsolkit.metrics.functional import (
     pixel_histogram,
     pixel_iou,
     precision_recall,
+    size_bins,
 )
 
 
@@ -148,3 +150,45 @@ def test_wrong_masks_and_scores_are_refused() -> None:
         metric.update(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5))
     with pytest.raises(ValueError, match="hold NaN"):
         metric.update(torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4))
+
+
+def test_size_is_a_share_of_the_image_whose_bins_have_sides_in_tenths() -> None:
+    boxes = np.array([[0, 0, 0, 0], [0, 0, 19, 10], [0, 0, 20, 10], [0, 0, 90, 90], [0, 0, 99, 99], [0, 0, 100, 100]])
+    assert size_bins(boxes, 100, 100).tolist() == [0, 1, 1, 9, 9, 9]
+    assert size_bins(boxes[1:3], 20, 10).tolist() == [9, 9]
+    assert size_bins(np.array([[5, 5, 15, 15]]), 100, 100).tolist() == [1]  # 1 % belongs to the bin that it begins
+
+
+@pytest.mark.parametrize("select", ["largest", "all"])
+def test_accuracy_by_size_is_what_counting_image_by_image_gives(select: str) -> None:
+    """An image belongs to the size of the true box that its own box matches best, at each threshold anew."""
+    rng = np.random.default_rng(1)
+    side, deltas, taus = 30, (0.3, 0.5, 0.7), threshold_grid(20)
+    distance = (np.mgrid[:side, :side][..., None] - rng.uniform(5, 25, (2, 1, 1, 30))) ** 2
+    maps = np.exp(-distance.sum(axis=0) / rng.uniform(5, 90, 30)) * rng.uniform(0.8, 1, (side, side, 30))
+    maps = maps.transpose(2, 0, 1)  # [30, side, side]
+    corners = [rng.integers(0, 20, (1 + index % 3, 2)) for index in range(30)]
+    truths = [np.concatenate([c, np.minimum(c + rng.integers(1, 25, c.shape), side - 1)], axis=1) for c in corners]
+    images, correct = np.zeros((10, 20)), np.zeros((3, 10, 20))
+    for score, truth in zip(maps, truths, strict=True):
+        drawn = boxes_at_thresholds(score, taus, select)  # type: ignore[call-overload]
+        for step, boxes in enumerate(drawn):
+            overlap = box_iou(np.atleast_2d(boxes), truth)
+            x0, y0, x1, y1 = truth[overlap.max(axis=0).argmax()]
+            size = int(np.sqrt((x1 - x0) * (y1 - y0) / side**2 + 1e-12) * 10)
+            images[size, step] += 1
+            for row, delta in enumerate(deltas):
+                correct[row, size, step] += overlap.max() >= delta
+    best = correct.sum(axis=1).argmax(axis=1)
+    with np.errstate(invalid="ignore"):
+        expected = np.mean([100 * correct[row, :, at] / images[:, at] for row, at in enumerate(best)], axis=0)
+
+    metric = MaxBoxAccuracy("largest" if select == "largest" else "any", deltas, 20)
+    for part in (slice(0, 11), slice(11, 30)):
+        metric.update(maps[part], truths[part])
+    found = metric.compute()
+    assert len(np.unique(best)) > 1
+    assert np.isnan(expected).any()
+    assert found["images_by_size"].tolist() == images[:, best[1]].tolist()
+    np.testing.assert_allclose(found["max_box_acc_by_size"], expected)
+    assert found["max_box_acc_size_mean"].item() == pytest.approx(np.nanmean(expected))

@@ -67,18 +67,20 @@ class Annotations(NamedTuple):
     masks: RunLengthMasks | None
 
 
-def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Sequence[str]) -> Annotations:
+def coco_annotations(
+    path: Path, ids: Sequence[str], folder: str, classes: Sequence[str], needs_all: bool
+) -> Annotations:
     """Read the annotations of images. The file may hold other images, too.
 
     Args:
         path: the JSON file.
-        ids: the paths of the images, which all need a box or a mask. A "file_name" in the JSON is one of these paths,
-            or relative to `folder`, or a name without folders if it is unique.
-        folder: the folder of the split, relative to the base of the paths, or "" for none.
-        classes: the name of each image's class.
+        ids: the paths of the images, see `places`.
+        folder: the folder of the split, see `places`.
+        classes: the name of each image's class. Without any, the annotations of all classes count.
+        needs_all: whether each image needs a box or a mask. If not, `sizes` is 0 for an image without one.
 
     Raises:
-        DataError: the file is missing, has another format, or has nothing for an image.
+        DataError: the file is missing, has another format, or has nothing for an image that needs it.
     """
     content = _read(path)
     categories = {own: str(entry["name"]) for own, entry in _by_id(path, content, "categories", ("name",)).items()}
@@ -118,7 +120,7 @@ def coco_annotations(path: Path, ids: Sequence[str], folder: str, classes: Seque
         objects[place] += [mask] if mask else []
         boxes.setdefault(ids[place], []).append(_box(where, entry.get("bbox"), mask, width, height))
     without = [name for name in ids if name not in boxes]
-    if without:
+    if without and needs_all:
         raise DataError(
             f"'{path}' has no box or mask for {len(without)} of {len(ids)} images, such as '{without[0]}': every image "
             f"that is evaluated needs one{' of its class' if by_class else ''}. A file_name in it is "
@@ -179,7 +181,7 @@ def _images(
     path: Path, content: Mapping[str, Any], ids: Sequence[str], folder: str
 ) -> dict[str, tuple[int | None, int, int]]:
     """Return the place in `ids`, or None, and the width and height of each image in a file, by id."""
-    place_of = _places(ids, folder)
+    place_of = places(ids, folder)
     images: dict[str, tuple[int | None, int, int]] = {}
     id_of: dict[str, str] = {}  # file_name → id
     listed: dict[int, str] = {}  # place → file_name
@@ -193,7 +195,7 @@ def _images(
         if name in id_of:
             raise DataError(f"{path}: '{name}' is the file_name of the images {id_of[name]} and {own}: list each once")
         id_of[name] = own
-        place = next((place_of[form] for form in _forms(name) if form in place_of), None)
+        place = next((place_of[form] for form in path_forms(name) if form in place_of), None)
         if place is not None and place in listed:
             raise DataError(
                 f"{path}: '{listed[place]}' and '{name}' are both of '{ids[place]}': list each image "
@@ -205,23 +207,34 @@ def _images(
     return images
 
 
-def _forms(name: str) -> tuple[str, str]:
+def path_forms(name: str) -> tuple[str, str]:
     """Return a path in POSIX's form, as it is and, if it comes from Windows, with its separators replaced."""
     return PurePosixPath(name).as_posix(), PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
-def _places(ids: Sequence[str], folder: str) -> dict[str, int]:
-    """Return the positions of images by each of their possible names."""
-    places = {name: place for place, name in enumerate(ids)}
-    bare: dict[str, list[int]] = {}
+def places(ids: Sequence[str], folder: str) -> dict[str, int]:
+    """Return the positions of images by each of their possible names in a file.
+
+    These are an image's path, the path relative to a folder, and any end of its path that no other image has, such as
+    its name without folders.
+
+    Args:
+        ids: the paths of the images.
+        folder: the folder, relative to the base of the paths, or "" for none.
+    """
+    found = {name: place for place, name in enumerate(ids)}
+    ends: dict[str, int | None] = {}
     for place, name in enumerate(ids):
-        bare.setdefault(PurePosixPath(name).name, []).append(place)
         if folder:
-            places.setdefault(name.removeprefix(f"{folder}/"), place)
-    for name, found in bare.items():
-        if len(found) == 1:
-            places.setdefault(name, found[0])
-    return places
+            found.setdefault(name.removeprefix(f"{folder}/"), place)
+        parts = name.split("/")
+        for start in range(1, len(parts)):
+            end = "/".join(parts[start:])
+            ends[end] = None if end in ends else place
+    for end, only in ends.items():
+        if only is not None:
+            found.setdefault(end, only)
+    return found
 
 
 def _example(content: Mapping[str, Any]) -> str:

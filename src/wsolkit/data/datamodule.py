@@ -22,7 +22,8 @@ from wsolkit.data.dataset import (
     evaluation_batch,
     one_thread,
 )
-from wsolkit.data.records import Records, Split
+from wsolkit.data.pseudo_boxes import pseudo_boxes as read_pseudo_boxes
+from wsolkit.data.records import FileRecords, Records, Split
 from wsolkit.data.subset import Subset, part_of
 from wsolkit.data.tokens import TokenSamples, TokenStore
 from wsolkit.data.transforms import Transform
@@ -54,6 +55,7 @@ class WSOLDataModule(LightningDataModule):
         num_workers: the loader processes per device. "auto" takes as many as there are cores, up to 8.
         classes, fraction, shots, subset_seed: the part of the data set to use, see `part_of`.
         held_out: whether thresholds and checkpoints are selected on the split "val", or else on "test" itself.
+        pseudo_boxes: the file or folder of the boxes that select in place of the ground truth, or None.
         mean, std: the normalisation of the backbone.
         seed: the seed of the order and the augmentations.
         cache: the folder for a file of the training images at `resize`, which is filled as they are read. None decodes
@@ -78,6 +80,7 @@ class WSOLDataModule(LightningDataModule):
         shots: int | None,
         subset_seed: int,
         held_out: bool,
+        pseudo_boxes: str | None,
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
@@ -100,6 +103,8 @@ class WSOLDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.held_out = held_out
+        self._pseudo_path = pseudo_boxes
+        self._pseudo: FileRecords | None = None
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self._read = records
@@ -149,12 +154,30 @@ class WSOLDataModule(LightningDataModule):
             self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache, sizes)
         return self._datasets[split]
 
+    @property
+    def selects(self) -> bool:
+        """Whether "val" has thresholds to select before the test."""
+        return self.held_out or self._pseudo_path is not None
+
+    @property
+    def pseudo_boxes(self) -> FileRecords | None:
+        """Return the images of the split "val" with pseudo boxes, which are read once, or None if none are given.
+
+        Raises:
+            DataError: see `wsolkit.data.pseudo_boxes`.
+        """
+        if self._pseudo is None and self._pseudo_path is not None:
+            self._pseudo = read_pseudo_boxes(Path(self._pseudo_path), self.dataset("val").records)
+        return self._pseudo
+
     def read(self, *splits: Split) -> None:
-        """Read splits now, so that errors come before the first step."""
+        """Read splits, and the pseudo boxes of "val", now, so that errors come before the first step."""
         if "train" in splits and self.model_classes is None:
             self.model_classes = self.class_names
         for split in splits:
             self.dataset(split)
+        if "val" in splits:
+            _ = self.pseudo_boxes
 
     def setup(self, stage: str) -> None:
         """Read what a stage of Lightning needs."""

@@ -43,6 +43,11 @@ class Subset:
         self.classes, self.labels = classes, labels
         self._records, self._positions = records, positions
 
+    @property
+    def whole(self) -> Records:
+        """Return the split that the images are a part of."""
+        return self._records
+
     def name(self, index: int) -> str:
         """Return the name, see `Records.name`."""
         return self._records.name(int(self._positions[index]))

@@ -288,3 +288,16 @@ def best_iou(boxes: Any, truth: Any) -> Any:
         for t in range(len(truth)):
             best[b] = max(best[b], iou(boxes[b], truth[t]))
     return best
+
+
+@compiled
+def best_match(boxes: Any, truth: Any) -> Any:
+    """Return which of the true boxes [n, 4] has the highest IoU with each box [m, 4], int64 [m], the first if equal."""
+    match = np.zeros(len(boxes), np.int64)
+    for b in range(len(boxes)):
+        best = 0.0
+        for t in range(len(truth)):
+            overlap = iou(boxes[b], truth[t])
+            if overlap > best:
+                best, match[b] = overlap, t
+    return match

@@ -30,9 +30,11 @@ from wsolkit.types import Boxes
 Input = Literal["resize", "center_crop"]
 Comparison = Literal["at_least", "above"]
 WhoseMap = Literal["label", "predicted"]
+Selection = Literal["val", "test", "pseudo", "classification"]
 
 UNKNOWN_THRESHOLD = 0.3
-"""The τ for viewing maps if none was selected because there were no boxes. The papers' values are close to it."""
+"""The τ if none was selected because there were no boxes, or none were to be used. The papers' values are close to
+it."""
 
 _GRID_TOLERANCE = 1e-9
 _MAX_THRESHOLDS = 10_000
@@ -60,8 +62,9 @@ class Protocol:
         threshold: the τ of a paper, or your own. None chooses the best one, by GT-known Loc.
         threshold_range: the first and the last τ of the choice.
         threshold_per: whether there is one τ for the "protocol", or the best for each "metric".
-        selection: the split on which τ is chosen: "val" for the held-out split, if there is one, or "test" for the
-            reported split itself.
+        selection: what τ is chosen by: the boxes of the held-out split, if there is one ("val"), those of the reported
+            split itself ("test"), pseudo boxes of the held-out split ("pseudo"), or nothing, since there is only a
+            classification: τ is then `UNKNOWN_THRESHOLD` ("classification").
         iou_thresholds: δ, which must include 0.5.
         gt_known_comparison, top_k_comparison: whether an IoU of exactly δ is right ("at_least") or not ("above"), for
             GT-known and MaxBoxAcc, and for Top-1 and Top-5 Loc.
@@ -89,7 +92,7 @@ class Protocol:
     threshold: float | None
     threshold_range: Sequence[float]
     threshold_per: Literal["protocol", "metric"]
-    selection: Literal["val", "test"]
+    selection: Selection
     iou_thresholds: Sequence[float]
     gt_known_comparison: Comparison
     top_k_comparison: Comparison

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wsolkit.localization.boxes import MAXBOXACC, MAXBOXACC_V2, grey_levels, matched_boxes, threshold_grid
-from wsolkit.localization.protocol import Comparison, Protocol
+from wsolkit.localization.boxes import MAXBOXACC, MAXBOXACC_V2, best_match, grey_levels, matched_boxes, threshold_grid
+from wsolkit.localization.protocol import UNKNOWN_THRESHOLD, Comparison, Protocol
 from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.errors import CLS, ERRORS
-from wsolkit.metrics.functional import histogram_median, max_box_accuracy
+from wsolkit.metrics.functional import (
+    SIZE_EDGES,
+    count_by_size,
+    histogram_median,
+    max_box_accuracy,
+    size_aware_accuracy,
+    size_bins,
+)
 from wsolkit.types import Boxes
 
 # The conditions under which a box counts: always, from the label's map; always, from the map of the predicted class;
@@ -31,7 +38,8 @@ _NO_IMAGE = torch.iinfo(torch.int64).max
 class MaxBoxAccuracy(Metric):
     """The share of images with a right box at every threshold τ and IoU threshold δ, and its maximum over τ.
 
-    The state is a table of counts [δ, τ]. It does not grow with the data set, and sums across processes.
+    The accuracy for objects of each size comes with it, see `size_aware_accuracy`. The state consists of tables of
+    counts, [δ, τ] and [bins, δ + 1, τ]. It does not grow with the data set, and sums across processes.
 
     Args:
         select: "largest" takes the box of the outline with the largest area (V1). "any" accepts any right outline (V2).
@@ -47,10 +55,13 @@ class MaxBoxAccuracy(Metric):
     >>> found = metric.compute()
     >>> found["max_box_acc_50"].item(), found["max_box_acc_70"].item()  # the far corner is one past the last pixel
     (100.0, 0.0)
+    >>> found["images_by_size"].tolist()  # the box has 2 · 1 of 24 pixels by its corners: from 4 % to 9 % of the image
+    [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     """
 
     correct: Tensor
     total: Tensor
+    by_size: Tensor
 
     def __init__(
         self,
@@ -67,6 +78,7 @@ class MaxBoxAccuracy(Metric):
         shape = (len(self.iou_thresholds), num_thresholds)
         self.add_state("correct", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("by_size", _no_sizes(*shape), dist_reduce_fx="sum")
 
     def update(self, score_maps: Tensor | npt.NDArray[np.floating], boxes: Sequence[Boxes]) -> None:
         """Count a batch.
@@ -88,33 +100,61 @@ class MaxBoxAccuracy(Metric):
             return
         levels = [grey_levels(score_map, self.thresholds) for score_map in maps]
         truths = [np.asarray(ground_truth, np.int64) for ground_truth in boxes]
-        ious = np.stack([matched_boxes(part, self.rule, truth)[1] for part, truth in zip(levels, truths, strict=True)])
-        right = ious >= np.asarray(self.iou_thresholds)[:, None, None]  # [B, T] → [δ, B, T]
+        drawn = [matched_boxes(part, self.rule, truth) for part, truth in zip(levels, truths, strict=True)]
+        right = np.stack([iou for _, iou in drawn]) >= np.asarray(self.iou_thresholds)[:, None, None]  # → [δ, B, T]
         self.correct += torch.from_numpy(right.sum(axis=1)).to(self.correct.device)
         self.total += len(maps)
+        height, width = maps.shape[1:]
+        sizes = [
+            matched_sizes(own, truth, size_bins(truth, width, height))
+            for (own, _), truth in zip(drawn, truths, strict=True)
+        ]
+        count_by_size(self.by_size, np.stack(sizes), right)
 
     def counts(self) -> Tensor:
         """Return the number of correct images [δ, τ] that this process has seen."""
         return self.correct
 
     def compute(self) -> dict[str, Tensor]:
-        """Return percentages from 0 to 100, and the best thresholds in [0, 1), see `max_box_accuracy`."""
-        return max_box_accuracy(self.correct, self.total, self.iou_thresholds, self.thresholds)
+        """Return percentages from 0 to 100, and the best thresholds in [0, 1).
+
+        See `max_box_accuracy` and `size_aware_accuracy` for their names.
+        """
+        by_size = size_aware_accuracy(self.by_size, self.iou_thresholds)
+        return max_box_accuracy(self.correct, self.total, self.iou_thresholds, self.thresholds) | by_size
+
+
+def matched_sizes(boxes: Boxes, truth: Boxes, bins: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the size of the true box that each box [T, 4] matches best, as its bin of `SIZE_EDGES` [T].
+
+    Args:
+        boxes: the boxes, one for each threshold.
+        truth: the true boxes [n, 4].
+        bins: the bin of each true box [n], see `size_bins`.
+    """
+    # Most images have one true box, and drawing boxes for the others takes much longer than this.
+    return np.full(len(boxes), bins[0]) if len(truth) == 1 else bins[best_match(boxes, truth)]
+
+
+def _no_sizes(deltas: int, steps: int) -> Tensor:
+    """Return the table of `count_by_size` before the first batch."""
+    return torch.zeros(len(SIZE_EDGES) - 1, deltas + 1, steps, dtype=torch.int64)
 
 
 class Verdicts(NamedTuple):
     """The result for the boxes of B images at each of T thresholds.
 
     image, label [B]: the position in the split, and the class; iou [B, T]: the IoU of the box from the label's map;
-    error [B, T]: see `localization_errors`; baseline_iou [baselines, B, T]. A classification adds: predicted_iou [B,
-    T]: the IoU of the box from the map of the predicted class; top1, top5 [B]: whether the label is the first, or among
-    the first five; predicted [B]: the predicted class.
+    error [B, T]: see `localization_errors`; size [B, T]: see `matched_sizes`; baseline_iou [baselines, B, T]. A
+    classification adds: predicted_iou [B, T]: the IoU of the box from the map of the predicted class; top1, top5 [B]:
+    whether the label is the first, or among the first five; predicted [B]: the predicted class.
     """
 
     image: npt.NDArray[np.int64]
     label: npt.NDArray[np.int64]
     iou: npt.NDArray[np.float64]
     error: npt.NDArray[np.uint8]
+    size: npt.NDArray[np.uint8]
     baseline_iou: npt.NDArray[np.float64]
     predicted_iou: npt.NDArray[np.float64] | None
     top1: npt.NDArray[np.bool_] | None
@@ -133,6 +173,7 @@ class BoxEvaluation(Metric):
 
     Attributes:
         selected: thresholds τ that were selected on another split, by condition. {} means the best ones on this split.
+        by_truth: the τ that the ground truth of that split would have selected, if something else did, or None.
         on_verdicts: a function that is called with each result that is counted.
     """
 
@@ -141,6 +182,7 @@ class BoxEvaluation(Metric):
     classified: Tensor
     errors: Tensor
     ious: Tensor
+    by_size: Tensor
     class_images: Tensor
     class_top1: Tensor
     class_correct: Tensor
@@ -150,6 +192,7 @@ class BoxEvaluation(Metric):
         super().__init__()
         self.protocol = protocol
         self.selected: dict[str, float] = {}
+        self.by_truth: float | None = None
         self.on_verdicts: Callable[[Verdicts], None] | None = None
         deltas, steps = len(protocol.iou_thresholds), protocol.num_thresholds
 
@@ -161,6 +204,7 @@ class BoxEvaluation(Metric):
         table("classified")
         table("errors", steps, len(ERRORS))
         table("ious", steps, IOU_BINS)
+        self.add_state("by_size", _no_sizes(deltas, steps), dist_reduce_fx="sum")
         table("class_images", num_classes)
         table("class_top1", num_classes)
         table("class_correct", 2, num_classes, steps)  # GT-known and Top-1 Loc at δ = 0.5
@@ -204,6 +248,7 @@ class BoxEvaluation(Metric):
         self.images += len(label)
         self.class_images.index_add_(0, label, torch.ones_like(label))
         self.class_correct[0].index_add_(0, label, torch.from_numpy(gt_known[half]).to(label))
+        count_by_size(self.by_size, verdicts.size, gt_known)
         _count_in_rows(self.errors, error)
         _count_in_rows(self.ious, np.minimum(verdicts.iou * IOU_BINS, IOU_BINS - 1))
         packed = torch.from_numpy(_pack(verdicts.iou, verdicts.image)).to(device)
@@ -216,30 +261,71 @@ class BoxEvaluation(Metric):
         """
         rules = self.protocol
         if condition is None or rules.threshold_per == "protocol":
-            condition = "gt_known_loc_predicted_class" if rules.gt_known_map == "predicted" else "gt_known_loc"
+            condition = self.main
         if not int(self.classified):
             condition = "gt_known_loc"
         threshold = rules.threshold
-        if threshold is None and rules.selection == "val":
+        if threshold is None and rules.selection == "classification":
+            threshold = UNKNOWN_THRESHOLD
+        if threshold is None and rules.selection != "test":
             threshold = self.selected.get(condition)
-        if threshold is not None:
-            return int(np.abs(rules.thresholds - threshold).argmin())
+        return self.best(condition) if threshold is None else self._place(threshold)
+
+    @property
+    def main(self) -> str:
+        """The condition of the protocol's GT-known."""
+        predicted = self.protocol.gt_known_map == "predicted" and int(self.classified)
+        return "gt_known_loc_predicted_class" if predicted else "gt_known_loc"
+
+    def best(self, condition: str) -> int:
+        """Return the place in the grid of the threshold that is best for a condition on this split."""
+        rules = self.protocol
         half = list(rules.iou_thresholds).index(0.5)
         counts = self.correct[CONDITIONS.index(condition), half].cpu()
         return int(counts.masked_fill(~torch.from_numpy(rules.admissible), -1).argmax())
 
+    def _place(self, threshold: float) -> int:
+        return int(np.abs(self.protocol.thresholds - threshold).argmin())
+
+    def choices(self) -> dict[str, int]:
+        """Return the place of τ that each way to choose it leads to, if another one than ground truth is set.
+
+        The ways are "pseudo" (pseudo boxes), "classification" (no boxes), "truth" (ground truth of the split that
+        selects) and "best" (ground truth of this split). A way is left out if it is unknown.
+        """
+        rules = self.protocol
+        if rules.selection not in ("pseudo", "classification"):
+            return {}
+        ways = {
+            "pseudo": self.selected.get(self.main) if rules.selection == "pseudo" else None,
+            "classification": UNKNOWN_THRESHOLD,
+            "truth": self.by_truth,
+            "best": float(rules.thresholds[self.best(self.main)]),
+        }
+        known = {way: threshold for way, threshold in ways.items() if threshold is not None}
+        return {
+            way: self._place(threshold if rules.threshold is None else rules.threshold)
+            for way, threshold in known.items()
+        }
+
     def compute(self) -> dict[str, Tensor]:
         """Return metrics by name, float64: scalars, curves [T], tables by class [C] and the IoU histogram [100].
 
-        Percentages run from 0 to 100, and thresholds are in [0, 1). The result is empty if no image had a box.
+        Percentages run from 0 to 100, and thresholds are in [0, 1). If no image had a box, there is at most the
+        threshold that pseudo boxes have selected.
         """
-        if not int(self.images):
-            return {}
         rules = self.protocol
         grid, deltas = rules.thresholds, rules.iou_thresholds
+        choices = {way: (at, torch.tensor(grid[at], dtype=torch.float64)) for way, at in self.choices().items()}
+        if not int(self.images):
+            return {f"threshold_by_{way}": choices[way][1] for way in choices if way == "pseudo"}
         half = list(deltas).index(0.5)
         accuracy = 100 * self.correct.cpu().double() / self.images.cpu()
         values = max_box_accuracy(self.correct[0], self.images, deltas, grid, rules.admissible)
+        values |= size_aware_accuracy(self.by_size, deltas, rules.admissible)
+        for way, (at, threshold) in choices.items():
+            values[f"threshold_by_{way}"] = threshold
+            values[f"gt_known_loc_by_{way}"] = accuracy[CONDITIONS.index(self.main), half, at]
         known = CONDITIONS if int(self.classified) else CONDITIONS[:1]
         main = self.chosen()
         values["threshold"] = torch.tensor(grid[main], dtype=torch.float64)

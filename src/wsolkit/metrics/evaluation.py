@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from wsolkit.data.records import FileRecords
 from wsolkit.localization.boxes import Levels
 from wsolkit.localization.inputs import localize_views, network_mask, network_views, ten_crop_probabilities
 from wsolkit.localization.protocol import Input, Protocol
-from wsolkit.metrics.boxes import CONDITIONS
+from wsolkit.metrics.boxes import CONDITIONS, BoxEvaluation
 from wsolkit.metrics.errors import ERRORS
 from wsolkit.metrics.finite import NotFinite
 from wsolkit.metrics.under_protocol import ProtocolEvaluation, at_size
@@ -30,6 +31,9 @@ class _Shared:
         if (what, rule) not in self._made:
             self._made[what, rule] = make()
         return self._made[what, rule]
+
+
+_BY_TRUTH = "by_truth"
 
 
 class Outcome(NamedTuple):
@@ -56,6 +60,8 @@ class Evaluation(nn.Module):
         self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
         self.not_finite = NotFinite()
         self._workers = BoxWorkers()
+        self.pseudo_boxes: FileRecords | None = None
+        """The pseudo boxes of the split that is counted, by position, for protocols that select by them."""
         self.on_maps: Callable[[EvaluationBatch, list[Tensor]], None] | None = None
         """A function that is called with each batch and its labels' localization maps, under the first protocol."""
 
@@ -76,7 +82,8 @@ class Evaluation(nn.Module):
                     *("top1_cls", "top5_cls", *CONDITIONS, "max_box_acc", "max_box_acc_v2", "threshold"),
                     *(f"{key}_{delta}" for delta in deltas for key in ("max_box_acc", "threshold")),
                     *("iou_median", "iou_median_correct", *(f"error_{error}" for error in ERRORS)),
-                    *("pxap", "peak_iou", "peak_threshold"),
+                    *("pxap", "peak_iou", "peak_threshold", "max_box_acc_size_mean"),
+                    *(() if metric.pseudo is None else ("pseudo_max_box_acc", "pseudo_threshold")),
                 )
             ]
         return names
@@ -125,17 +132,31 @@ class Evaluation(nn.Module):
                 if mask is not None:
                     histograms = functools.partial(metric.histograms, maps, mask)
                     metric.masks.update(shared.get("histograms", rules.map_rule, histograms))
-                rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
-                if rows:
-                    submitted.append(self._draw(metric, batch, rows, maps, raw, logits, finite, shared))
+                for counts, boxed, rows in self._to_draw(metric, batch):
+                    submitted.append(self._draw(metric, counts, boxed, rows, maps, raw, logits, finite, shared))
         if pooled is not None:
             all_finite &= pooled.isfinite().all(dim=1)
         self.not_finite.update(all_finite, batch["index"])
         self._workers.count(submitted)
 
+    def _to_draw(
+        self, metric: ProtocolEvaluation, batch: EvaluationBatch
+    ) -> Iterator[tuple[BoxEvaluation, EvaluationBatch, list[int]]]:
+        """Yield what counts boxes, with a batch whose boxes it compares them with, and the images that have some."""
+        boxed = [(metric.boxes, batch)]
+        if metric.pseudo is not None and self.pseudo_boxes is not None:
+            indices, pseudo = batch["index"].tolist(), self.pseudo_boxes
+            boxes, uncut = map(pseudo.boxes, indices), map(pseudo.uncut_boxes, indices)
+            boxed.append((metric.pseudo, {**batch, "boxes": list(boxes), "uncut_boxes": list(uncut)}))
+        for counts, one in boxed:
+            rows = [row for row, boxes in enumerate(one["boxes"]) if len(boxes)]
+            if rows:
+                yield counts, one, rows
+
     def _draw(
         self,
         metric: ProtocolEvaluation,
+        counts: BoxEvaluation,
         batch: EvaluationBatch,
         rows: list[int],
         maps: Tensor,
@@ -164,12 +185,13 @@ class Evaluation(nn.Module):
                 rules.localization_maps(theirs), theirs, range(len(others)), [sizes[rows[place]] for place in others]
             )
 
-        levels = shared.get("levels", rules.level_rule, lambda: metric.levels(maps, raw[0], rows, sizes))
+        rule = (*rules.level_rule, *rows)
+        levels = shared.get("levels", rule, lambda: metric.levels(maps, raw[0], rows, sizes))
         predicted: dict[int, Levels] = {}
         if others:
-            made = shared.get("predicted", (*rules.level_rule, rules.classification), other_levels)
+            made = shared.get("predicted", (*rule, rules.classification), other_levels)
             predicted = dict(zip(others, made, strict=True))
-        return self._workers.draw(metric, batch, rows, levels, predicted, logits, finite)
+        return self._workers.draw(metric, counts, batch, rows, levels, predicted, logits, finite)
 
     def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
         """Count a batch of localization maps in [0, 1] that are ready, each [R, R] or at the size of its image.
@@ -185,12 +207,11 @@ class Evaluation(nn.Module):
                 assert mask is not None
                 resized = torch.cat([at_size(score, square) for score in maps])
                 metric.masks.update(metric.histograms(resized, mask))
-            rows = [row for row, boxes in enumerate(batch["boxes"]) if len(boxes)]
-            if rows:
-                sized = metric.at_size(maps, batch)
+            sized = metric.at_size(maps, batch)
+            for counts, boxed, rows in self._to_draw(metric, batch):
                 levels = [rules.levels(sized[row][None])[0] for row in rows]
                 finite = torch.ones(len(maps), dtype=torch.bool)  # The reader of files refuses others.
-                submitted.append(self._workers.draw(metric, batch, rows, levels, {}, None, finite))
+                submitted.append(self._workers.draw(metric, counts, boxed, rows, levels, {}, None, finite))
         self._workers.count(submitted)
 
     def map_sizes(self, batch: EvaluationBatch) -> list[set[tuple[int, int]]]:
@@ -219,17 +240,22 @@ class Evaluation(nn.Module):
         self._workers.close()
         self.not_finite.reset()
         for metric in self.protocols.values():
-            for part in (metric.top1_cls, metric.top5_cls, metric.boxes, metric.masks):
-                part.reset()
+            for part in (metric.top1_cls, metric.top5_cls, metric.boxes, metric.masks, metric.pseudo):
+                if part is not None:
+                    part.reset()
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """The thresholds τ selected on another split, as `<protocol>/<condition>`. {} stands for none."""
-        return {
-            f"{name}/{condition}": threshold
-            for name, metric in self.protocols.items()
-            for condition, threshold in metric.boxes.selected.items()
-        }
+        """The thresholds τ selected on another split, as `<protocol>/<condition>`. {} stands for none.
+
+        `<protocol>/by_truth` is the τ that its ground truth would have selected, if something else did.
+        """
+        selected: dict[str, float] = {}
+        for name, metric in self.protocols.items():
+            selected |= {f"{name}/{condition}": threshold for condition, threshold in metric.boxes.selected.items()}
+            if metric.boxes.by_truth is not None:
+                selected[f"{name}/{_BY_TRUTH}"] = metric.boxes.by_truth
+        return selected
 
     @thresholds.setter
     def thresholds(self, selected: Mapping[str, float]) -> None:
@@ -239,24 +265,38 @@ class Evaluation(nn.Module):
                 for condition in CONDITIONS
                 if f"{name}/{condition}" in selected
             }
+            metric.boxes.by_truth = selected.get(f"{name}/{_BY_TRUTH}")
 
     def select(self, results: Mapping[str, float]) -> None:
-        """Select the thresholds in the numbers of another split."""
+        """Select the thresholds in the numbers of another split, by what each protocol selects by."""
         selected: dict[str, float] = {}
-        for name in self.protocols:
-            for condition in CONDITIONS:
-                for key in (f"{name}/threshold_{condition}", f"{name}/threshold"):
+        for name, metric in self.protocols.items():
+            prefix = f"{name}/pseudo_" if metric.protocol.selection == "pseudo" else f"{name}/"
+            for condition in CONDITIONS if metric.protocol.selection != "classification" else ():
+                for key in (f"{prefix}threshold_{condition}", f"{prefix}threshold"):
                     if key in results:
                         selected.setdefault(f"{name}/{condition}", results[key])
+            if f"{name}/threshold_by_best" in results:
+                selected[f"{name}/{_BY_TRUTH}"] = results[f"{name}/threshold_by_best"]
         self.thresholds = selected
 
     def chosen_on(self, held_out: bool) -> dict[str, str]:
-        """Say where each protocol's threshold is chosen: "fixed", "val", or "test" for the reported split itself."""
-        chosen = {}
-        for name, metric in self.protocols.items():
-            taken_over = held_out and metric.protocol.selection == "val" and metric.boxes.selected
-            chosen[name] = "fixed" if metric.protocol.threshold is not None else "val" if taken_over else "test"
-        return chosen
+        """Say what chooses each protocol's threshold.
+
+        This is "fixed" for a given one, "val" for the held-out split, "test" for the reported split itself, "pseudo"
+        for pseudo boxes, or "default" for `UNKNOWN_THRESHOLD`.
+        """
+        return {name: self._chosen_on(metric, held_out) for name, metric in self.protocols.items()}
+
+    def _chosen_on(self, metric: ProtocolEvaluation, held_out: bool) -> str:
+        rules = metric.protocol
+        if rules.threshold is not None:
+            return "fixed"
+        if rules.selection == "classification":
+            return "default"
+        if rules.selection == "test" or not metric.boxes.selected:
+            return "test"
+        return "pseudo" if rules.selection == "pseudo" else "val" if held_out else "test"
 
 
 def outcome(values: Mapping[str, Tensor]) -> Outcome:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wsolkit.system.compiled import compiled
 from wsolkit.types import Boxes
 
 
@@ -63,6 +65,73 @@ def max_box_accuracy(
     if 0.5 in iou_thresholds:
         values["max_box_acc"], values["threshold"] = values["max_box_acc_50"], values["threshold_50"]
     return values
+
+
+SIZE_EDGES = tuple(side**2 / 100 for side in range(11))
+"""The edges of the bins of object sizes, as shares of the image: 0, 1, 4, …, 81, 100 %. Their sides are tenths."""
+
+
+def size_bins(boxes: Boxes, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Return the bin of `SIZE_EDGES` for the share of an image that each box [n, 4] takes.
+
+    A bin holds its lower edge, and the last one holds both. Source: Hwang et al., Neurocomputing 2025, whose released
+    evaluation has (x1 − x0) · (y1 − y0) for the area of a box.
+    """
+    sides = np.asarray(boxes)[:, 2:] - np.asarray(boxes)[:, :2]
+    share = sides.prod(axis=1) / (width * height)
+    place = np.searchsorted(SIZE_EDGES, share, side="right") - 1
+    return np.asarray(np.clip(place, 0, len(SIZE_EDGES) - 2), np.uint8)
+
+
+def count_by_size(counts: Tensor, size: npt.NDArray[np.uint8], right: npt.NDArray[np.bool_]) -> None:
+    """Add a batch to the images by object size and by the number of IoU thresholds that their box reaches.
+
+    Args:
+        counts: [bins, δ + 1, τ], which it changes.
+        size: the bin of `SIZE_EDGES` of the object of each image at each τ [B, τ].
+        right: whether its box is right [δ, B, τ]. A box that is right for a δ must be right for all lower δ.
+    """
+    table = np.zeros(counts.shape, np.int64)
+    _tally(table, size, right.sum(axis=0, dtype=np.uint8))
+    counts += torch.from_numpy(table).to(counts.device)
+
+
+@compiled
+def _tally(table: Any, size: Any, reached: Any) -> None:
+    """Add one to `table` [bins, δ + 1, τ] for each image at each τ, by its bin and the δ that it reaches [B, τ]."""
+    for image in range(size.shape[0]):
+        for step in range(size.shape[1]):
+            table[size[image, step], reached[image, step], step] += 1
+
+
+def size_aware_accuracy(
+    counts: Tensor, iou_thresholds: Sequence[float], admissible: npt.NDArray[np.bool_] | None = None
+) -> dict[str, Tensor]:
+    """Summarise accuracy for objects of each size, in percent, float64. The best τ over all images counts for each δ.
+
+    Args:
+        counts: see `count_by_size`.
+        iou_thresholds: δ.
+        admissible: bool [τ], the thresholds among which the best is sought. None admits all.
+
+    Returns:
+        max_box_acc_by_size [bins], the mean over δ, NaN for a bin without images; max_box_acc_size_mean, its mean over
+        the bins that have images; images_by_size [bins], at the best τ of the middle δ.
+    """
+    counts = counts.cpu()
+    forbidden = torch.zeros(counts.shape[2], dtype=torch.bool) if admissible is None else ~torch.from_numpy(admissible)
+    shares, images = [], []
+    for rank in range(1, 1 + len(iou_thresholds)):  # A box reaches the lowest δ first.
+        correct = counts[:, rank:].sum(dim=1)  # [bins, τ]
+        at = int(correct.sum(dim=0).masked_fill(forbidden, -1).argmax())
+        images.append(counts[:, :, at].sum(dim=1).double())
+        shares.append(100 * correct[:, at] / images[-1])
+    by_size = torch.stack(shares).mean(dim=0)
+    return {
+        "max_box_acc_size_mean": by_size.nanmean(),
+        "max_box_acc_by_size": by_size,
+        "images_by_size": images[(len(images) - 1) // 2],
+    }
 
 
 def histogram_median(counts: Tensor, start: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from wsolkit.localization.boxes import Levels, best_iou, matched_boxes
 from wsolkit.localization.maps import upsample
 from wsolkit.localization.protocol import Protocol
 from wsolkit.metrics.baselines import BASELINES, baseline_map
-from wsolkit.metrics.boxes import BoxEvaluation
+from wsolkit.metrics.boxes import CONDITIONS, BoxEvaluation, matched_sizes
 from wsolkit.metrics.classification import TopKAccuracy
 from wsolkit.metrics.errors import localization_errors
 from wsolkit.metrics.functional import pixel_histogram
@@ -23,8 +23,12 @@ from wsolkit.types import Boxes, EvaluationBatch
 
 _MAX_SIZES = 64
 
-Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
-"""The result for an image's boxes at T thresholds: IoU [T], error [T], and the baselines' IoU [baselines, T]."""
+# What pseudo boxes give: the numbers that select the checkpoint and the threshold.
+_SELECTING = ("max_box_acc", "threshold", *(f"threshold_{condition}" for condition in CONDITIONS))
+
+Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.float64]]
+"""The result for an image's boxes at T thresholds: IoU [T], error [T], the size of the object [T], and the baselines'
+IoU [baselines, T]."""
 
 
 class ProtocolEvaluation(nn.Module):
@@ -36,6 +40,8 @@ class ProtocolEvaluation(nn.Module):
         self.top1_cls = TopKAccuracy(1)
         self.top5_cls = TopKAccuracy(5)
         self.boxes = BoxEvaluation(protocol, num_classes)
+        # It compares the same boxes with pseudo boxes, which only a split has that selects.
+        self.pseudo = BoxEvaluation(protocol, num_classes) if protocol.selection == "pseudo" else None
         self.masks = MaskEvaluation(1 + len(BASELINES))
         self._baselines = [baseline_map(name, protocol.resolution) for name in BASELINES]
         self._drawn: dict[tuple[int, int], list[Boxes]] = {}
@@ -76,12 +82,12 @@ class ProtocolEvaluation(nn.Module):
         boxes = batch["uncut_boxes"] if self.protocol.far_corner_shift else batch["boxes"]
         return [self.protocol.truth(boxes[row], *sizes[row]) for row in rows]
 
-    def judge(self, levels: Levels, truth: Boxes) -> Judged:
-        """Draw an image's boxes and compare them with the true ones [n, 4], n ≥ 1."""
+    def judge(self, levels: Levels, truth: Boxes, sizes: npt.NDArray[np.uint8]) -> Judged:
+        """Draw an image's boxes and compare them with the true ones [n, 4], n ≥ 1, and take their sizes from [n]."""
         boxes, overlap = matched_boxes(levels, self.protocol.box_rule, truth)
         height, width = levels.level.shape
         baselines = np.stack([best_iou(drawn, truth) for drawn in self._baseline_boxes((height, width))])
-        return overlap, localization_errors(boxes, truth), baselines
+        return overlap, localization_errors(boxes, truth), matched_sizes(boxes, truth, sizes), baselines
 
     def _baseline_boxes(self, size: tuple[int, int]) -> list[Boxes]:
         """Return the baselines' boxes at each threshold, for a height and width of maps. A few sizes are kept."""
@@ -113,7 +119,9 @@ class ProtocolEvaluation(nn.Module):
         # Each part synchronises the processes, so all processes compute all parts, whatever they have seen themselves.
         classification = {"top1_cls": self.top1_cls.compute(), "top5_cls": self.top5_cls.compute()}
         known = {name: value for name, value in classification.items() if not value.isnan()}
-        return known | self.boxes.compute() | self.masks.compute()
+        pseudo = {} if self.pseudo is None else self.pseudo.compute()
+        selecting = {f"pseudo_{name}": value for name, value in pseudo.items() if name in _SELECTING}
+        return known | self.boxes.compute() | self.masks.compute() | selecting
 
 
 def at_size(score: Tensor, size: tuple[int, int]) -> Tensor:

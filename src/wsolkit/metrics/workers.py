@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from wsolkit.localization.boxes import Levels
 from wsolkit.metrics.boxes import BoxEvaluation, Verdicts
 from wsolkit.metrics.errors import OTHER
-from wsolkit.metrics.functional import in_top_k
+from wsolkit.metrics.functional import in_top_k, size_bins
 from wsolkit.metrics.under_protocol import Judged, ProtocolEvaluation
 from wsolkit.system.cores import available_cores
 from wsolkit.types import EvaluationBatch
@@ -37,7 +37,7 @@ class Pending(NamedTuple):
     def finish(self) -> None:
         """Wait for the boxes and count them."""
         judged = [future.result() for future in self.by_label]
-        iou, error, baseline_iou = (np.stack(part) for part in zip(*judged, strict=True))
+        iou, error, size, baseline_iou = (np.stack(part) for part in zip(*judged, strict=True))
         predicted_iou = None
         if self.top1 is not None:
             predicted_iou = iou.copy()
@@ -50,6 +50,7 @@ class Pending(NamedTuple):
             self.label,
             iou,
             error,
+            size,
             baseline_iou.swapaxes(0, 1),
             predicted_iou,
             self.top1,
@@ -75,6 +76,7 @@ class BoxWorkers:
     def draw(
         self,
         metric: ProtocolEvaluation,
+        counts: BoxEvaluation,
         batch: EvaluationBatch,
         rows: list[int],
         levels: Sequence[Levels],
@@ -85,8 +87,9 @@ class BoxWorkers:
         """Start to draw the boxes of some images of a batch.
 
         Args:
-            metric: counts the boxes.
-            batch: the batch of the images.
+            metric: the rules.
+            counts: counts the boxes.
+            batch: the batch of the images, with the boxes that the drawn ones are compared with.
             rows: the images to draw.
             levels: the levels of the maps of these images' labels.
             predicted: the levels of the maps of predicted classes, where they differ, by place in `rows`.
@@ -99,12 +102,14 @@ class BoxWorkers:
             self._threads = ThreadPoolExecutor(max(1, available_cores() // here), thread_name_prefix="boxes")
         threads = self._threads
         label, truths = batch["label"][rows], metric.truths(batch, rows)
+        shapes = batch["size"].tolist()
+        sizes = [size_bins(batch["boxes"][row], *shapes[row]) for row in rows]
         top1, top5 = (None if logits is None else in_top_k(logits[rows], label, k).cpu().numpy() for k in (1, 5))
         return Pending(
-            metric.boxes,
+            counts,
             finite[rows].cpu().numpy(),
-            [threads.submit(metric.judge, part, truth) for part, truth in zip(levels, truths, strict=True)],
-            {place: threads.submit(metric.judge, part, truths[place]) for place, part in predicted.items()},
+            [threads.submit(metric.judge, *image) for image in zip(levels, truths, sizes, strict=True)],
+            {p: threads.submit(metric.judge, part, truths[p], sizes[p]) for p, part in predicted.items()},
             batch["index"][rows].cpu().numpy(),
             label.cpu().numpy(),
             top1,

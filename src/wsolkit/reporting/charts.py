@@ -174,6 +174,29 @@ def error_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
     return figure
 
 
+def object_size_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
+    """Draw the accuracy for objects of each size, with the number of images in each bin."""
+    accuracy, images = (series(curves, f"{protocol}/{name}") for name in ("max_box_acc_by_size", "images_by_size"))
+    if accuracy is None or images is None:
+        return None
+    figure = _figure()
+    axes = _style(figure.subplots(), "object's share of the image (%)", "MaxBoxAcc (%)")
+    bars = axes.bar(
+        np.arange(len(accuracy)), np.nan_to_num(accuracy), width=1, align="edge", color=_SKY, edgecolor="white"
+    )
+    axes.bar_label(bars, [f"{count:,.0f}" if count else "" for count in images], padding=2, fontsize=7)
+    mean = _value(results, f"{protocol}/max_box_acc_size_mean")
+    if mean is not None:
+        axes.axhline(mean, color=_RED, linewidth=1.2, label=f"mean of the bars: {mean:.1f} %")
+        figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    sides = np.linspace(0, 10, len(accuracy) + 1)  # The sides of the objects rise in even steps.
+    axes.set_xticks(np.arange(len(sides)), [f"{side**2:.0f}" for side in sides])
+    axes.set(xlim=(0, len(accuracy)), ylim=(0, 108))
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(visible=False, axis="x")
+    return figure
+
+
 def size_chart(results: Results, curves: Curves, protocol: str) -> Figure | None:
     """Draw the number of images by the object's share of the image and by the IoU of thresholded map and mask."""
     counts = series(curves, f"{protocol}/mask_iou_by_size")
@@ -214,7 +237,7 @@ def pixel_chart(results: Results, curves: Curves, protocol: str) -> Figure | Non
     return figure
 
 
-EPOCH_METRICS = ("top1_cls", "max_box_acc", "max_box_acc_v2", "top1_loc", "pxap")
+EPOCH_METRICS = ("top1_cls", "max_box_acc", "max_box_acc_v2", "top1_loc", "pxap", "pseudo_max_box_acc")
 """The numbers that are kept of the validation after each epoch, as `epochs/…` in `curves`."""
 
 
@@ -254,6 +277,7 @@ _CHARTS = {
     "threshold": threshold_chart,
     "iou": iou_chart,
     "errors": error_chart,
+    "object_size": object_size_chart,
     "size": size_chart,
     "pixels": pixel_chart,
     "epochs": epoch_chart,

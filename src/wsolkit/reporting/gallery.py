@@ -44,8 +44,12 @@ def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
 
 
 def shown_threshold(results: Mapping[str, float], protocol: str) -> float:
-    """Return the threshold of the boxes in pictures: the protocol's τ, or `UNKNOWN_THRESHOLD`."""
-    return results.get(f"{protocol}/threshold", UNKNOWN_THRESHOLD)
+    """Return the threshold of the boxes in pictures: the protocol's τ, or `UNKNOWN_THRESHOLD`.
+
+    Without boxes in the split, the protocol's τ is the one that pseudo boxes have selected, if any.
+    """
+    selected = results.get(f"{protocol}/threshold_by_pseudo", UNKNOWN_THRESHOLD)
+    return results.get(f"{protocol}/threshold", selected)
 
 
 def show(

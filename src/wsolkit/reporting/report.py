@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from wsolkit.reporting.charts import (
     spelled,
     telling_protocols,
 )
+from wsolkit.reporting.selection import COLUMNS as SELECTION_COLUMNS
+from wsolkit.reporting.selection import NOTE, selection_rows
 from wsolkit.reporting.terminal import picture
 
 _COLUMNS = {
@@ -37,6 +40,7 @@ _COLUMNS = {
     "top5_loc": "Top-5\nLoc",
     "max_box_acc": "MaxBoxAcc\nIoU 50",
     "max_box_acc_v2": "mean of IoU\n30/50/70",
+    "max_box_acc_size_mean": "mean of\nobject\nsizes",
     "pxap": "PxAP",
     "peak_iou": "peak\npixel IoU",
 }
@@ -54,6 +58,11 @@ _CAPTIONS = {
     "errors": (
         "Errors",
         "What is wrong with the boxes at the chosen τ, after the error analysis of SPA (Pan et al., CVPR 2021).",
+    ),
+    "object_size": (
+        "Accuracy by object size",
+        "How many images are right, by the share of the image that the object's box takes: the mean over the IoU "
+        "thresholds, each at its best τ over all images. The numbers count images.",
     ),
     "size": (
         "Object size",
@@ -165,14 +174,15 @@ class ClassTable:
 class Report:
     """All that a report shows, as text, figures and pictures; what there is no data for is empty or None.
 
-    title: what was run; method: its name; facts: how many images and classes, and which protocols; settings: the
-    run's settings as YAML.
+    title: what was run; method: its name; facts: how many images and classes, and which protocols; selection: what each
+    way to choose costs; settings: the run's settings as YAML.
     """
 
     title: str
     method: str
     facts: Sequence[str]
     results: ResultsTable | None
+    selection: ResultsTable | None
     protocols: Sequence[ProtocolPart]
     galleries: Sequence[Gallery]
     classes: Sequence[ClassTable]
@@ -208,7 +218,7 @@ def describe(
         worst: images of the gallery by rising IoU.
         best: images of the gallery by falling IoU.
         protocols: each protocol's rules as plain values.
-        chosen_on: where each protocol's τ was chosen: "val", "test" or "fixed".
+        chosen_on: what chose each protocol's τ, see `Evaluation.chosen_on`.
         settings: the run's settings as YAML.
     """
     names = telling_protocols(results, curves)
@@ -220,6 +230,7 @@ def describe(
         method=method,
         facts=_facts(curves, class_names, names),
         results=_results(results, names, method, chosen_on),
+        selection=_selection(results, curves, chosen_on),
         protocols=[part for part in parts if part.charts or part.rules],
         galleries=[gallery for gallery in galleries if gallery.images],
         classes=[table for name in names if (table := _classes(name, curves, class_names)) is not None],
@@ -290,6 +301,16 @@ def _results(results: Results, names: Sequence[str], method: str, chosen_on: Map
     return ResultsTable([_COLUMNS[key] for key in used], groups, _notes(used, own))
 
 
+def _selection(results: Results, curves: Curves, chosen_on: Mapping[str, str]) -> ResultsTable | None:
+    """The table of what each way to choose costs: a group for each protocol."""
+    rows = selection_rows(results, curves, chosen_on)
+    groups = [
+        [Row(protocol, kind="protocol"), *(Row(row.name, row.cells, "method") for row in together)]
+        for protocol, together in itertools.groupby(rows, lambda row: row.protocol)
+    ]
+    return ResultsTable(SELECTION_COLUMNS, groups, [NOTE]) if groups else None
+
+
 def _notes(used: Sequence[str], own: Sequence[str]) -> list[str]:
     """How to read the columns that are used; `own`: protocols under which each Loc has its own threshold."""
     notes = []
@@ -299,11 +320,13 @@ def _notes(used: Sequence[str], own: Sequence[str]) -> list[str]:
         notes.append(f"Under {', '.join(own)} each Loc has its own τ; shown is GT-known Loc's.")
     if "chosen_on" in used:
         notes.append(
-            "τ was chosen on the validation split (val), on the evaluated split itself (test, which flatters), "
-            "or given (fixed)."
+            "τ was chosen on the validation split (val), by pseudo boxes of it (pseudo), on the evaluated split itself "
+            "(test, which flatters), or given (fixed), or is the default where no boxes choose it (default)."
         )
     if "max_box_acc" in used:
         notes.append("MaxBoxAcc, and the mean over three IoU thresholds, take the best τ of the evaluated split.")
+    if "max_box_acc_size_mean" in used:
+        notes.append("The mean of object sizes gives objects of each size the same weight.")
     return notes
 
 

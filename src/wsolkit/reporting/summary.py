@@ -12,7 +12,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from wsolkit.reporting.table import print_results
+from wsolkit.metrics.evaluation import Outcome
+from wsolkit.reporting.table import print_results, print_selection
 from wsolkit.reporting.terminal import PlainConsole
 from wsolkit.settings.conf import CONF, as_named, chosen_file, given_overrides
 from wsolkit.system.signals import is_first
@@ -25,9 +26,11 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
         cfg: the settings of this run.
         trained: the settings of the run that wrote the checkpoint.
     """
-    held_out = trained["dataset"]["held_out"] and trained.get("selection") == "val"
-    selected = "the held-out val split" if held_out else "the reported split itself"
-    return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected on {selected}"
+    selection = trained.get("selection", "test")
+    held_out = trained["dataset"]["held_out"] and selection != "test"
+    by = {"pseudo": "by pseudo boxes ", "classification": "by classification "}.get(selection, "")
+    selected = f"{by}on {'the held-out val split' if held_out else 'the reported split itself'}"
+    return f"{method_name(cfg)}, {cfg.backbone.name}, {cfg.dataset.name}; checkpoint selected {selected}"
 
 
 def method_name(cfg: DictConfig) -> str:
@@ -36,20 +39,19 @@ def method_name(cfg: DictConfig) -> str:
     return f"{cfg.method.name} + {postprocess.name}" if postprocess else str(cfg.method.name)
 
 
-def print_summary(
-    folder: Path, title: str, row: str, chosen_on: Mapping[str, str], results: Mapping[str, float]
-) -> None:
+def print_summary(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], outcome: Outcome) -> None:
     """Print the table of a run's numbers, and where all files are.
 
     Args:
         folder: the run directory.
         title: describes the run.
         row: the name of the method in the table.
-        chosen_on: the split that chose each protocol's threshold.
-        results: the numbers by name.
+        chosen_on: what chose each protocol's threshold.
+        outcome: the numbers and lists by name.
     """
     console = PlainConsole()
-    print_results(console, results, chosen_on, row, title)
+    print_results(console, outcome.results, chosen_on, row, title)
+    print_selection(console, outcome, chosen_on)
     console.print(f"Written to {as_named(folder)}", soft_wrap=True)
 
 

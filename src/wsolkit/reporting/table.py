@@ -16,6 +16,8 @@ from wsolkit.metrics.baselines import BASELINES
 from wsolkit.metrics.evaluation import Outcome
 from wsolkit.reporting.charts import CLASSIFICATION, telling_protocols
 from wsolkit.reporting.images import FILE, ImageRow, write_images
+from wsolkit.reporting.selection import COLUMNS as SELECTION_COLUMNS
+from wsolkit.reporting.selection import NOTE, selection_rows
 from wsolkit.reporting.terminal import PlainConsole
 from wsolkit.system.drafts import write_text
 
@@ -39,8 +41,9 @@ _DIGITS = 4
 
 _LOCALIZED = (
     "Boxes for GT-known Loc, by the label's and by the predicted class's map, and for Top-1 and Top-5 Loc are drawn at "
-    "the threshold τ. It comes from the held-out split (val), the reported split itself (test), or is given (fixed). "
-    "MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, takes the best τ of the reported split."
+    "the threshold τ. It comes from the held-out split (val), from pseudo boxes of it (pseudo), or from the reported "
+    "split itself (test), or is given (fixed) or the default. MaxBoxAcc, at IoU 50 and as the mean over IoU 30/50/70, "
+    "takes the best τ of the reported split."
 )
 _CLASSIFIED = "The images have neither boxes nor masks: classification is all that can be evaluated."
 _WIDTH = 90  # The width of the text below a table.
@@ -53,7 +56,7 @@ def print_results(
 
     Args:
         results: in percent, with τ from 0 to 1.
-        chosen_on: the split that chose each protocol's threshold, see `Evaluation.chosen_on`.
+        chosen_on: what chose each protocol's threshold, see `Evaluation.chosen_on`.
         method: the name of the method in the table.
         title: describes the run.
     """
@@ -62,8 +65,26 @@ def print_results(
     console.print(title, style="table.title", soft_wrap=True)
     console.print()
     console.print(table)
-    said = _LOCALIZED if telling_protocols(results, {}) else _CLASSIFIED
+    localized = any(name.endswith(("/threshold", "/pxap")) for name in results)
+    said = _LOCALIZED if localized else _CLASSIFIED
     console.print(f"In percent. {said}", style="table.caption", width=min(console.width, _WIDTH))
+
+
+def print_selection(console: Console, outcome: Outcome, chosen_on: Mapping[str, str]) -> None:
+    """Print what each way to choose epoch and threshold costs, if the run chose without ground truth."""
+    rows = selection_rows(outcome.results, outcome.curves, chosen_on)
+    if not rows:
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("protocol", "chosen by"):
+        table.add_column(name, no_wrap=True)
+    for name in SELECTION_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.protocol, row.name, *row.cells)
+    console.width = max(console.width, PlainConsole(width=400).measure(table).maximum)
+    console.print(table)
+    console.print(NOTE, style="table.caption", width=min(console.width, _WIDTH))
 
 
 def results_table(results: Mapping[str, float], chosen_on: Mapping[str, str], method: str) -> Table:

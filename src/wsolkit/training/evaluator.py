@@ -8,6 +8,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import distributed
 
+from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.records import Records
 from wsolkit.errors import ConfigError, TrainingError
 from wsolkit.methods.base import WSOLModule
@@ -37,6 +38,8 @@ class Evaluator(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give all processes the BatchNorm statistics of the first one, so that they evaluate the same network."""
         self.evaluation.to(pl_module.device)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        self.evaluation.pseudo_boxes = datamodule.pseudo_boxes if isinstance(datamodule, WSOLDataModule) else None
         if distributed.is_available() and distributed.is_initialized():
             for buffer in _method(pl_module).network.buffers():
                 distributed.broadcast(buffer, src=0)
@@ -44,6 +47,7 @@ class Evaluator(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the metrics to the device of the module."""
         self.evaluation.to(pl_module.device)
+        self.evaluation.pseudo_boxes = None
         self.norm_histogram.to(pl_module.device)
 
     def on_validation_batch_end(
@@ -126,8 +130,8 @@ def check_monitor(monitor: str | None, evaluation: Evaluation, records: Records)
     """Return the metric that selects the best checkpoint.
 
     Args:
-        monitor: the metric in the settings. None means the first protocol's `max_box_acc`. Without boxes, it means the
-            first protocol's `pxap`, and without masks as well, `top1_cls`.
+        monitor: the metric in the settings. None means what the first protocol selects by: its `pseudo_max_box_acc`,
+            `top1_cls`, or `max_box_acc`. Without boxes, the last means `pxap`, and without masks as well, `top1_cls`.
         evaluation: computes the metrics.
         records: the records of the split that selects the checkpoint.
 
@@ -135,7 +139,11 @@ def check_monitor(monitor: str | None, evaluation: Evaluation, records: Records)
         ConfigError: there is no such metric.
     """
     if monitor is None:
-        first = next(iter(evaluation.protocols))
+        first, metric = next(iter(evaluation.protocols.items()))
+        if metric.protocol.selection == "classification":
+            return "top1_cls"
+        if metric.protocol.selection == "pseudo":
+            return f"{first}/pseudo_max_box_acc"
         if len(records.boxes(0)):
             return f"{first}/max_box_acc"
         return "top1_cls" if records.mask(0) is None else f"{first}/pxap"

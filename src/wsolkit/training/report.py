@@ -27,6 +27,7 @@ from wsolkit.reporting.charts import (
 from wsolkit.reporting.gallery import localize_with, show
 from wsolkit.reporting.images import ImageRow, ImageTables
 from wsolkit.reporting.pictures import choose_examples, pixels, write_inside, write_report
+from wsolkit.reporting.selection import chosen_epochs
 from wsolkit.reporting.table import write_results
 from wsolkit.reporting.terminal import picture
 from wsolkit.system.names import readable
@@ -77,6 +78,11 @@ class Report(Callback):
         earlier = state_dict["epochs"]
         if len(earlier.get("epoch", ())) > len(self.epochs.get("epoch", ())):
             self.epochs = earlier
+
+    def outcome(self, evaluator: Evaluator) -> Outcome:
+        """Return the metrics of the latest pass, with the lists of the epochs and the epochs that would be chosen."""
+        epochs = {f"epochs/{name}": values for name, values in self.epochs.items()}
+        return Outcome(evaluator.results | chosen_epochs(evaluator.results, epochs), evaluator.curves | epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make W&B draw validation metrics against epochs."""
@@ -129,8 +135,7 @@ class Report(Callback):
         tables = self._tables.rows(evaluator.results, class_names)
         if not trainer.is_global_zero:
             return
-        epochs = {f"epochs/{name}": values for name, values in self.epochs.items()}
-        outcome = Outcome(evaluator.results, evaluator.curves | epochs)
+        outcome = self.outcome(evaluator)
         write_results(self.folder, outcome, class_names, tables)
         examples = choose_examples(datamodule.dataset("test"), self.count, self.names)
         inside: Figure | None = None

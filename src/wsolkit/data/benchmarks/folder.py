@@ -85,7 +85,7 @@ def folder_records(
     if split == "train" or file is None:
         return file_records(base, ids, labels, classes, {}, None, upright=exif != "ignore")
     path = base / file
-    found = coco_annotations(path, ids, name, [classes[label] for label in labels])
+    found = coco_annotations(path, ids, name, [classes[label] for label in labels], needs_all=True)
     upright = _annotated_upright(base, ids, found.sizes, path, exif)
     return file_records(base, ids, labels, classes, found.boxes, found.sizes, found.masks, upright=upright)
 

@@ -110,7 +110,7 @@ def read_lists(
     known = set(ids)
     sizes = _sizes(folder / "image_sizes.txt", known)
     boxes: dict[str, list[list[int]]] = {}
-    for where, name, box in _integers(folder / "localization.txt", 4, known):
+    for where, name, box in read_integers(folder / "localization.txt", 4, known):
         if name not in sizes:
             raise DataError(f"{where}: image_sizes.txt has no line for '{name}'")
         check_boxes(where, box, sizes[name])
@@ -154,7 +154,7 @@ def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
     path = base / "classes.txt"
     if path.is_file():
         names: dict[int, str] = {}
-        for where, name, (label,) in _integers(path, 1, None):
+        for where, name, (label,) in read_integers(path, 1, None):
             if names.setdefault(label, name) != name:
                 raise DataError(f"{where}: class {label} is '{name}', but '{names[label]}' in a line before")
         if sorted(names) != list(range(len(names))):
@@ -165,7 +165,7 @@ def _class_names(base: Path, train: str, num_classes: int | None) -> list[str]:
         return classes
     path = base / "metadata" / train / "class_labels.txt"
     if num_classes is None or path.is_file():
-        labels = {label for _, _, (label,) in _integers(path, 1, None)}
+        labels = {label for _, _, (label,) in read_integers(path, 1, None)}
         check_first_label(path, labels)
         if num_classes is None:
             num_classes = _count(path, labels)
@@ -224,7 +224,7 @@ def _labels(path: Path, ids: list[str], num_classes: int) -> list[int]:
 def _one_each(path: Path, count: int, known: Collection[str]) -> dict[str, tuple[str, list[int]]]:
     """Read lines of `path,int,…` as path → ("file:line", integers). An image has one line, which may be repeated."""
     found: dict[str, tuple[str, list[int]]] = {}
-    for where, name, numbers in _integers(path, count, known):
+    for where, name, numbers in read_integers(path, count, known):
         first, before = found.setdefault(name, (where, numbers))
         if before != numbers:
             raise DataError(
@@ -234,8 +234,17 @@ def _one_each(path: Path, count: int, known: Collection[str]) -> dict[str, tuple
     return found
 
 
-def _integers(path: Path, count: int, known: Collection[str] | None) -> Iterator[tuple[str, str, list[int]]]:
-    """Yield lines of `path,int,…` as ("file:line", name, integers). The name may contain commas."""
+def read_integers(path: Path, count: int, known: Collection[str] | None) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield lines of `path,int,…` as ("file:line", name, integers). The name may contain commas.
+
+    Args:
+        path: the file.
+        count: the number of integers.
+        known: the names that are allowed. None allows any.
+
+    Raises:
+        DataError: the file is missing, or a line of it is wrong.
+    """
     for where, fields in read_fields(path, count + 1):
         name, numbers = fields[0], fields[1:]
         if known is not None and name not in known:
