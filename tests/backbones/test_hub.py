@@ -39,6 +39,10 @@ show(
     lambda own: (own.network.norm.bias[0].item(), own.classifier_bias[7].item(), tuple(own.network.pos_embed.shape)),
 )
 show(
+    ["method=trilite", "backbone=vit_tiny_tokens"],
+    lambda own: (own.network.norm.bias[0].item(), own.patch_size, own.depth),
+)
+show(
     ["method=cam", "backbone=mobilenetv2"],
     lambda own: (own.stages[-1][1].bias[0].item(), own.classifier.bias[7].item(), tuple(own.classifier.weight.shape)),
 )
@@ -82,11 +86,11 @@ def hub() -> Iterator[str]:
 
 
 def load(tmp_path: Path, **environment: str) -> list[str]:
-    """What a new process, since the hub's address is read on import, says of both networks: a line for each."""
+    """What a new process, since the hub's address is read on import, says of three networks: a line for each."""
     settings = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"} | environment
     done = subprocess.run([sys.executable, "-c", CODE], env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-2:]
+    return done.stdout.splitlines()[-3:]
 
 
 @pytest.fixture
@@ -136,12 +140,13 @@ def test_connection_that_breaks_once_is_tried_again(monkeypatch: pytest.MonkeyPa
 
 def test_pretrained_weights_come_from_the_hub(hub: str, tmp_path: Path) -> None:
     assert load(tmp_path, HF_ENDPOINT=hub) == [
-        "0.25 0.5 (1, 17, 192)",  # position embedding interpolated to 64 pixels
+        "0.25 0.5 (1, 197, 192)",  # The position embedding keeps its grid, although the images have 64 pixels.
+        "0.25 16 12",
         "0.25 0.5 (1000, 1280)",
     ]
 
 
 def test_unreachable_hub_is_named_with_what_to_do(tmp_path: Path) -> None:
-    for model, said in zip((VIT, CNN), load(tmp_path, HF_HUB_OFFLINE="1"), strict=True):
+    for model, said in zip((VIT, VIT, CNN), load(tmp_path, HF_HUB_OFFLINE="1"), strict=True):
         assert f"the weights of '{model}' could not be loaded from timm's hub" in said
         assert "backbone.weights=FILE" in said

@@ -189,3 +189,13 @@ def test_weights_in_the_shared_folder_classify_as_stated(shared: Path) -> None:
     assert torch.equal(backbone.network.pos_embed, expected["pos_embed"].float())
     assert backbone.classifier_bias is not None
     assert len(backbone.classifier_bias) == 1000
+
+
+def test_position_embeddings_keep_the_grid_of_their_weights() -> None:
+    """DINOv2's are at 518 pixels. A network whose patch size is changed has no such weights."""
+    options = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    native = ViT("vit_small_patch14_dinov2", 224, 0.0, False, None, options)
+    assert native.network.pos_embed.shape == (1, 1 + 37 * 37, 48)
+    assert native.embed(torch.zeros(1, 3, 28, 42)).shape == (1, 1 + 2 * 3, 48)
+    own = ViT("vit_tiny_patch16_224", 64, 0.0, False, None, {**options, "patch_size": 8})
+    assert own.network.pos_embed.shape == (1, 1 + 8 * 8, 48)
