@@ -24,7 +24,7 @@ from tests.conftest import METHODS, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError, DataError
-from wsolkit.export import describe
+from wsolkit.export import describe, exported_size
 from wsolkit.localization.boxes import matched_boxes
 from wsolkit.localization.protocol import Protocol
 from wsolkit.localizer import as_rgb
@@ -614,3 +614,30 @@ def test_every_method(method: str, in_tmp: Path) -> None:
     localizer = Localizer.from_checkpoint(in_tmp / "run" / "checkpoints" / "best.ckpt", device="cpu")
     labels: Sequence[int] = [each.label_index for each in localizer(picture(), top_k=8)]
     assert sorted(labels) == list(range(8))
+
+
+def test_checkpoint_keeps_the_sizes_of_its_evaluation(checkpoint: Path, tmp_path: Path) -> None:
+    """Maps of both sizes and of the mirror images are averaged on the finest grid. An image and its mirror image agree."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["wsolkit"]["config"]["dataset"] |= {"eval_image_size": [64, 96], "eval_flip": True}
+    torch.save(content, tmp_path / "two.ckpt")
+    localizer = Localizer.from_checkpoint(tmp_path / "two.ckpt", device="cpu")
+    image = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
+    (found,) = localizer.raw_maps(image)
+    assert found.raw.shape == (12, 12)  # 96 pixels in patches of 8
+    (mirrored,) = localizer.raw_maps(image[:, ::-1], classes=[found.label])
+    assert torch.allclose(mirrored.raw.flip(-1), found.raw, atol=1e-4)
+    (single,) = Localizer.from_checkpoint(checkpoint, device="cpu").raw_maps(image)
+    assert single.raw.shape == (8, 8)
+
+
+def test_program_has_the_one_size_of_its_evaluation() -> None:
+    assert exported_size(load_config("dataset.eval_image_size=96")) == 96
+    assert exported_size(load_config("dataset.eval_image_size=[128]")) == 128
+    assert exported_size(load_config()) == 64
+    with pytest.raises(
+        ConfigError, match=r"averages over images of 64, 96 pixels.*add dataset\.eval_image_size=96 dat"
+    ):
+        exported_size(load_config("dataset.eval_image_size=[64,96]"))
+    with pytest.raises(ConfigError, match="64 pixels and their mirror images, and an exported program sees each image"):
+        exported_size(load_config("dataset.eval_flip=true"))
