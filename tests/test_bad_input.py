@@ -33,7 +33,7 @@ BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
         (
             "train",
             ["method=satt"],
-            "there is no method 'satt' (did you mean 'sat'?); choose from: bridging_gap, cam, sat, scm, spa, ts_cam",
+            "there is no method 'satt' (did you mean 'sat'?); choose from: bridging_gap, cam, ffe, sat, scm, spa, trilite, ts_cam",
         ),
         (
             "train",
@@ -43,7 +43,11 @@ BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
         ("train", ["dataset=listed"], "required and not given: dataset.root. Add dataset.root=…"),
         ("evaluate", [], "required and not given: checkpoint. Add checkpoint=…"),
         ("evaluate", ["checkpoint=none.ckpt"], "there is no checkpoint 'none.ckpt'"),
-        ("train", ["method="], "there is no method ''; choose from: bridging_gap, cam, sat, scm, spa, ts_cam"),
+        (
+            "train",
+            ["method="],
+            "there is no method ''; choose from: bridging_gap, cam, ffe, sat, scm, spa, trilite, ts_cam",
+        ),
         ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import CNN_METHODS, METHODS
+from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS
 from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
@@ -183,6 +183,8 @@ def test_cheaper_settings_learn_the_same(method: str, setting: str, tolerance: f
         with pytest.raises(ConfigError, match="there is no setting 'backbone.channels_last'"):
             settings(method, setting)
         return
+    if "accumulate" in setting and method in TOKEN_METHODS:
+        pytest.skip("BatchNorm in its heads takes the statistics of each part of a batch")
     assert_learned(fit(tmp_path, settings(method, setting)), reference(method), tolerance)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from tests import fresh
-from tests.conftest import CNN_METHODS, METHODS
+from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS
 from tests.fresh import FRESH
 from tests.sync_batch_norm import synchronise
 from wsolkit import build_datamodule, build_module, load_config
@@ -111,8 +111,9 @@ def own_settings(method: str) -> list[str]:
     own = {
         "spa": ["method.start_epoch=0"],
         "bridging_gap": ["method.warmup_epochs=0", "method.drop_probability=1"],
+        "trilite": ["method.localization_dropout=0", "method.classification_dropout=0"],
     }.get(method, [])
-    return own if method in CNN_METHODS else [*own, "backbone.drop_path_rate=0"]
+    return own if method in (*CNN_METHODS, *TOKEN_METHODS) else [*own, "backbone.drop_path_rate=0"]
 
 
 def run_every_method(rank: int, world_size: int, folder: Path) -> None:

@@ -36,7 +36,7 @@ MODELS = {name: [f"method={name}"] for name in METHODS} | {
 }
 
 
-CLASS_AGNOSTIC = ("sat", "trilite")
+CLASS_AGNOSTIC = ("ffe", "sat", "trilite")
 
 
 class Exported(NamedTuple):

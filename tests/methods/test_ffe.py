@@ -55,14 +55,14 @@ def test_heads_are_heads_of_trilite_side_by_side(training: bool) -> None:
 def test_loss_is_the_sum_of_the_heads_losses() -> None:
     module = small()
     network, label = module.network, torch.tensor([1, 3])
-    tokens = Tokens(torch.randn(2, 128), torch.randn(2, 3, 128, 4, 4))
+    tokens = Tokens(torch.randn(2, 128), torch.randn(2, 2, 128, 4, 4))
     losses = module.train().losses({"image": tokens, "label": label})
     logits, _, of_regions = network(tokens)
     each = [
         F.cross_entropy(of_regions[:, head, 0], label) + 0.5 * background_loss(of_regions[:, head, 1], label)
         for head in range(of_regions.shape[1])
     ]
-    assert len(each) == 9
+    assert len(each) == 6
     expected = F.cross_entropy(logits, label) + torch.stack(each).sum()
     assert torch.allclose(losses["loss"], expected, atol=1e-4)
 
@@ -99,7 +99,7 @@ def test_map_is_the_mean_foreground_after_the_walk() -> None:
 
 def test_it_brings_its_blocks_and_its_walk() -> None:
     cfg = load_config("method=ffe", "dataset=listed", "dataset.root=x")
-    assert (list(cfg.backbone.blocks), cfg.postprocess.name) == ([-2, -1, -3], "similarity")
+    assert (cfg.backbone.blocks, cfg.postprocess.name) == ("last_quarter", "similarity")
     assert (cfg.backbone.cache, list(cfg.dataset.eval_image_size)) == ("memory", [224, 448])
     assert list(load_config("method=trilite").backbone.blocks) == [-1]
 

@@ -45,7 +45,8 @@ def create(model: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.Modu
         raise CheckpointError(
             f"the weights of '{model}' could not be loaded from timm's hub "
             f"({unreachable or f'{type(error).__name__}: {str(error).splitlines()[0]}'}). "
-            "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
+            "Give a local file with backbone.weights=FILE, or train from scratch with backbone.pretrained=false. With "
+            "a file of any transformer, method=ffe learns from a few hundred images in seconds: see docs/frozen.md"
         ) from error
     return network
 

@@ -10,7 +10,7 @@ interpolates it once to the size of the images. A network that was built for 224
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -31,7 +31,8 @@ class TokenBackbone(nn.Module):
         model: timm's name, for example "vit_small_patch14_dinov2.lvd142m".
         pretrained: whether to take weights from timm's hub, unless `weights` is given.
         weights: a file of weights (safetensors or a state dict, in timm's names).
-        blocks: the blocks after which patch tokens are taken, counted from the end: -1 is the last one.
+        blocks: the blocks after which patch tokens are taken, counted from the end: -1 is the last one. "last_quarter"
+            stands for three blocks, see `last_quarter`.
         norm: whether the final LayerNorm acts on the tokens. TriLite takes them before it.
         cache: where a run keeps the tokens of all images, so that it computes them once: "memory", or a folder that
             runs and processes share. None computes them in each epoch, with augmentation. See `wsolkit.data.tokens`.
@@ -48,7 +49,7 @@ class TokenBackbone(nn.Module):
         model: str,
         pretrained: bool,
         weights: str | None,
-        blocks: Sequence[int],
+        blocks: Sequence[int] | Literal["last_quarter"],
         norm: bool,
         cache: str | None,
         cache_flip: bool,
@@ -68,6 +69,8 @@ class TokenBackbone(nn.Module):
         self.pooled_dim = int(network.head_hidden_size)
         self.norm = norm
         self.has_class_token = getattr(network, "cls_token", None) is not None
+        if blocks == "last_quarter":
+            blocks = last_quarter(self.depth)
         wrong = [block for block in blocks if not -self.depth <= block <= -1]
         if wrong or not blocks or len(set(blocks)) < len(blocks):
             raise ConfigError(
@@ -115,6 +118,20 @@ class TokenBackbone(nn.Module):
                 f"images of {width}×{height} pixels do not divide into patches of {self.patch_size}: "
                 f"use multiples of {self.patch_size}"
             )
+
+
+def last_quarter(depth: int) -> list[int]:
+    """Return three blocks, spread over the last quarter of a network, counted from the end. The middle one comes first.
+
+    A network with fewer than twelve blocks may have fewer.
+
+    >>> from wsolkit.backbones.tokens import last_quarter
+    >>> last_quarter(12), last_quarter(24), last_quarter(6)
+    ([-2, -1, -3], [-3, -1, -5], [-1, -2])
+    """
+    steps = sorted({int(step * depth / 12) for step in range(3)})
+    middle = steps[(len(steps) - 1) // 2]
+    return [-1 - middle, *(-1 - step for step in steps if step != middle)]
 
 
 def _rounded(values: Tensor) -> Tensor:

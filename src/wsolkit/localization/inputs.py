@@ -56,20 +56,22 @@ def localize_views(
 ) -> Localization:
     """Localize in one view of a batch, or average over several.
 
-    The logits are means over the views. The maps are resized to the finest grid, bilinearly, turned back where the view
+    The logits are those of the first size, and means over it and its mirror image, since networks classify best at the
+    size that they were trained at. The maps are resized to the finest grid, bilinearly, turned back where the view
     is mirrored, scaled to [0, 1] in each view so that all views count equally, and averaged.
 
     Args:
         views: see `network_views`.
         localize: see `WSOLModule.localize`.
-        classes: as for `localize`. A function of the logits gets the mean logits.
+        classes: as for `localize`. A function of the logits gets those of the first size.
     """
     if len(views) == 1 and not views[0].mirrored:
         return localize(views[0].image, classes)
-    # Which classes are meant may depend on the mean logits, so the maps of all classes are kept until these are known.
+    # Which classes are meant may depend on the logits, so the maps of all classes are kept until these are known.
     asked: Classes = classes if isinstance(classes, Tensor) else "all"
     found = [localize(view.image, asked) for view in views]
-    logits = torch.stack([each.logits for each in found]).mean(dim=0)
+    first = [each.logits for each in found if each.maps.shape[-2:] == found[0].maps.shape[-2:]]
+    logits = torch.stack(first).mean(dim=0)
     grid = max((each.maps.shape[-2:] for each in found), key=lambda shape: shape[0] * shape[1])
     mean = torch.zeros((), device=logits.device)
     for view, each in zip(views, found, strict=True):

@@ -111,6 +111,8 @@ class FFENetwork(Network):
         starts: the number of heads for each block.
     """
 
+    passes = ("tokens",)
+
     def __init__(self, backbone: TokenBackbone, num_classes: int, starts: int) -> None:
         super().__init__()
         self.backbone = backbone

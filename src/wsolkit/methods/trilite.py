@@ -84,6 +84,8 @@ class TriLiteNetwork(Network):
         localization_dropout, classification_dropout: the dropout before each linear layer.
     """
 
+    passes = ("tokens",)
+
     def __init__(
         self, backbone: TokenBackbone, num_classes: int, localization_dropout: float, classification_dropout: float
     ) -> None:

@@ -191,7 +191,7 @@ class Evaluation(nn.Module):
         if others:
             made = shared.get("predicted", (*rule, rules.classification), other_levels)
             predicted = dict(zip(others, made, strict=True))
-        return self._workers.draw(metric, counts, batch, rows, levels, predicted, logits, finite)
+        return self._workers.draw(metric, batch, rows, levels, predicted, logits, finite, counts)
 
     def update_maps(self, batch: EvaluationBatch, maps: Sequence[Tensor]) -> None:
         """Count a batch of localization maps in [0, 1] that are ready, each [R, R] or at the size of its image.
@@ -211,7 +211,7 @@ class Evaluation(nn.Module):
             for counts, boxed, rows in self._to_draw(metric, batch):
                 levels = [rules.levels(sized[row][None])[0] for row in rows]
                 finite = torch.ones(len(maps), dtype=torch.bool)  # The reader of files refuses others.
-                submitted.append(self._workers.draw(metric, counts, boxed, rows, levels, {}, None, finite))
+                submitted.append(self._workers.draw(metric, boxed, rows, levels, {}, None, finite, counts))
         self._workers.count(submitted)
 
     def map_sizes(self, batch: EvaluationBatch) -> list[set[tuple[int, int]]]:

@@ -76,25 +76,25 @@ class BoxWorkers:
     def draw(
         self,
         metric: ProtocolEvaluation,
-        counts: BoxEvaluation,
         batch: EvaluationBatch,
         rows: list[int],
         levels: Sequence[Levels],
         predicted: Mapping[int, Levels],
         logits: Tensor | None,
         finite: Tensor,
+        counts: BoxEvaluation,
     ) -> Pending:
         """Start to draw the boxes of some images of a batch.
 
         Args:
             metric: the rules.
-            counts: counts the boxes.
             batch: the batch of the images, with the boxes that the drawn ones are compared with.
             rows: the images to draw.
             levels: the levels of the maps of these images' labels.
             predicted: the levels of the maps of predicted classes, where they differ, by place in `rows`.
             logits: [B, C], or None without a classification.
             finite: whether the score maps are finite, bool [B].
+            counts: counts the boxes.
         """
         if self._threads is None:
             together = distributed.is_available() and distributed.is_initialized()

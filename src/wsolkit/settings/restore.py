@@ -186,8 +186,9 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], p
         for node, values in nodes:
             _merge(node, values, derived)
     cfg.dataset.image_size = saved["dataset"]["image_size"]
-    cfg.dataset.eval_image_size = saved["dataset"].get("eval_image_size")
-    cfg.dataset.eval_flip = saved["dataset"].get("eval_flip", False)  # Early checkpoints lack both.
+    # Early checkpoints lack both.
+    cfg.dataset.eval_image_size = escaped(saved["dataset"].get("eval_image_size"))
+    cfg.dataset.eval_flip = escaped(saved["dataset"].get("eval_flip", False))
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # The checkpoint holds the weights.
     if "cache" in cfg.backbone:
         cfg.backbone.cache = None  # Each image is seen once, so there is nothing to gain.
