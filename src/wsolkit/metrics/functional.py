@@ -115,7 +115,7 @@ def size_aware_accuracy(
         admissible: bool [τ], the thresholds among which the best is sought. None admits all.
 
     Returns:
-        max_box_acc_by_size [bins], the mean over δ, NaN for a bin without images; max_box_acc_size_mean, its mean over
+        max_box_acc_by_size [bins], the mean over δ, 0 for a bin without images; max_box_acc_size_mean, its mean over
         the bins that have images; images_by_size [bins], at the best τ of the middle δ.
     """
     counts = counts.cpu()
@@ -129,7 +129,7 @@ def size_aware_accuracy(
     by_size = torch.stack(shares).mean(dim=0)
     return {
         "max_box_acc_size_mean": by_size.nanmean(),
-        "max_box_acc_by_size": by_size,
+        "max_box_acc_by_size": by_size.nan_to_num(),
         "images_by_size": images[(len(images) - 1) // 2],
     }
 

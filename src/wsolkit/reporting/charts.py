@@ -181,9 +181,7 @@ def object_size_chart(results: Results, curves: Curves, protocol: str) -> Figure
         return None
     figure = _figure()
     axes = _style(figure.subplots(), "object's share of the image (%)", "MaxBoxAcc (%)")
-    bars = axes.bar(
-        np.arange(len(accuracy)), np.nan_to_num(accuracy), width=1, align="edge", color=_SKY, edgecolor="white"
-    )
+    bars = axes.bar(np.arange(len(accuracy)), accuracy, width=1, align="edge", color=_SKY, edgecolor="white")
     axes.bar_label(bars, [f"{count:,.0f}" if count else "" for count in images], padding=2, fontsize=7)
     mean = _value(results, f"{protocol}/max_box_acc_size_mean")
     if mean is not None:
