@@ -33,7 +33,8 @@ def run(root: Path, cache: Path | str, *overrides: str, fill: bool = True) -> tu
     torch.manual_seed(0)
     cfg = load_config(
         *("method=trilite", "dataset=listed", f"dataset.root={root}", "backbone=tokens_micro", "dataset.num_workers=0"),
-        *("dataset.image_size=64", "dataset.resize=72", f"backbone.cache={cache}", "dataset.batch_size=5", *overrides),
+        *("dataset.image_size=64", "dataset.resize=72", f"backbone.cache={cache}", "dataset.batch_size=5"),
+        *("dataset.eval_image_size=null", "backbone.blocks=[-1]", *overrides),
     )
     module, datamodule = build_module(cfg), build_datamodule(cfg)
     if fill:
