@@ -27,6 +27,7 @@ from wsolkit.errors import BusyError, ConfigError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.settings.conf import as_named
 from wsolkit.system.locks import alone
+from wsolkit.training.progress import Progress as RunProgress
 from wsolkit.types import Tokens
 
 _SPARE = 0.5  # Tokens take at most this share of the memory that is free.
@@ -136,7 +137,7 @@ def _fill(stores: Sequence[TokenStore], backbone: TokenBackbone, datamodule: WSO
     groups: dict[tuple[Split, int], list[TokenStore]] = {}
     for store in stores:
         groups.setdefault((store.seen.split, store.seen.size), []).append(store)
-    shown = trainer.is_global_zero and any(type(c).__name__ == "Progress" for c in trainer.callbacks)  # type: ignore[attr-defined]
+    shown = trainer.is_global_zero and any(isinstance(one, RunProgress) for one in trainer.callbacks)  # type: ignore[attr-defined]
     backbone.to(trainer.strategy.root_device)
     with Progress(disable=not shown, transient=True) as bar:
         for (split, size), group in groups.items():
