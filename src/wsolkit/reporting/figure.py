@@ -114,7 +114,7 @@ def _installed() -> list[tuple[str, npt.NDArray[np.int64]]]:
     for path in font_manager.findSystemFonts():
         if path not in listed:  # Matplotlib keeps the list that it has made once.
             # The font is damaged, or made of pictures.
-            with suppress(OSError, RuntimeError, ValueError, NotImplementedError):
+            with suppress(OSError, RuntimeError, ValueError):
                 font_manager.fontManager.addfont(path)
     faces: dict[str, Any] = {}
     for entry in font_manager.fontManager.ttflist:

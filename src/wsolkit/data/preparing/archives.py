@@ -202,7 +202,7 @@ def unpack(path: Path, target: Path, folders: Mapping[str, str], progress: Progr
                     _write(member, target / inside, f"{path.name}/{member.name}", limit)
     except (
         *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError),
-        *(RuntimeError, NotImplementedError),  # The zip file is encrypted, or compressed in an unknown way.
+        RuntimeError,  # The zip file is encrypted, or compressed in an unknown way.
     ) as error:
         raise DataError(f"'{path}' is damaged, or no archive ({_first_line(error)}): download it again") from error
 
