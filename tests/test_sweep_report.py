@@ -177,7 +177,11 @@ def test_settings_of_the_command(sweep: Path) -> None:
 def test_rows_are_sorted_by_a_metric() -> None:
     runs = [
         Run(name, "finished", {"method": name}, {"method": {"name": name}}, metrics, seconds)
-        for name, metrics, seconds in [("a", {"top1_cls": 50.0}, 60.0), ("b", {}, None), ("c", {"top1_cls": 70.0}, 90.0)]
+        for name, metrics, seconds in [
+            ("a", {"top1_cls": 50.0}, 60.0),
+            ("b", {}, None),
+            ("c", {"top1_cls": 70.0}, 90.0),
+        ]
     ]
     heading, rows = cells(group_runs(runs, sort="top1_cls"))
     assert heading == ["method", "runs", "top1_cls", "time per run"]

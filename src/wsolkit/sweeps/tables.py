@@ -422,7 +422,10 @@ def runs_csv(sweep: Sweep) -> str:
 
 
 def means_csv(sweep: Sweep) -> str:
-    """Return a line for each combination: keys, jobs, finished runs, their mean seconds, and mean, std and count of each metric."""
+    """Return a line for each combination of the keys.
+
+    It has the jobs, the finished runs and their mean seconds, and the mean, std and count of each metric.
+    """
     heading = [*sweep.keys, "jobs", "runs", "seconds"]
     heading += [f"{metric}_{part}" for metric in sweep.metrics for part in ("mean", "std", "count")]
     rows: list[list[object]] = []
