@@ -36,6 +36,7 @@ from typing_extensions import Unpack
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.methods.cam import CAMModule, HeadSettings, feature_norm
+from wsolkit.methods.classification import classification_loss
 from wsolkit.types import TrainingBatch
 
 Similarity = Literal["target", "max"]
@@ -148,7 +149,7 @@ class BridgingGap(CAMModule):
         network, label = self.network, batch["label"]
         feature, erased = network.features_twice(batch["image"], self.drop_after, self.erase)
         losses = {
-            "loss_cls": F.cross_entropy(network.logits(feature), label),
+            "loss_cls": classification_loss(network.logits(feature), batch),
             "loss_drop": F.l1_loss(feature.float(), erased.float()),
         }
         total = losses["loss_cls"] + self.drop_weight * losses["loss_drop"]

@@ -26,6 +26,7 @@ from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes
 from wsolkit.methods.parameters import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -288,4 +289,4 @@ class CAM(CAMModule):
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
-        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+        return {"loss": classification_loss(self(batch["image"]), batch)}
