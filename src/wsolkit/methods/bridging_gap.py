@@ -147,7 +147,7 @@ class BridgingGap(CAMModule):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return cross-entropy, L_drop and, after the warm-up, L_sim and L_norm. Only the total is weighted."""
         network, label = self.network, batch["label"]
-        feature, erased = network.features_twice(batch["image"], self.drop_after, self.erase)
+        feature, (erased,) = network.features_and_changed(batch["image"], [self.drop_after], self.erase)
         losses = {
             "loss_cls": classification_loss(network.logits(feature), batch),
             "loss_drop": F.l1_loss(feature.float(), erased.float()),
