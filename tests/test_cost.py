@@ -46,6 +46,8 @@ def settings(method: str, *overrides: str) -> Any:
         "scm": ("method.num_blocks=2",),
         "spa": ("method.start_epoch=0", "method.background_threshold=0.2"),
         "bridging_gap": ("method.warmup_epochs=0", "method.drop_probability=1"),
+        "adl": ("method.drop_rate=1",),
+        "spg": ("method.dropout=0",),
         "has": ("augment=none",),
         "cutmix": ("augment=none",),
     }.get(method, ())
