@@ -29,6 +29,7 @@ def hide(image: Tensor, hidden: Tensor, cell: int) -> Tensor:
         cell: g, the side of a square in pixels.
     """
     height, width = image.shape[-2:]
+    cell = int(cell)
     pixels = hidden.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)[:, None, :height, :width]
     return image.masked_fill(pixels, 0)
 
