@@ -71,7 +71,7 @@ def released(request: pytest.FixtureRequest) -> Released:
 def test_normalisations_are_the_released_ones(released: Released) -> None:
     maps = released["maps"]
     for how in ("minmax", "max", "pas"):
-        assert error(normalise(maps, how, 0.45), released[how]) < 1e-6, how  # type: ignore[arg-type]
+        assert error(normalise(maps, how, 0.45), released[how]) < 1e-6, how
     for place, percentile in enumerate(released.arrays["percentiles"].tolist()):
         assert error(normalise(maps, "ivr", percentile), released["ivr"][place]) < 1e-6
 

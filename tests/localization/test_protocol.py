@@ -156,9 +156,9 @@ def test_protocol_scales_maps_by_its_normalisation(name: str) -> None:
         other = protocol(name, normalisation=how, percentile=0.3)
         found = other.localization_maps(maps)
         if name == "sat":
-            expected = upsample(normalise(maps, how, 0.3), (224, 224), "bilinear")  # type: ignore[arg-type]
+            expected = upsample(normalise(maps, how, 0.3), (224, 224), "bilinear")
         else:
-            expected = normalise(upsample(maps, (224, 224), "bicubic"), how, 0.3)  # type: ignore[arg-type]
+            expected = normalise(upsample(maps, (224, 224), "bicubic"), how, 0.3)
         assert torch.equal(found, expected)
         assert other.map_rule != plain.map_rule
         assert other.level_rule != plain.level_rule

@@ -90,7 +90,7 @@ def test_average_counts_the_zeros_of_the_padding() -> None:
 def test_no_gradient_reaches_branch_a_through_the_mask() -> None:
     module = build("acol", "method.head_channels=[16]").train()
     module.losses(batch())["loss_b"].backward()
-    assert module.network.get_submodule("classifier").weight.grad is None  # type: ignore[union-attr]
+    assert module.network.get_submodule("classifier").weight.grad is None
 
 
 def test_constant_maps_are_harmless() -> None:

@@ -25,7 +25,7 @@ def test_draws_give_the_released_images_and_losses(released: Released) -> None:
     image, label = released["image"], released["label"]
     for draw, lam in enumerate(released.arrays["lam"].tolist()):
         row, column = released["centre"][draw].tolist()
-        box = rectangle(*image.shape[-2:], lam, row, column)
+        box = rectangle(image.shape[2], image.shape[3], lam, row, column)
         assert list(box) == released["box"][draw].tolist()
         permutation = released["permutation"][draw]
         mixed, share = paste(image, permutation, box)
