@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ def below_peak(feature: Tensor, threshold: float) -> Tensor:
     Returns:
         bool [B, 1, H, W], which carries no gradient.
     """
-    activity = feature.detach().mean(dim=1, keepdim=True)  # [B, D, H, W] → [B, 1, H, W]
+    activity = feature.detach().mean(dim=1, keepdim=True, dtype=torch.float32)  # [B, D, H, W] → [B, 1, H, W]
     return activity < threshold * activity.amax(dim=(2, 3), keepdim=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 
 _FEWEST = 30  # SPG (Zhang et al., ECCV 2018, released code): with fewer pixels above the threshold, it takes another.
 _OF_PEAK = 0.7  # That threshold, as a share of the maximum.
@@ -33,8 +33,25 @@ def seeds(attention: Tensor, high: float, low: float) -> tuple[Tensor, Tensor]:
 
 
 def seed_loss(logits: Tensor, seeds: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the mean binary cross-entropy of logits [B, H, W] over the seeds of a batch, or 0 if it has none."""
+    """Compute the mean binary cross-entropy of logits over the seeds of a batch, or 0 if it has none.
+
+    The batch is that of all processes: the mean of what they return is the loss of the global batch.
+
+    Args:
+        logits: [B, H, W].
+        seeds: object and background, bool [B, H, W].
+    """
     inside, background = seeds
     known = inside | background
     each = F.binary_cross_entropy_with_logits(logits.float(), inside.float(), reduction="none")
-    return (each * known).sum() / known.sum().clamp(min=1)
+    count = _mean_over_processes(known.sum().float())
+    return (each * known).sum() / count.masked_fill(count == 0, 1)
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a number over all processes, without a gradient."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
