@@ -47,7 +47,7 @@ def settings(method: str, *overrides: str) -> Any:
         "spa": ("method.start_epoch=0", "method.background_threshold=0.2"),
         "bridging_gap": ("method.warmup_epochs=0", "method.drop_probability=1"),
         "adl": ("method.drop_rate=1",),
-        "spg": ("method.dropout=0",),
+        "spg": ("method.dropout=0", "method.seeds={b2: [0.5, 0.5], b1: [0.5, 0.5], c: [0.5, 0.5]}"),
         "has": ("augment=none",),
         "cutmix": ("augment=none",),
     }.get(method, ())
