@@ -101,7 +101,7 @@ class ACoLNetwork(CAMNetwork):
         logits = maps_a.mean(dim=(2, 3))
         chosen = choose_classes(classes, logits)
         if chosen is None:
-            chosen = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+            chosen = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[0], -1)
         own = select_maps(maps_a, chosen)
         others = [self._maps_b(shared, maps_a, part) for part in chosen.split(_CLASSES_AT_ONCE, dim=1)]
         maps = merge(own, torch.cat(others, dim=1))
