@@ -111,6 +111,8 @@ def own_settings(method: str) -> list[str]:
     own = {
         "spa": ["method.start_epoch=0"],
         "bridging_gap": ["method.warmup_epochs=0", "method.drop_probability=1"],
+        "adl": ["method.drop_rate=1"],
+        "spg": ["method.dropout=0"],
         "trilite": ["method.localization_dropout=0", "method.classification_dropout=0"],
     }.get(method, [])
     return own if method in (*CNN_METHODS, *TOKEN_METHODS) else [*own, "backbone.drop_path_rate=0"]

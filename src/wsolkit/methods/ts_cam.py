@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores, run_block
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes, select_maps, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -110,7 +110,7 @@ class TSCAM(WSOLModule):
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
-        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+        return {"loss": classification_loss(self(batch["image"]), batch)}
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
