@@ -175,7 +175,9 @@ def build_optimization(cfg: DictConfig) -> Optimization:
 
 def build_evaluator(cfg: DictConfig, module: WSOLModule) -> Evaluator:
     """Build the callback that evaluates a module under the protocols of `cfg.protocol`."""
-    return Evaluator(Evaluation(build_protocols(cfg), len(module.description.class_names)))
+    return Evaluator(
+        Evaluation(build_protocols(cfg), len(module.description.class_names), module.maps_are_probabilities)
+    )
 
 
 def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:

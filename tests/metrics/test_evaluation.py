@@ -350,22 +350,24 @@ def test_pseudo_boxes_and_maps_of_another_program_give_the_same() -> None:
 
 def test_without_boxes_the_maps_choose_the_threshold() -> None:
     """Of the split that selects, or else of the split itself."""
-    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True)
     held_out, _ = run(evaluation, (0, 20), with_boxes=False)
     expected = MapValues()
     saved: list[Tensor] = []
-    again = Evaluation({"p": rules("maxboxacc")}, CLASSES)
+    again = Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True)
     again.on_maps = lambda batch, maps: saved.extend(maps)
     run(again, (0, 20), with_boxes=False)
     expected.update(torch.stack(saved))
     assert held_out["p/threshold_by_maps"] == expected.compute().item()
     evaluation.select(held_out)
     assert evaluation.thresholds == {"p/by_maps": held_out["p/threshold_by_maps"]}
-    assert "p/threshold_by_maps" not in run(Evaluation({"p": rules("maxboxacc")}, CLASSES))[0]
+    with_boxes, _ = run(Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True), (0, 20))
+    without_values, _ = run(Evaluation({"p": rules("maxboxacc")}, CLASSES), (0, 20), with_boxes=False)
+    assert not {"p/threshold_by_maps"} & (with_boxes.keys() | without_values.keys())
 
 
 def test_classification_selects_the_threshold_by_the_maps() -> None:
-    evaluation = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES)
+    evaluation = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES, threshold_by_maps=True)
     held_out = run(evaluation)[0]
     evaluation.select(held_out)
     by_maps = held_out["p/threshold_by_maps"]
@@ -378,6 +380,9 @@ def test_classification_selects_the_threshold_by_the_maps() -> None:
     assert results["p/threshold"] == results["p/threshold_by_classification"]
     assert results["p/gt_known_loc"] == curves["p/curves/gt_known_loc_50"][place]
     assert results["p/gt_known_loc_by_truth"] == max(curves["p/curves/gt_known_loc_50"])
+    by_default = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES)
+    assert run(by_default, (0, 4))[0]["p/threshold"] == pytest.approx(0.3)
+    assert by_default.chosen_on(held_out=True) == {"p": "default"}
     fixed = Evaluation({"p": rules("maxboxacc", selection="classification", threshold=0.4)}, CLASSES)
     assert run(fixed, (0, 4))[0]["p/threshold"] == pytest.approx(0.4)
     assert fixed.chosen_on(held_out=True) == {"p": "fixed"}
@@ -432,7 +437,6 @@ def test_without_masks_there_are_no_pixel_metrics_and_without_boxes_no_others() 
     masks = run(Evaluation({"p": rules("maxboxacc")}, CLASSES), with_boxes=False)[0]
     assert not [name for name in boxes if "pxap" in name or "peak" in name]
     assert not [name for name in masks if "loc" in name or "error" in name]
-    del masks["p/threshold_by_maps"]
     assert with_both == boxes | masks
 
 

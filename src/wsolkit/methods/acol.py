@@ -78,13 +78,13 @@ class ACoLNetwork(CAMNetwork):
     def _shared(self, last: Tensor) -> Tensor:
         return F.avg_pool2d(last, kernel_size=3, stride=1, padding=1) if self.average_before else last
 
-    def features(self, image: Tensor) -> Tensor:
-        """Compute the map [B, D', h, w] that branch A classifies, from an image [B, 3, H, W]."""
-        return self.head(self._shared(self.backbone(image)))  # type: ignore[no-any-return]
+    def classified(self, last: Tensor) -> Tensor:
+        """Compute the map [B, D', h, w] that branch A classifies, from the backbone's last map [B, D, h, w]."""
+        return super().classified(self._shared(last))
 
     def shared_and_stages(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Compute the map F [B, D, h, w] that both branches see, and a map of each stage for the post-process."""
-        last, stages = self.backbone.maps(image, () if self.postprocess is None else self.postprocess.stages)
+        last, stages = self.backbone.maps(image, self._stages)
         return self._shared(last), stages
 
     def both_branches(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,16 +97,15 @@ class ACoLNetwork(CAMNetwork):
     def localize(self, image: Tensor, classes: Classes) -> Localization:
         """Localize as `WSOLModule.localize` says, with one map per class."""
         shared, stages = self.shared_and_stages(image)
-        maps_a = self.class_maps(self.head(shared))
+        feature = self.head(shared)
+        maps_a = self.class_maps(feature)
         logits = maps_a.mean(dim=(2, 3))
         chosen = choose_classes(classes, logits)
         if chosen is None:
             chosen = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[0], -1)
         own = select_maps(maps_a, chosen)
         others = [self._maps_b(shared, maps_a, part) for part in chosen.split(_CLASSES_AT_ONCE, dim=1)]
-        maps = merge(own, torch.cat(others, dim=1))
-        if self.postprocess is not None:
-            maps = self.postprocess(maps, stages)
+        maps = self.refined(merge(own, torch.cat(others, dim=1)), image, feature, stages, chosen)
         return Localization(logits, self.backbone.aligned(maps))
 
     def _maps_b(self, shared: Tensor, maps_a: Tensor, classes: Tensor) -> Tensor:

@@ -50,6 +50,12 @@ class WSOLModule(LightningModule, ABC):
     chosen_apart: ClassVar[Mapping[str, str]] = {}
     """The metrics that choose the best weights of parts, by the prefix of their names. The rest follows the monitor."""
 
+    maps_are_probabilities: ClassVar[bool] = False
+    """Whether score maps are probabilities that a position shows the object.
+
+    Their values then fall into two groups, between which a threshold can be chosen without boxes.
+    """
+
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
         self.network: Network = network

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,15 +55,30 @@ class FineTuning(TypedDict):
     decay_biases: bool
 
 
+HEAD = "head"
+"""What a post-process calls the map that is classified, among the stages of the backbone."""
+
+
 class PostProcess(Protocol):
-    """Refines score maps after training, with the help of feature maps."""
+    """Refines score maps after training, with the help of feature maps or of the whole network."""
 
     @property
     def stages(self) -> Sequence[str]:
-        """Return the stages of the backbone whose feature maps it needs."""
+        """Return the stages of the backbone whose feature maps it needs. `HEAD` is the map that is classified."""
+
+    @property
+    def sees_network(self) -> bool:
+        """Whether it makes maps from the network and the image itself, see `NetworkPostProcess`."""
 
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Refine score maps [B, K, h, w] with a feature map [B, D, h', w'] of each stage. The shape stays."""
+
+
+class NetworkPostProcess(PostProcess, Protocol):
+    """Makes score maps from a network and an image, for example from gradients."""
+
+    def from_network(self, network: Any, image: Tensor, classes: Tensor | None) -> Tensor:
+        """Compute score maps [B, K, h, w] of images [B, 3, H, W] for classes [B, K], or for all classes for None."""
 
 
 class HeadSettings(TypedDict):
@@ -140,9 +155,9 @@ class CAMNetwork(Network):
         clamp_weights: bool = False,
     ) -> None:
         super().__init__()
-        for stage in () if postprocess is None else postprocess.stages:
-            backbone.places(stage)  # A missing stage raises an error here.
         self.postprocess = postprocess
+        for stage in self._stages:
+            backbone.places(stage)  # A missing stage raises an error here.
         widths = [backbone.channels, *head_channels]
         self.backbone = backbone
         self.head = convolutional_head(widths, dropout)
@@ -172,14 +187,43 @@ class CAMNetwork(Network):
             own.weight.copy_(known.weight[list(rows), :, None, None])
             own.bias.copy_(known.bias[list(rows)])
 
+    @property
+    def _stages(self) -> list[str]:
+        """The stages of the backbone whose maps the post-process needs."""
+        return [] if self.postprocess is None else [stage for stage in self.postprocess.stages if stage != HEAD]
+
+    def classified(self, last: Tensor) -> Tensor:
+        """Compute the map F [B, D', h, w] that is classified, from the backbone's last map [B, D, h, w]."""
+        return self.head(last)  # type: ignore[no-any-return]
+
     def features(self, image: Tensor) -> Tensor:
         """Compute the map F [B, D, h, w] that is classified, from an image [B, 3, H, W]."""
-        return self.head(self.backbone(image))  # type: ignore[no-any-return]
+        return self.classified(self.backbone(image))
 
     def features_and_stages(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Compute F [B, D, h, w], and a feature map [B, D, h', w'] of each stage that the post-process needs."""
-        last, stages = self.backbone.maps(image, () if self.postprocess is None else self.postprocess.stages)
-        return self.head(last), stages
+        last, stages = self.backbone.maps(image, self._stages)
+        return self.classified(last), stages
+
+    def refined(
+        self, maps: Tensor, image: Tensor, feature: Tensor, stages: Sequence[Tensor], classes: Tensor | None
+    ) -> Tensor:
+        """Refine score maps [B, K, h, w] with the post-process, if there is one.
+
+        Args:
+            maps: the score maps of the classes.
+            image: the images [B, 3, H, W] that they come from.
+            feature: F, the map that is classified [B, D, h, w].
+            stages: the maps of the stages that the post-process needs.
+            classes: [B, K], or None for all classes.
+        """
+        refine = self.postprocess
+        if refine is None:
+            return maps
+        if refine.sees_network:
+            return cast("NetworkPostProcess", refine).from_network(self, image, classes)
+        of_backbone = iter(stages)
+        return refine(maps, [feature if stage == HEAD else next(of_backbone) for stage in refine.stages])
 
     def features_and_changed(
         self, image: Tensor, stages: Sequence[str], change: Callable[[Tensor], Tensor]
@@ -227,9 +271,8 @@ class CAMNetwork(Network):
         """Localize as `WSOLModule.localize` says, with one map per class."""
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
-        maps = self.score_maps(feature, choose_classes(classes, logits))
-        if self.postprocess is not None:
-            maps = self.postprocess(maps, stages)
+        chosen = choose_classes(classes, logits)
+        maps = self.refined(self.score_maps(feature, chosen), image, feature, stages, chosen)
         return Localization(logits, self.backbone.aligned(maps))
 
     @torch.no_grad()

@@ -114,6 +114,7 @@ class FFE(WSOLModule):
     """
 
     network: FFENetwork
+    maps_are_probabilities = True
     chosen_apart: ClassVar[Mapping[str, str]] = {"network.classifier.": "top1_cls"}
 
     def __init__(

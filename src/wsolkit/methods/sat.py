@@ -190,6 +190,7 @@ class SAT(WSOLModule):
     """
 
     network: SATNetwork
+    maps_are_probabilities = True
     kernel: Tensor
 
     def __init__(

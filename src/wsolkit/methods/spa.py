@@ -158,6 +158,7 @@ class SelfCorrelationGenerator:
 
     networks: ClassVar[str] = "convolutional networks"
     backbones: ClassVar[tuple[type[nn.Module], ...]] = (CNN,)
+    sees_network: ClassVar[bool] = False
 
     stages: Sequence[str]
     order: int

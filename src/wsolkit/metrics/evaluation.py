@@ -51,10 +51,12 @@ class Evaluation(nn.Module):
     Args:
         protocols: the protocols by the name under which each reports.
         num_classes: the number of classes in the data set.
+        threshold_by_maps: whether maps alone give a threshold where no boxes do, see `wsolkit.metrics.map_values`.
     """
 
-    def __init__(self, protocols: Mapping[str, Protocol], num_classes: int) -> None:
+    def __init__(self, protocols: Mapping[str, Protocol], num_classes: int, threshold_by_maps: bool = False) -> None:
         super().__init__()
+        self._by_maps = threshold_by_maps
         self._protocols = nn.ModuleDict({n: ProtocolEvaluation(rules, num_classes) for n, rules in protocols.items()})
         self._inputs: list[Input] = sorted({rules.input for rules in protocols.values()}, reverse=True)
         self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
@@ -127,9 +129,8 @@ class Evaluation(nn.Module):
                 metric.top5_cls.update(logits, label)
                 raw = score_maps[:, 0], score_maps[:, 2 if by_crops else 1]
                 maps = shared.get("maps", rules.map_rule, functools.partial(rules.localization_maps, raw[0]))
-                shown = maps[finite]
-                if len(shown):
-                    metric.map_values.update(shown)
+                if self._by_maps:
+                    metric.map_values.update(maps[finite])
                 if self.on_maps is not None and metric is next(iter(self.protocols.values())):
                     self.on_maps(batch, metric.localization_maps(raw[0], batch))
                 if mask is not None:
@@ -205,8 +206,6 @@ class Evaluation(nn.Module):
         for metric in self.protocols.values():
             rules = metric.protocol
             square = (rules.resolution, rules.resolution)
-            for score in maps:
-                metric.map_values.update(score)
             if batch["mask"] is not None:
                 mask = network_mask(batch, rules.input)
                 assert mask is not None
