@@ -12,7 +12,7 @@ half a cell too far to the bottom right. The papers accept this. `align` moves t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -119,12 +119,23 @@ class CNN(nn.Module):
         """Compute the last map [B, D, h, w] of an image [B, 3, H, W]."""
         return self.stages(image)  # type: ignore[no-any-return]
 
-    def maps(self, image: Tensor, stages: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-        """Compute the last map [B, D, h, w] of an image [B, 3, H, W], and the maps after some stages in order."""
+    def maps(
+        self, image: Tensor, stages: Sequence[str], changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute the last map [B, D, h, w] of an image [B, 3, H, W], and the maps after some stages in order.
+
+        Args:
+            image: the image.
+            stages: the stages whose maps are returned.
+            changes: functions that change the maps after stages, by the names of the stages.
+        """
         wanted = [self.places(stage)[-1] for stage in stages]
+        changed = {self.places(stage)[-1]: change for stage, change in (changes or {}).items()}
         kept: dict[int, Tensor] = {}
         for place, stage in enumerate(self.stages):
             image = stage(image)
+            if place in changed:
+                image = changed[place](image)
             if place in wanted:
                 kept[place] = image
         return image, [kept[place] for place in wanted]
