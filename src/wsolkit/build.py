@@ -15,10 +15,10 @@ from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.backbones.tokens import TokenBackbone
+from wsolkit.checkpoint import describe_part, read_checkpoint, read_part
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.preparing.index import Indexed
 from wsolkit.data.records import Records, Split
-from wsolkit.checkpoint import describe_part, read_checkpoint, read_part
 from wsolkit.errors import ConfigError
 from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Network, WSOLModule

@@ -58,7 +58,7 @@ class WSOLModule(LightningModule, ABC):
     """
 
     model_settings: ClassVar[Sequence[str]] = ()
-    """The settings that name checkpoints whose models become parts of the module. They come in its argument `models`."""
+    """The settings that name checkpoints whose models become parts of the module, and come in its argument `models`."""
 
     start_setting: ClassVar[str | None] = None
     """The setting that names a checkpoint of the same method, from whose weights training starts, see `start_from`."""

@@ -148,7 +148,7 @@ class Generator(nn.Module):
         self.classifier = nn.Conv2d(num_classes, num_classes, kernel_size=1, bias=False)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute X [B, C, H, W] and M [B, H, W] in [0, 1], float32, from a map [B, D, H, W] with 8 or more on a side."""
+        """Compute X [B, C, H, W] and M [B, H, W] in [0, 1], float32, from a map [B, D, H, W] of 8×8 or more."""
         seen = [feature]
         for layer in self.down:
             seen.append(layer(F.max_pool2d(seen[-1], kernel_size=2)))
@@ -187,7 +187,7 @@ class ORNetNetwork(CAMNetwork):
                 parameter.requires_grad_(id(parameter) in learns)
 
     def train(self, mode: bool = True) -> Self:
-        """Put the network into training or evaluation mode. In the fine stage, frozen layers stay in evaluation mode."""
+        """Put the network into training or evaluation mode. In the fine stage, frozen layers stay in the latter."""
         if self.evaluator is None:
             return super().train(mode)
         super().train(False)
@@ -299,8 +299,8 @@ class ORNet(CAMModule):
         found = checkpoint.config["method"]
         if name_of(checkpoint.config, "method") != "ornet" or found.get("stage") != "coarse":
             raise CheckpointError(
-                f"method.coarse={checkpoint.path}: expected a checkpoint of method=ornet method.stage=coarse, found one "
-                f"of method={found['name']}"
+                f"method.coarse={checkpoint.path}: expected a checkpoint of method=ornet method.stage=coarse, and this "
+                f"is one of method={found['name']}"
             )
         rest = {name: value for name, value in self.state_dict().items() if name.startswith("network.evaluator.")}
         try:

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsolkit.backbones.vit import ViT, block_with_scores, run_block
