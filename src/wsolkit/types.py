@@ -61,12 +61,18 @@ class TrainingBatch(TypedDict):
     Where tokens are cached, `image` holds the tokens of the images instead. Where CutMix pasted a part of another image
     into each image, `pasted_label` [B] is the label of that image, and `own_share` is the share λ of the image, as a
     scalar, that is its own.
+
+    With `dataset.train_boxes`, `pseudo_box` [B, 4] has a box of each image: x, y, w, h in shares of the image that the
+    network sees, or NaN for an image without one. With `dataset.train_masks`, `pseudo_mask` [B, H, W] has masks at the
+    size of that image, uint8: 0 background, 1 object, 255 neither.
     """
 
     image: Any
     label: Tensor
     pasted_label: NotRequired[Tensor]
     own_share: NotRequired[Tensor]
+    pseudo_box: NotRequired[Tensor]
+    pseudo_mask: NotRequired[Tensor]
 
 
 class EvaluationBatch(TrainingBatch):

@@ -25,6 +25,7 @@ from wsolkit.data.dataset import (
 from wsolkit.data.pseudo_boxes import pseudo_boxes as read_pseudo_boxes
 from wsolkit.data.records import FileRecords, Records, Split
 from wsolkit.data.subset import Subset, part_of
+from wsolkit.data.targets import Targets
 from wsolkit.data.tokens import TokenSamples, TokenStore
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import CheckpointError, ConfigError, DataError
@@ -58,6 +59,9 @@ class WSOLDataModule(LightningDataModule):
         pseudo_boxes: the file or folder of the boxes that select in place of the ground truth, or None.
         mean, std: the normalisation of the backbone.
         seed: the seed of the order and the augmentations.
+        crop_scale: for random resized crops, see `Transform`. None crops `image_size` pixels.
+        train_boxes, train_masks: the pseudo boxes and pseudo masks that training learns beside the labels, see
+            `wsolkit.data.targets`, or None.
         cache: the folder for a file of the training images at `resize`, which is filled as they are read. None decodes
             them again in each epoch. Evaluation always decodes.
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
@@ -84,6 +88,9 @@ class WSOLDataModule(LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        crop_scale: Sequence[float] | None,
+        train_boxes: str | None,
+        train_masks: str | None,
         cache: str | None,
         uncropped: bool,
         model_classes: Sequence[str] | None,
@@ -109,6 +116,8 @@ class WSOLDataModule(LightningDataModule):
         self.seed = seed
         self._read = records
         self.classes, self.fraction, self.shots, self.subset_seed = classes, fraction, shots, subset_seed
+        self.crop_scale = crop_scale
+        self.train_boxes, self.train_masks = train_boxes, train_masks
         self.cache = cache
         self.uncropped = uncropped
         self.model_classes = model_classes
@@ -132,9 +141,8 @@ class WSOLDataModule(LightningDataModule):
         split = self.read_as(split)
         if split not in self._datasets:
             train = split == "train"
-            transform = Transform(
-                self.resize if train else self.image_size, self.image_size, train, self.mean, self.std
-            )
+            side = self.resize if train else self.image_size
+            transform = Transform(side, self.image_size, train, self.mean, self.std, self.crop_scale)
             uncropped = None
             if self.uncropped and not train:
                 uncropped = Transform(self.resize, self.resize, False, self.mean, self.std)
@@ -151,7 +159,8 @@ class WSOLDataModule(LightningDataModule):
                 if train
                 else Sizes.of(self.image_size, larger, self.eval_image_size, self.eval_flip, self.mean, self.std)
             )
-            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache, sizes)
+            targets = Targets.of(self.train_boxes, self.train_masks, records) if train else None
+            self._datasets[split] = WSOLDataset(records, transform, self.seed, uncropped, cache, sizes, targets)
         return self._datasets[split]
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -17,6 +18,7 @@ from wsolkit.data.cache import ImageCache
 from wsolkit.data.pixels import Pixels, normalised_batch
 from wsolkit.data.records import Records, uncut_boxes
 from wsolkit.data.seeding import derive_seed
+from wsolkit.data.targets import Targets
 from wsolkit.data.transforms import Transform
 from wsolkit.errors import ConfigError, DataError
 from wsolkit.types import Boxes, EvaluationBatch, Image, Mask, Tokens, TrainingBatch, View
@@ -28,6 +30,7 @@ class Sample(TypedDict):
     uncut_boxes: the original boxes before they were clipped at the edges of the image.
     uncropped, uncropped_mask: image and mask after the second transform, if there is one.
     views, uncropped_views: the image at the sizes of the evaluation, and whether it is mirrored.
+    pseudo_box, pseudo_mask: what training learns beside the label, see `TrainingBatch`, or None.
     """
 
     image: Any
@@ -42,6 +45,8 @@ class Sample(TypedDict):
     uncropped_mask: Mask | None
     views: list[tuple[Pixels | Tokens, bool]]
     uncropped_views: list[tuple[Pixels | Tokens, bool]]
+    pseudo_box: npt.NDArray[np.float32] | None
+    pseudo_mask: Mask | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class WSOLDataset(Dataset[Sample]):
         uncropped: a second transform of the same image.
         cache: the images at a size that is large enough for the transforms.
         sizes: the sizes of an evaluation.
+        targets: what training learns beside the labels, in place of the true boxes and masks. None is nothing.
     """
 
     def __init__(
@@ -110,8 +116,10 @@ class WSOLDataset(Dataset[Sample]):
         uncropped: Transform | None = None,
         cache: ImageCache | None = None,
         sizes: Sizes = Sizes(),
+        targets: Targets | None = None,
     ) -> None:
         self.records = records
+        self.targets = targets
         self.sizes = sizes
         self.transform = transform
         self.seed = seed
@@ -127,6 +135,8 @@ class WSOLDataset(Dataset[Sample]):
         boxes, mask = self.records.boxes(index), self.records.mask(index)
         if mask is not None:
             check_shape(self.records.name(index), mask, width, height)
+        if self.targets is not None:
+            boxes, mask = self.targets.boxes_of(index), self.targets.mask_of(self.records.name(index))
         transformed = self.transform(image, boxes, mask, derive_seed(self.seed, epoch, index), (width, height))
         second = None if self.uncropped is None else self.uncropped(image, boxes, mask, 0, (width, height))
         return {
@@ -142,7 +152,17 @@ class WSOLDataset(Dataset[Sample]):
             "uncropped_mask": None if second is None else second.mask,
             "views": self._views(image, self.sizes.whole),
             "uncropped_views": self._views(image, self.sizes.uncropped),
+            "pseudo_box": self._pseudo_box(transformed.shares),
+            "pseudo_mask": None if self.targets is None else transformed.mask,
         }
+
+    def _pseudo_box(self, shares: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """Return the largest of an image's pseudo boxes, NaN if it has none or its crop does not show it."""
+        if self.targets is None or self.targets.boxes is None:
+            return None
+        if len(shares) == 0:
+            return np.full(4, np.nan, np.float32)
+        return shares[np.argmax(shares[:, 2] * shares[:, 3])]  # type: ignore[no-any-return]
 
     def _views(self, image: Image, transforms: Sequence[Transform]) -> list[tuple[Pixels | Tokens, bool]]:
         views: list[tuple[Pixels | Tokens, bool]] = []
@@ -175,10 +195,17 @@ def check_shape(name: str, mask: Mask, width: int, height: int) -> None:
 
 def training_batch(samples: Sequence[Sample]) -> TrainingBatch:
     """Collate what losses need."""
-    return {
+    batch: TrainingBatch = {
         "image": _input([sample["image"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
+    boxes = [sample["pseudo_box"] for sample in samples if sample["pseudo_box"] is not None]
+    masks = [sample["pseudo_mask"] for sample in samples if sample["pseudo_mask"] is not None]
+    if boxes:
+        batch["pseudo_box"] = torch.from_numpy(np.stack(boxes))
+    if masks:
+        batch["pseudo_mask"] = torch.from_numpy(np.stack(masks))
+    return batch
 
 
 def evaluation_batch(samples: Sequence[Sample]) -> EvaluationBatch:

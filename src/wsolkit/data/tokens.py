@@ -237,4 +237,6 @@ class TokenSamples(WSOLDataset):
             "uncropped_mask": None,
             "views": [] if self._training or len(views) == 1 else views,
             "uncropped_views": [],
+            "pseudo_box": None,
+            "pseudo_mask": None,
         }

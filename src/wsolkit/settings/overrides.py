@@ -25,7 +25,7 @@ PATHS = frozenset(
         *("checkpoint", "resume", "score_maps", "save_maps", "source", "output", "directory", "backbone.weights"),
         *("dataset.root", "dataset.index", "dataset.cache", "dataset.lists", "dataset.masks", "dataset.annotations"),
         *("dataset.held_out_root", "dataset.held_out_lists", "dataset.box_folders", "dataset.splits"),
-        "dataset.pseudo_boxes",
+        *("dataset.pseudo_boxes", "dataset.train_boxes", "dataset.train_masks"),
         *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
     }
 )

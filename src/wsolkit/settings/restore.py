@@ -195,6 +195,7 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], p
     cfg.backbone.pretrained, cfg.backbone.weights = False, None  # The checkpoint holds the weights.
     if "cache" in cfg.backbone:
         cfg.backbone.cache = None  # Each image is seen once, so there is nothing to gain.
+    cfg.dataset.train_boxes = cfg.dataset.train_masks = None  # They are for training.
     cfg.dataset.cache = None  # It would write to the folder in the checkpoint, and an evaluation reads no cache.
     if checkpoint.mean:
         cfg.backbone.mean, cfg.backbone.std = list(checkpoint.mean), list(checkpoint.std)
