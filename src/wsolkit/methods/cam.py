@@ -237,13 +237,21 @@ class CAMModule(WSOLModule):
     Args:
         backbone, num_classes, form: see `CAMNetwork`.
         head: see `HeadSettings`.
+        network: makes the network from the arguments of `CAMNetwork`, which it extends.
     """
 
     network: CAMNetwork
 
-    def __init__(self, backbone: CNN, num_classes: int, form: Form, head: HeadSettings) -> None:
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        form: Form,
+        head: HeadSettings,
+        network: Callable[..., CAMNetwork] = CAMNetwork,
+    ) -> None:
         super().__init__(
-            CAMNetwork(
+            network(
                 backbone,
                 num_classes,
                 head["head_channels"],
