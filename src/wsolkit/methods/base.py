@@ -50,6 +50,9 @@ class WSOLModule(LightningModule, ABC):
     chosen_apart: ClassVar[Mapping[str, str]] = {}
     """The metrics that choose the best weights of parts, by the prefix of their names. The rest follows the monitor."""
 
+    pairs: ClassVar[bool] = False
+    """Whether the images 2k and 2k + 1 of a training batch must have the same class."""
+
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
         self.network: Network = network
