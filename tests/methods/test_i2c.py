@@ -63,20 +63,6 @@ def test_seeds_are_taken_again_from_the_start() -> None:
     assert object_seeds(maps, torch.tensor([1, 0]), 5).tolist() == [[2, 5, 2, 5, 2], [0, 1, 2, 3, 4]]
 
 
-def test_pairs_of_one_class_move_the_bank_one_after_the_other() -> None:
-    torch.manual_seed(0)
-    bank, visits, centres = torch.randn(4, 3), torch.tensor([0.0, 7.0, 2.0, 1.0]), torch.randn(5, 3)
-    label = torch.tensor([1, 0, 1, 2, 1]).repeat_interleave(2)
-    expected, counts = bank.clone(), visits.clone()
-    for of_class, centre in zip(label[0::2], centres, strict=True):
-        weight = torch.exp(-0.1 * counts[of_class])
-        expected[of_class] = (1 - weight) * expected[of_class] + weight * centre
-        counts[of_class] += 1
-    found, found_visits = update_bank(bank, visits, label, centres, 0.1)
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(found_visits, counts)
-
-
 def bank_of(module: WSOLModule) -> tuple[Tensor, Tensor]:
     state = module.state_dict()
     return state["network.bank"].clone(), state["network.visits"].clone()

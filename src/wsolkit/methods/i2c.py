@@ -40,6 +40,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
 from wsolkit.methods.classification import classification_loss
+from wsolkit.methods.memory import move_memory
 from wsolkit.methods.processes import gathered
 from wsolkit.types import TrainingBatch
 
@@ -100,7 +101,6 @@ def global_loss(bank: Tensor, label: Tensor, centres: Tensor) -> Tensor:
         return F.pairwise_distance(bank[label[0::2]], centres.float()).mean()
 
 
-@torch.no_grad()
 def update_bank(
     bank: Tensor, visits: Tensor, label: Tensor, centres: Tensor, decay: float = 0.002
 ) -> tuple[Tensor, Tensor]:
@@ -116,17 +116,7 @@ def update_bank(
     Returns:
         the new bank and visits. What was given stays.
     """
-    of_pair = label[0::2]
-    same = of_pair[:, None] == of_pair  # [p, p]
-    later = same.triu(diagonal=1)  # [i, j]: whether pair j is of the class of pair i, and comes after it
-    weight = torch.exp(-decay * (visits[of_pair] + later.sum(dim=0)))  # w of each pair, at its turn
-    left = torch.where(later, 1 - weight, 1).prod(dim=1)  # what later pairs leave of each pair
-    kept = torch.where(same, 1 - weight, 1).prod(dim=1, keepdim=True)  # and what all pairs leave of the old centre
-    moved = kept * bank[of_pair] + (same * (weight * left)) @ centres.float()
-    new_bank, new_visits = bank.clone(), visits.clone()
-    new_bank[of_pair] = moved  # Pairs of one class write the same.
-    new_visits[of_pair] = visits[of_pair] + same.sum(dim=1)
-    return new_bank, new_visits
+    return move_memory(bank, visits, label[0::2], centres, lambda visits: torch.exp(-decay * visits))
 
 
 class I2CNetwork(CAMNetwork):
