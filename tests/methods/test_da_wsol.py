@@ -58,6 +58,13 @@ def test_empty_cluster_keeps_its_centre() -> None:
     assert centres.tolist() == [[[1, 1], [9, 9]]]
 
 
+def test_first_of_two_centres_at_one_place_takes_the_points() -> None:
+    torch.manual_seed(0)
+    points, start = torch.rand(2, 65, 33), torch.rand(2, 1, 33)
+    clusters, _ = k_means(points, torch.cat([torch.zeros_like(start), start, start], dim=1) + 1e-9, 0)
+    assert (clusters != 2).all()
+
+
 def test_only_members_are_drawn_and_each_once() -> None:
     torch.manual_seed(0)
     points, member = torch.arange(10.0).reshape(1, 10, 1), torch.arange(10)[None] % 2 == 1

@@ -83,13 +83,17 @@ def k_means(points: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, T
         iterations: how often the centres move. An empty cluster keeps its centre.
 
     Returns:
-        the cluster of each point, int64 [B, N], and the centres [B, k, D].
+        the cluster of each point, int64 [B, N], and the centres [B, k, D]. Of centres at the same place, the first one
+        takes the points.
     """
     with torch.autocast(points.device.type, enabled=False):
         points, centres = points.float(), centres.float()
 
         def nearest() -> Tensor:
-            return (centres.square().sum(dim=2)[:, None] - 2 * points @ centres.mT).argmin(dim=2)  # [B, N, k] → [B, N]
+            # One product for each cluster, because the first two of a new class start at the same place. Their distances
+            # then are exactly the same, and the first one is taken.
+            products = torch.cat([points @ centre.mT for centre in centres.split(1, dim=1)], dim=2)  # [B, N, k]
+            return (centres.square().sum(dim=2)[:, None] - 2 * products).argmin(dim=2)
 
         for _ in range(iterations):
             members = (nearest()[:, :, None] == torch.arange(centres.shape[1], device=points.device)).float()
