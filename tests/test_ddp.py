@@ -161,7 +161,9 @@ def of_every_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_the_same_on_any_number_of_processes(method: str, of_every_method: Path) -> None:
-    """Losses of a global batch to 1e-5, and what is remembered of it to 1e-4; metrics exactly, of images that four processes do not divide evenly."""
+    """Losses of a global batch, to 1e-5, and what is remembered of it; metrics exactly, of images that four processes
+    do not divide evenly.
+    """
     found = {}
     for world_size in (1, 2, 4):
         for rank in range(world_size):

@@ -9,7 +9,15 @@ from torch import Tensor
 from tests.methods.released import Released, error, read
 from tests.methods.test_cam import batch, build, image
 from wsolkit.methods.base import WSOLModule
-from wsolkit.methods.c2am import ActivationHead, dissimilarity_loss, edge_share, embeddings, similarity_loss
+from wsolkit.methods.c2am import (
+    C2AM,
+    ActivationHead,
+    FrozenC2AM,
+    dissimilarity_loss,
+    edge_share,
+    embeddings,
+    similarity_loss,
+)
 
 
 @pytest.fixture(params=["reduced", "full"])
@@ -96,6 +104,7 @@ def epoch(module: WSOLModule, monkeypatch: pytest.MonkeyPatch, number: int) -> W
 @pytest.mark.parametrize("method", ["c2am", "frozen_c2am"])
 def test_only_the_first_epoch_tells_the_background(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(method).train()
+    assert isinstance(module, C2AM | FrozenC2AM)
     head = module.network.activation
     for number, share, training, inverted in (
         (0, 1.0, False, False),  # An evaluation of the losses changes nothing.
@@ -122,6 +131,7 @@ def test_labels_reach_the_classifier_only(method: str) -> None:
 
 def test_classifier_has_a_learning_rate_of_its_own() -> None:
     module = build("c2am", "method.classifier_lr_factor=7", "method.head_channels=[5]")
+    assert isinstance(module, C2AM)
     groups = {group["name"]: group for group in module.parameter_groups()}
     assert {id(one) for one in groups["classifier"]["params"]} == {
         id(one) for part in (module.network.head, module.network.classifier) for one in part.parameters()

@@ -8,15 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.test_cam import build, image, network
+from tests.methods.test_cam import build, image
 from wsolkit.errors import ConfigError
-from wsolkit.methods.cream import calibrate, context_means, reactivate
+from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.cream import CREAMNetwork, calibrate, context_means, reactivate
 
 Array = npt.NDArray[np.float64]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(module: WSOLModule) -> CREAMNetwork:
+    assert isinstance(module.network, CREAMNetwork)
+    return module.network
 
 
 def cosine(first: Array, second: Array) -> float:
@@ -43,8 +49,8 @@ def test_mixture_is_that_of_the_equations(rounds: int) -> None:
     found = reactivate(feature, foreground, background, rounds, 0.3)
     for row in range(2):
         for place in range(3):
-            starts = (each[row, place].double().numpy() for each in (foreground, background))
-            expected = reference_map(feature[row].double().numpy(), *starts, rounds, 0.3)
+            starts = [each[row, place].double().numpy() for each in (foreground, background)]
+            expected = reference_map(feature[row].double().numpy(), starts[0], starts[1], rounds, 0.3)
             np.testing.assert_allclose(found[row, place], expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""DA-WSOL: the discrepancy against released code, and the clusters beside scikit-like loops."""
+"""DA-WSOL: the discrepancy against released code, and the clusters beside plain loops."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.methods.released import Released, error, read
-from tests.methods.test_cam import build, image, network
+from tests.methods.test_cam import build, image
 from wsolkit.errors import ConfigError
-from wsolkit.methods.da_wsol import draw_members, k_means, mmd, mmd_of_images
+from wsolkit.methods.da_wsol import DAWSOL, draw_members, k_means, mmd, mmd_of_images
 
 
 @pytest.fixture(params=["reduced", "full"])
@@ -53,9 +53,13 @@ def test_clusters_are_those_of_a_plain_loop() -> None:
         assert torch.equal(clusters[row], torch.cdist(points[row], expected).argmin(dim=1))
 
 
-def test_empty_cluster_keeps_its_centre() -> None:
+def test_empty_cluster_takes_the_farthest_point() -> None:
+    points = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [1.0, 6.0], [1.0, 3.0]]])
+    clusters, centres = k_means(points, torch.ones(1, 2, 2), 1)
+    assert centres.tolist() == [[[1, 2], [1, 6]]]
+    assert clusters.tolist() == [[0, 0, 1, 0]]
     _, centres = k_means(torch.ones(1, 4, 2), torch.tensor([[[1.0, 1.0], [9.0, 9.0]]]), 3)
-    assert centres.tolist() == [[[1, 1], [9, 9]]]
+    assert centres.tolist() == [[[1, 1], [1, 1]]]
 
 
 def test_first_of_two_centres_at_one_place_takes_the_points() -> None:
@@ -82,7 +86,8 @@ def batch(label: list[int]) -> Any:
 def test_running_means_start_with_an_image_and_take_in_centres() -> None:
     """Written out for one class and the universum, of a batch in which a class occurs twice."""
     module = build("da_wsol", "method.start_epoch=0").train()
-    own, label = network(module), [2, 5, 2]
+    assert isinstance(module, DAWSOL)
+    own, label = module.network, [2, 5, 2]
     with torch.no_grad():
         points = own.features(image(3)).flatten(2).mT
     mean = points.mean(dim=1)

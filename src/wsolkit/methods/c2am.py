@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,7 @@ class C2AMNetwork(CAMNetwork):
         stages: the stages whose maps are put together as F. All are averaged down to the size of the last one.
     """
 
-    passes = ("parts",)
+    passes: ClassVar[tuple[str, ...]] = ("parts",)
 
     def __init__(self, backbone: CNN, *cam: Any, stages: Sequence[str]) -> None:
         super().__init__(backbone, *cam)
@@ -201,7 +201,9 @@ class C2AMNetwork(CAMNetwork):
         if self.postprocess is not None:
             maps = self.postprocess(maps, stages)
         chosen = choose_classes(classes, logits)
-        return Localization(logits, self.backbone.aligned(maps).expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1))
+        return Localization(
+            logits, self.backbone.aligned(maps).expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1)
+        )
 
 
 class C2AM(CAMModule):
@@ -255,7 +257,7 @@ class FrozenC2AMNetwork(Network):
         num_classes: C.
     """
 
-    passes = ("tokens",)
+    passes: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def __init__(self, backbone: TokenBackbone, num_classes: int) -> None:
         super().__init__()

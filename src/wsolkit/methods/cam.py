@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class CAMNetwork(Network):
             `postprocess` needs.
     """
 
-    passes = ("features", "features_and_stages", "features_twice")
+    passes: ClassVar[tuple[str, ...]] = ("features", "features_and_stages", "features_twice")
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ foreground and of its background. With M_y the CAM of the label, scaled to [0, 1
 
     V_y^f ← λ V_y^f + (1 − λ) mean of F where M_y > δ,    V_y^b ← λ V_y^b + (1 − λ) mean of F elsewhere
 
-There is no further loss. At inference, a mixture of two components, which starts at the embeddings of the class, divides
-the positions i of an image by expectation maximisation. A few rounds take turns:
+There is no further loss. At inference, a mixture of two components divides the positions i of an image. It starts at
+the embeddings of the class, and a few rounds of expectation maximisation refine it:
 
     E:  p_i^k = softmax over k of cos(F_i, V^k) / T,    k = foreground, background
     M:  V^k = Σ_i p_i^k F_i / Σ_i p_i^k
@@ -86,7 +86,7 @@ def reactivate(feature: Tensor, foreground: Tensor, background: Tensor, rounds: 
         shares = expect(foreground, background)
         for _ in range(rounds):
             shares = expect(mean(shares), mean(1 - shares))
-        return shares.unflatten(2, feature.shape[-2:])
+        return shares.reshape(*shares.shape[:2], *feature.shape[-2:])
 
 
 def calibrate(maps: Tensor, cam: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 The classifier learns on averaged image features, the source domain, and is then applied to the features of positions,
 the target domain. Their distributions differ. In training, 3-means divides the positions of each image into three
-clusters: the universum T_u (what shows no class, index 0), positions that are like the image feature (1), and the target
-T_t (2). S holds the image feature and some positions of cluster 1, and T as many positions of cluster 2:
+clusters: the universum T_u, which shows no class (0), positions that are like the image feature (1), and the target T_t
+(2). S holds the image feature and some positions of cluster 1, and T as many positions of cluster 2:
 
     loss = CE + β MMD(S, T) + ω mean(T_u)
 
@@ -12,19 +12,20 @@ pairs of samples. Images whose clusters 1 or 2 are too small are left out of it.
 the universum.
 
 The clusters start at the mean of all earlier universum centres, at the image feature, and at a running mean for the
-class. The latter starts with the feature of the class's first image, and takes in the centre of cluster 1 of each image,
+class. The latter starts with the feature of the class's first image. It takes in the centre of cluster 1 of each image,
 as the released code has it.
 
 What differs from the released code:
 - It clusters one image after the other on the CPU, until nothing changes, and moves the running means after each image.
   Here all images of a batch are clustered together, with a fixed number of iterations, and the running means move after
-  the batch. A cluster that becomes empty keeps its centre, which scikit-learn moves away.
+  the batch.
 - Under DDP, the running means take in the images of all processes, and the means of the losses are over the global
   batch.
 """
 
 from __future__ import annotations
 
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,29 +78,42 @@ def mmd_of_images(source: Tensor, target: Tensor) -> Tensor:
 def k_means(points: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Cluster the points of each image.
 
+    As in scikit-learn, an empty cluster takes the point that is farthest from the centre of its own cluster.
+
     Args:
-        points: [B, N, D].
+        points: [B, N, D], at least as many as clusters.
         centres: where the clusters start, [B, k, D].
-        iterations: how often the centres move. An empty cluster keeps its centre.
+        iterations: how often the centres move.
 
     Returns:
-        the cluster of each point, int64 [B, N], and the centres [B, k, D]. Of centres at the same place, the first one
-        takes the points.
+        the cluster of each point, int64 [B, N], and the centres [B, k, D].
     """
     with torch.autocast(points.device.type, enabled=False):
         points, centres = points.float(), centres.float()
+        numbers = torch.arange(centres.shape[1], device=points.device)
 
-        def nearest() -> Tensor:
-            # One product for each cluster, because the first two of a new class start at the same place. Their distances
-            # then are exactly the same, and the first one is taken.
+        def nearest() -> tuple[Tensor, Tensor]:
+            # One product for each cluster, so that two centres at one place have exactly the same distances. The first
+            # of them then takes the points.
             products = torch.cat([points @ centre.mT for centre in centres.split(1, dim=1)], dim=2)  # [B, N, k]
-            return (centres.square().sum(dim=2)[:, None] - 2 * products).argmin(dim=2)
+            distances = centres.square().sum(dim=2)[:, None] - 2 * products  # without ‖x‖², which is the same for all
+            least, clusters = distances.min(dim=2)
+            return clusters, least + points.square().sum(dim=2)
 
         for _ in range(iterations):
-            members = (nearest()[:, :, None] == torch.arange(centres.shape[1], device=points.device)).float()
+            clusters, distances = nearest()
+            empty = (clusters[:, :, None] != numbers).all(dim=1)  # [B, k]
+            farthest = distances.topk(len(numbers), dim=1).indices
+            taken = farthest.gather(1, (empty.cumsum(dim=1) - 1).clamp(min=0))  # the point for each empty cluster
+            for number in range(len(numbers)):
+                moves = (torch.arange(points.shape[1], device=points.device) == taken[:, number, None]) & empty[
+                    :, number, None
+                ]
+                clusters = torch.where(moves, number, clusters)
+            members = (clusters[:, :, None] == numbers).float()
             counts = members.sum(dim=1)[:, :, None]  # [B, k, 1]
             centres = torch.where(counts > 0, members.mT @ points / counts.clamp(min=1), centres)
-        return nearest(), centres
+        return nearest()[0], centres
 
 
 def draw_members(points: Tensor, member: Tensor, count: int) -> Tensor:

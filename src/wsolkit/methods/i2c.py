@@ -27,7 +27,6 @@ What differs from the released code:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -132,7 +131,7 @@ class I2CNetwork(CAMNetwork):
 
     bank: Tensor
     visits: Tensor
-    passes = ("averaged_and_features",)
+    passes: ClassVar[tuple[str, ...]] = ("averaged_and_features",)
 
     def __init__(self, backbone: CNN, num_classes: int, *cam: Any, dropout: float) -> None:
         super().__init__(backbone, num_classes, *cam)
