@@ -66,6 +66,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
         seed=cfg.get("seed", 0),  # Commands that draw nothing have no seed.
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
+        pairs="method" in cfg and getattr(locate(cfg.method._target_, "method."), "pairs", False),
     )
     return datamodule
 

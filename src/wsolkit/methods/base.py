@@ -56,6 +56,9 @@ class WSOLModule(LightningModule, ABC):
     Their values then fall into two groups, between which a threshold can be chosen without boxes.
     """
 
+    pairs: ClassVar[bool] = False
+    """Whether the images 2k and 2k + 1 of a training batch must have the same class."""
+
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
         self.network: Network = network
