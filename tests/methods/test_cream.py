@@ -101,7 +101,7 @@ def test_maps_are_made_of_the_class_that_is_asked_for() -> None:
     own.context.copy_(random(*own.context.shape))
     with torch.no_grad():
         feature = own.features(image())
-        expected = reactivate(feature, own.context[[[2], [5]], 0], own.context[[[2], [5]], 1], 2, 0.1)
+        expected = reactivate(feature, own.context[[[2], [5]], 0], own.context[[[2], [5]], 1], 2, 0.3)
         expected = calibrate(expected, own.class_maps(feature, torch.tensor([[2], [5]])))
     assert torch.equal(module.localize(image(), torch.tensor([[2], [5]])).maps, expected)
 
