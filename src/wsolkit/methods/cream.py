@@ -153,7 +153,7 @@ class CREAMNetwork(CAMNetwork):
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
         chosen = choose_classes(classes, logits)
-        context = self.context.expand(len(image), -1, -1, -1) if chosen is None else self.context[chosen]
+        context = self.context.expand(image.shape[0], -1, -1, -1) if chosen is None else self.context[chosen]
         foreground, background = context.unbind(dim=2)  # [B, K, 2, D] → two of [B, K, D]
         maps = reactivate(feature, foreground, background, self.rounds, self.temperature)
         maps = calibrate(maps, self.class_maps(feature, chosen))
