@@ -26,6 +26,13 @@ _METHODS = {
     r"layers\.(\d+)\.fuse\._loss_rate": r"calibration.blocks.\1.semantic_weight",
 }
 _DEIT = {**_METHODS, r"head\.(weight|bias)": r"network.head.\1", r"(.*)": r"network.backbone.network.\1"}
+_LCTR = {
+    r"conv3x3\.(.*)": r"network.context.\1",
+    r"CDM\.(weight|bias)": r"network.classifier.\1",
+    r"CDM\._routing_fn_two\.fc\.(.*)": r"network.classifier.mean_route.\1",
+    r"CDM\._routing_fn_two\.fc2\.(.*)": r"network.classifier.maximum_route.\1",
+    r"(.*)": r"network.backbone.network.\1",
+}
 _CONFORMER = {
     **_METHODS,
     r"trans_cls_head\.(weight|bias)": r"network.head.\1",
@@ -43,6 +50,13 @@ _RELEASED_DEIT = {
     r"network\.head\.(.*)": r"head.\1",
     r"(?:network\.backbone\.network\.)?(.*)": r"\1",
 }
+_RELEASED_LCTR = {
+    r"network\.context\.(.*)": r"conv3x3.\1",
+    r"network\.classifier\.(weight|bias)": r"CDM.\1",
+    r"network\.classifier\.mean_route\.(.*)": r"CDM._routing_fn_two.fc.\1",
+    r"network\.classifier\.maximum_route\.(.*)": r"CDM._routing_fn_two.fc2.\1",
+    r"(?:network\.backbone\.network\.)?(.*)": r"\1",
+}
 _RELEASED_CONFORMER = {
     **_RELEASED_METHODS,
     r"network\.head\.(.*)": r"trans_cls_head.\1",
@@ -56,7 +70,7 @@ _DEITS = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}
 
 
 def from_official(
-    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat"], num_heads: int | None = None
+    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat", "lctr"], num_heads: int | None = None
 ) -> WSOLModule:
     """Build a module from the state dict of a paper's released model. The tensors determine backbone and sizes.
 
@@ -152,7 +166,7 @@ def _deit_settings(state: StateDict) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     settings: dict[str, Any] = {
         "dataset.image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-        "dataset.num_classes": state["head.weight"].shape[0],
+        "dataset.num_classes": state["CDM.bias" if "CDM.bias" in state else "head.weight"].shape[0],
     }
     if embed_dim in _DEITS:
         settings |= {"backbone.name": _DEITS[embed_dim]}
@@ -170,7 +184,12 @@ def build_official(
     """
     module = build_model(cfg, class_names)
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    own_names, released_names = (_CONFORMER, _RELEASED_CONFORMER) if _is_conformer(state) else (_DEIT, _RELEASED_DEIT)
+    if _is_conformer(state):
+        own_names, released_names = _CONFORMER, _RELEASED_CONFORMER
+    elif cfg.method.name == "lctr":
+        own_names, released_names = _LCTR, _RELEASED_LCTR
+    else:
+        own_names, released_names = _DEIT, _RELEASED_DEIT
     names = {_renamed(name, own_names): name for name in state if name not in _IGNORED}
     try:
         missing, unknown = module.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
