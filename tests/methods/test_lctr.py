@@ -83,7 +83,8 @@ def test_network_follows_the_equations() -> None:
         s = torch.cat([F.conv2d(own[None], kernel, classifier.bias, padding=1) for own, kernel in pairs])
         expected = torch.stack(followed).mean(0)[:, 1:].unflatten(1, (5, 7))[:, None] * s.relu()
         padded = F.pad(s, (1, 1, 1, 1))
-        logits = sum(padded[:, :, i : i + 5, j : j + 7] for i in range(3) for j in range(3)).mean((2, 3)) / 9
+        parts = [padded[:, :, i : i + 5, j : j + 7] for i in range(3) for j in range(3)]
+        logits = torch.stack(parts).sum(0).mean((2, 3)) / 9
     found = module.localize(image, "all")
     assert torch.allclose(found.logits, logits, atol=1e-5)
     assert torch.allclose(found.maps, expected, rtol=1e-4, atol=1e-6)
