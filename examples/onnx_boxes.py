@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1])
 info = json.loads(session.get_modelmeta().custom_metadata_map["wsolkit"])
-if info["protocol"]["threshold_rule"] != "relative_8_bit":
+rules = info["protocol"]["threshold_rule"], info["protocol"].get("normalisation", "minmax")
+if rules != ("relative_8_bit", "minmax"):
     sys.exit(f"protocol {info['protocol']['name']} has other rules than this example: export with protocol=maxboxacc")
 photo = Image.open(sys.argv[2])
 if photo.mode[0] in "IF":

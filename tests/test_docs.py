@@ -30,7 +30,7 @@ from wsolkit.interop.official import _RELEASED_DEIT, _renamed
 
 pytestmark = pytest.mark.slow
 
-MODEL = "deit_small_patch16_224.fb_in1k"
+MODELS = ("deit_small_patch16_224.fb_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
 
 
 def blocks(page: Path) -> list[str]:
@@ -48,14 +48,15 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A hub's cache that has the backbone's weights, random ones, and this Python as `python`."""
+    """A hub's cache that has the backbones' weights, random ones, and this Python as `python`."""
     torch.manual_seed(0)
-    cached = tmp_path / "cache" / "hub" / f"models--timm--{MODEL}"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    state = timm.create_model(MODEL).state_dict()
-    safetensors.torch.save_file(state, cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    for model in MODELS:
+        cached = tmp_path / "cache" / "hub" / f"models--timm--{model}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        state = timm.create_model(model).state_dict()
+        safetensors.torch.save_file(state, cached / "snapshots" / ("0" * 40) / "model.safetensors")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": path}
 
@@ -93,6 +94,7 @@ def follow(page: str, folder: Path, environment: dict[str, str], added: dict[str
         return done.stdout
 
     for block in blocks(REPOSITORY / "docs" / page):
+        block = block.replace("\\\n", " ")
         if block.startswith("python "):
             for line in block.splitlines():
                 line = " ".join([line, *(more for word, more in (added or {}).items() if word in line)])

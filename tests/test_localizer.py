@@ -540,6 +540,7 @@ def test_data_set_of_one_s_own_is_not_needed(checkpoint: Path, localizer: Locali
     ("fixed", "selected", "expected", "origin"),
     [
         (None, {}, 0.3, "default"),
+        (None, {"maxboxacc/by_maps": 0.44}, 0.44, "maps"),
         (None, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.61, "validation"),
         (0.12, {"maxboxacc/gt_known_loc_predicted_class": 0.61}, 0.12, "protocol"),
     ],

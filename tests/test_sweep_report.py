@@ -131,9 +131,9 @@ def test_command_writes_and_prints_the_report(sweep: Path) -> None:
         assert text in done.stdout
 
     report = (sweep / "sweep.md").read_text()
-    assert "| method | seeds | maxboxacc/max_box_acc | maxboxacc/top1_loc | top1_cls |" in report
-    assert "| sat | 2 | 62.0 ± 2.8 | 57.0 ± 2.8 | 82.0 ± 2.8 |" in report
-    assert "| ts_cam | 1 of 2 | 50.0 | 45.0 | 70.0 |" in report
+    assert "| method | seeds | maxboxacc/max_box_acc | maxboxacc/top1_loc | top1_cls | time per run |" in report
+    assert "| sat | 2 | 62.0 ± 2.8 | 57.0 ± 2.8 | 82.0 ± 2.8 | 100 s |" in report
+    assert "| ts_cam | 1 of 2 | 50.0 | 45.0 | 70.0 | 100 s |" in report
     assert "| d | failed | after 100 s: no [memory] |" in report
 
     runs = table(sweep / "sweep.csv")
@@ -172,6 +172,22 @@ def test_settings_of_the_command(sweep: Path) -> None:
     names = {path.name for path in (sweep.parent / "out" / "report").iterdir()}
     assert names == {"sweep.md", "sweep.csv", "sweep_mean.csv", "top1_cls_by_method.png"}
     assert not list(sweep.glob("*.png"))
+
+
+def test_rows_are_sorted_by_a_metric() -> None:
+    runs = [
+        Run(name, "finished", {"method": name}, {"method": {"name": name}}, metrics, seconds)
+        for name, metrics, seconds in [
+            ("a", {"top1_cls": 50.0}, 60.0),
+            ("b", {}, None),
+            ("c", {"top1_cls": 70.0}, 90.0),
+        ]
+    ]
+    heading, rows = cells(group_runs(runs, sort="top1_cls"))
+    assert heading == ["method", "runs", "top1_cls", "time per run"]
+    assert rows == [["c", "1", "70.0", "90 s"], ["a", "1", "50.0", "60 s"], ["b", "1", "–", "–"]]
+    with pytest.raises(ConfigError, match="sort: no job has a number 'top_cls'; did you mean top1_cls"):
+        group_runs(runs, sort="top_cls")
 
 
 def test_runs_with_a_common_image_are_compared(sweep: Path) -> None:
@@ -299,7 +315,7 @@ def test_states_are_told_apart(tmp_path: Path) -> None:
     add_job(tmp_path, "stopped", "seed=4", state="interrupted", error="stopped from outside")
     found = group_runs(gather(tmp_path))
     assert counts(found.runs) == "5 jobs: 1 finished, 1 failed, 1 running, 2 interrupted"
-    assert cells(found)[1] == [["1 of 5", "60.0", "55.0", "80.0"]]
+    assert cells(found)[1] == [["1 of 5", "60.0", "55.0", "80.0", "100 s"]]
     report = markdown(found)
     assert "| failed | failed | after 100 s: out of memory \\| 2 GiB |" in report
     assert ", for 12 min |" in report
@@ -373,7 +389,7 @@ def test_a_seed_twice_counts_as_runs(sweep: Path) -> None:
     add_job(sweep, "again", "seed=0", "trainer.max_epochs=5", accuracy=62.0)
     found = group_runs(gather(sweep))
     assert found.unit == "runs"
-    assert cells(found)[1][0] == ["sat", "3", "62.0 ± 2.0", "57.0 ± 2.0", "82.0 ± 2.0"]
+    assert cells(found)[1][0] == ["sat", "3", "62.0 ± 2.0", "57.0 ± 2.0", "82.0 ± 2.0", "100 s"]
     assert "over runs" in markdown(found)
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
+from wsolkit.backbones.tokens import TokenBackbone
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.preparing.index import Indexed
 from wsolkit.data.records import Records, Split
@@ -28,7 +29,7 @@ from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.loss_log import LossLog
 from wsolkit.training.noise import StepNoise
 from wsolkit.training.optimization import Optimization
-from wsolkit.types import Description
+from wsolkit.types import Description, TrainingBatch
 
 
 def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:
@@ -65,6 +66,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
         seed=cfg.get("seed", 0),  # Commands that draw nothing have no seed.
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
+        pairs="method" in cfg and getattr(locate(cfg.method._target_, "method."), "pairs", False),
     )
     return datamodule
 
@@ -135,12 +137,35 @@ def build_module(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLM
 
 
 def attach_training(cfg: DictConfig, module: WSOLModule) -> WSOLModule:
-    """Give a module an optimizer, a schedule and an evaluation."""
+    """Give a module an optimizer, a schedule, an evaluation, and what changes its training images.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
     module.optimization = build_optimization(cfg)
+    module.augment = build_augment(cfg)
     losses = LossLog()
     module.watch_losses = losses.add
     module.callbacks = [StepNoise(cfg.seed), losses, build_evaluator(cfg, module)]
     return module
+
+
+def build_augment(cfg: DictConfig) -> Callable[[TrainingBatch], TrainingBatch] | None:
+    """Build the transform of training batches in `cfg.augment`, or None if there is none.
+
+    Raises:
+        ConfigError: a setting is wrong, or the method trains on tokens of images.
+    """
+    node = cfg.get("augment")
+    if not node or "_target_" not in node:  # A recipe may have settings for a transform that the user left out.
+        return None
+    if issubclass(locate(cfg.backbone._target_, "backbone."), TokenBackbone):
+        raise ConfigError(
+            f"augment={node.name} changes images, and method={cfg.method.name} trains on the tokens of a frozen "
+            "transformer, which are computed once for each image: leave it out"
+        )
+    transform: Callable[[TrainingBatch], TrainingBatch] = locate(node._target_, "augment.")(**arguments(node))
+    return transform
 
 
 def build_optimization(cfg: DictConfig) -> Optimization:
@@ -151,7 +176,9 @@ def build_optimization(cfg: DictConfig) -> Optimization:
 
 def build_evaluator(cfg: DictConfig, module: WSOLModule) -> Evaluator:
     """Build the callback that evaluates a module under the protocols of `cfg.protocol`."""
-    return Evaluator(Evaluation(build_protocols(cfg), len(module.description.class_names)))
+    return Evaluator(
+        Evaluation(build_protocols(cfg), len(module.description.class_names), module.maps_are_probabilities)
+    )
 
 
 def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLModule:

@@ -129,7 +129,8 @@ class Localizer:
             for given and for predicted classes. This is the one for predicted classes. Each prediction has the one it
             used.
         threshold_origin: the origin of the threshold: "protocol" if the paper states it, "validation" if it was best
-            there, or "default" for 0.3, if validation had no boxes to select it.
+            there, "maps" if validation had no boxes and the maps alone gave it, see `wsolkit.metrics.map_values`, or
+            "default" for 0.3, if there was no validation.
         image_size: the side length of the network's input in training.
         mean, std: the normalisation of the network's input.
         metrics: the numbers of the last validation before the checkpoint was written, in percent.
@@ -214,6 +215,7 @@ class Localizer:
         fixed, conditions = self.rules.threshold, ("gt_known_loc", "gt_known_loc_predicted_class")
         selected = {condition: checkpoint.thresholds.get(f"{self.protocol}/{condition}") for condition in conditions}
         self._thresholds = selected if fixed is None else dict.fromkeys(conditions, fixed)
+        self._by_maps = checkpoint.thresholds.get(f"{self.protocol}/by_maps")
         self._autocast = _autocast(precision, self.device)
         self._transform = Transform(self.image_size, self.image_size, False, self.mean, self.std)
         self._uncropped = None
@@ -235,11 +237,13 @@ class Localizer:
         return used_threshold(self, None, given=False)
 
     @property
-    def threshold_origin(self) -> Literal["protocol", "validation", "default"]:
+    def threshold_origin(self) -> Literal["protocol", "validation", "maps", "default"]:
         """Return the origin of the threshold, see the class."""
         if self.rules.threshold is not None:
             return "protocol"
-        return "default" if self._thresholds["gt_known_loc_predicted_class"] is None else "validation"
+        if self._thresholds["gt_known_loc_predicted_class"] is not None:
+            return "validation"
+        return "default" if self._by_maps is None else "maps"
 
     def __repr__(self) -> str:
         return (
@@ -530,7 +534,7 @@ def used_threshold(localizer: Localizer, threshold: float | None, given: bool) -
     if threshold is None:
         threshold = localizer._thresholds.get("gt_known_loc" if given else "gt_known_loc_predicted_class")
     if threshold is None:
-        threshold = UNKNOWN_THRESHOLD
+        threshold = UNKNOWN_THRESHOLD if localizer._by_maps is None else localizer._by_maps
     if not 0 <= threshold < 1:
         raise ConfigError(f"threshold={threshold}: expected a number from 0 to less than 1")
     place = localizer.rules.index_of(threshold)

@@ -305,7 +305,9 @@ def _origin(cfg: DictConfig, localizer: Localizer) -> str:
     if localizer.threshold_origin == "protocol":
         return f"of protocol {localizer.protocol}"
     if localizer.threshold_origin == "default":
-        return "validation had no boxes to select it: look at overlays=true and set threshold=…"
+        return "nothing selected it: look at overlays=true and set threshold=…"
+    if localizer.threshold_origin == "maps":
+        return "chosen by the maps alone, without boxes: look at overlays=true, and set threshold=… if need be"
     return f"selected in validation, by {localizer.protocol}"
 
 

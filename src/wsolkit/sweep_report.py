@@ -64,6 +64,7 @@ class Settings:
     directory: str
     metrics: Any
     keys: Any
+    sort: str | None
     x: str | None
     output: str | None
 
@@ -72,7 +73,7 @@ def sweep_report(cfg: DictConfig, _: Path) -> None:
     """Gather the jobs in `cfg.directory`, write the report and print its table."""
     check_config(cfg, Settings)
     directory = Path(str(cfg.directory))
-    sweep = group_runs(gather(directory), names(cfg, "keys"), names(cfg, "metrics"))
+    sweep = group_runs(gather(directory), names(cfg, "keys"), names(cfg, "metrics"), cfg.sort)
     figures: dict[str, Figure] = {}
     page: str | None = None
     problems: list[str] = []

@@ -58,11 +58,15 @@ class View(NamedTuple):
 class TrainingBatch(TypedDict):
     """The input of a loss: image [B, 3, H, W], normalised as the backbone expects it, and label [B] int64.
 
-    Where tokens are cached, `image` holds the tokens of the images instead.
+    Where tokens are cached, `image` holds the tokens of the images instead. Where CutMix pasted a part of another image
+    into each image, `pasted_label` [B] is the label of that image, and `own_share` is the share λ of the image, as a
+    scalar, that is its own.
     """
 
     image: Any
     label: Tensor
+    pasted_label: NotRequired[Tensor]
+    own_share: NotRequired[Tensor]
 
 
 class EvaluationBatch(TrainingBatch):

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from wsolkit.localization.maps import Interpolation, central_crop, min_max, ten_crops, upsample
+from tests.methods.released import Released, error, read
+from wsolkit.localization.maps import (
+    Interpolation,
+    Normalisation,
+    central_crop,
+    min_max,
+    normalise,
+    ten_crops,
+    upsample,
+)
 
 
 def test_min_max_scales_each_map_by_itself() -> None:
@@ -52,3 +61,45 @@ def test_ten_crops_are_those_of_torchvision() -> None:
     order = [[torch.equal(own, crop) for crop in expected].index(True) for own in ten_crops(images, 16)]
     assert sorted(order) == list(range(10))
     assert torch.equal(central_crop(images, 16), images[..., 2:18, 2:18])
+
+
+@pytest.fixture(params=["reduced", "full"])
+def released(request: pytest.FixtureRequest) -> Released:
+    return read("normalise", request)
+
+
+def test_normalisations_are_the_released_ones(released: Released) -> None:
+    maps = released["maps"]
+    for how in ("minmax", "max", "pas"):
+        assert error(normalise(maps, how, 0.45), released[how]) < 1e-6, how
+    for place, percentile in enumerate(released.arrays["percentiles"].tolist()):
+        assert error(normalise(maps, "ivr", percentile), released["ivr"][place]) < 1e-6
+
+
+def test_minmax_is_the_same_as_ever() -> None:
+    maps = torch.randn(3, 14, 14, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(normalise(maps, "minmax", 0.45), min_max(maps))
+    assert torch.equal(normalise(maps, "minmax", 0.45, epsilon=1e-5), min_max(maps, 1e-5))
+
+
+@pytest.mark.parametrize("how", ["minmax", "max", "pas", "ivr"])
+def test_normalised_maps_lie_within_their_range(how: Normalisation) -> None:
+    given = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    before = given.clone()
+    maps = normalise(given, how, 0.3)
+    assert torch.equal(given, before)
+    assert maps.shape == given.shape
+    assert (maps.min().item(), maps.max().item()) == (0, 1)
+    for constant in (0.0, 0.25, -3.0):
+        assert not normalise(torch.full((1, 4, 5), constant), how, 0.3).any()
+
+
+def test_edges_of_normalisations() -> None:
+    negative = torch.tensor([[-3.0, -2.0, -1.0]])
+    assert normalise(negative, "max", 0.45).tolist() == [[0, 0, 0]]
+    mostly_low = torch.zeros(1, 20)
+    mostly_low[0, 19] = 5.0
+    assert normalise(mostly_low, "pas", 0.45).sum() == 1  # Its 90th percentile is the minimum.
+    # 0.45 · 1920 is 864 in double precision, and 863.99994 in float32.
+    rising = torch.arange(1920.0).reshape(40, 48)
+    assert (normalise(rising, "ivr", 0.45) == 0).sum() == 865

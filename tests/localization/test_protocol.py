@@ -10,6 +10,7 @@ from tests.conftest import protocol
 from wsolkit import load_config
 from wsolkit.build import build_protocols
 from wsolkit.errors import ConfigError
+from wsolkit.localization.maps import normalise, upsample
 from wsolkit.settings.checks import check_config
 
 BOXES = np.array([[10, 20, 499, 374], [0, 0, 500, 375]])
@@ -143,3 +144,23 @@ def test_order_of_min_max_and_upsampling() -> None:
 def test_wrong_rules_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         protocol("sat", **changes)
+
+
+@pytest.mark.parametrize("name", ["maxboxacc", "sat"])
+def test_protocol_scales_maps_by_its_normalisation(name: str) -> None:
+    """Where min-max was, before or after upsampling. The keys that share maps between protocols tell them apart."""
+    maps = torch.randn(2, 14, 14, generator=torch.Generator().manual_seed(0))
+    plain = protocol(name)
+    assert plain.normalisation == "minmax"
+    for how in ("max", "pas", "ivr"):
+        other = protocol(name, normalisation=how, percentile=0.3)
+        found = other.localization_maps(maps)
+        if name == "sat":
+            expected = upsample(normalise(maps, how, 0.3), (224, 224), "bilinear")
+        else:
+            expected = normalise(upsample(maps, (224, 224), "bicubic"), how, 0.3)
+        assert torch.equal(found, expected)
+        assert other.map_rule != plain.map_rule
+        assert other.level_rule != plain.level_rule
+    with pytest.raises(ConfigError, match=r"percentile=1\.0: expected a share"):
+        protocol(name, percentile=1.0)

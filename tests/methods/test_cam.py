@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from tests.conftest import CNN_METHODS
+from tests.methods.released import Released, error, read
 from wsolkit import build_module, load_config
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
-from wsolkit.methods.cam import CAM, CAMNetwork
+from wsolkit.methods.cam import CAM, CAMNetwork, thresholded_average
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.optimization import Optimization, Schedule
 
@@ -258,3 +259,46 @@ def test_maps_can_be_aligned_with_the_image(method: str) -> None:
     torch.testing.assert_close(aligned.norms(image()), move(norms[:, None])[:, 0])
     for name, part in plain.inside(image(), classes[:, 0]).items():
         torch.testing.assert_close(aligned.inside(image(), classes[:, 0])[name], move(part))
+
+
+@pytest.fixture(params=["reduced", "full"])
+def thresholded(request: pytest.FixtureRequest) -> Released:
+    return read("tap", request)
+
+
+def test_thresholded_average_and_clamped_weights_are_the_released_ones(thresholded: Released) -> None:
+    """TAP and NWC, on a feature map in place of a backbone's."""
+    released = thresholded
+    threshold = released.number("threshold")
+    feature, label = released["feature"].requires_grad_(), released["label"]
+    assert error(thresholded_average(feature, threshold), released["pooled"]) < 1e-5
+    settings = ("method.pooling=thresholded", f"method.pooling_threshold={threshold}")
+    for clamp in (False, True):
+        own = network(build("cam", *settings, f"method.clamp_weights={clamp}"))
+        own.classifier = nn.Conv2d(8, 5, 1)
+        state = released.state("state/")
+        own.classifier.load_state_dict({"weight": state["weight"][:, :, None, None], "bias": state["bias"]})
+        assert error(own.logits(feature), released["logits"]) < 1e-5  # NWC leaves the logits as they are.
+        maps = own.score_maps(feature, None)
+        assert error(maps, released["truncated_maps" if clamp else "maps"]) < 1e-5
+        torch.testing.assert_close(own.score_maps(feature, label[:, None])[:, 0], maps[torch.arange(3), label])
+    loss = nn.functional.cross_entropy(own.logits(feature), label)
+    assert error(loss, released["loss"]) < 1e-5
+    loss.backward()
+    assert error(feature.grad, released["grad_feature"]) < 1e-4
+
+
+def test_thresholded_average_of_zeros_is_zero() -> None:
+    feature = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    pooled = thresholded_average(feature, 0.1)
+    pooled.sum().backward()
+    assert not pooled.any()
+    assert feature.grad is not None
+    assert feature.grad.isfinite().all()
+
+
+def test_settings_of_pooling_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"method\.pooling=thresholded averages features, so it needs method\.form"):
+        build("cam", "method.pooling=thresholded", "method.form=maps_first")
+    with pytest.raises(ConfigError, match=r"method\.pooling_threshold=1\.0: expected a share"):
+        build("cam", "method.pooling_threshold=1.0")

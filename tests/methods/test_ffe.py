@@ -16,7 +16,7 @@ BLOCKS, STARTS, WIDTH, CLASSES = 2, 3, 16, 5
 
 
 def heads_and_their_parts() -> tuple[ForegroundHeads, list[LocalizationHead]]:
-    """Heads, and the same as single heads of TriLite."""
+    """Heads, and the same as single heads of TriLite, whose 3×3 kernels are zero but in the middle."""
     torch.manual_seed(0)
     heads = ForegroundHeads(WIDTH, BLOCKS, STARTS, CLASSES)
     nn.init.normal_(heads.norm.weight)
@@ -25,8 +25,8 @@ def heads_and_their_parts() -> tuple[ForegroundHeads, list[LocalizationHead]]:
     for number in range(BLOCKS * STARTS):
         block, start = divmod(number, STARTS)
         one, channels = LocalizationHead(WIDTH, CLASSES, dropout=0.0), slice(3 * number, 3 * number + 3)
-        kernel = heads.weight[block, :, 3 * start : 3 * start + 3]  # [9, 3, D]
-        one.conv.weight.data = kernel.permute(1, 2, 0).reshape(3, WIDTH, 3, 3).detach()
+        own = heads.weight[block, 3 * start : 3 * start + 3].detach()  # [3, D]
+        one.conv.weight.data = F.pad(own[:, :, None, None], (1, 1, 1, 1))
         one.norm.weight.data, one.norm.bias.data = (
             heads.norm.weight[channels].detach(),
             heads.norm.bias[channels].detach(),
@@ -55,14 +55,14 @@ def test_heads_are_heads_of_trilite_side_by_side(training: bool) -> None:
 def test_loss_is_the_sum_of_the_heads_losses() -> None:
     module = small()
     network, label = module.network, torch.tensor([1, 3])
-    tokens = Tokens(torch.randn(2, 128), torch.randn(2, 2, 128, 4, 4))
+    tokens = Tokens(torch.randn(2, 128), torch.randn(2, 1, 128, 4, 4))
     losses = module.train().losses({"image": tokens, "label": label})
     logits, _, of_regions = network(tokens)
     each = [
         F.cross_entropy(of_regions[:, head, 0], label) + 0.5 * background_loss(of_regions[:, head, 1], label)
         for head in range(of_regions.shape[1])
     ]
-    assert len(each) == 6
+    assert len(each) == 9
     expected = F.cross_entropy(logits, label) + torch.stack(each).sum()
     assert torch.allclose(losses["loss"], expected, atol=1e-4)
 
@@ -73,7 +73,7 @@ def test_heads_do_not_influence_each_other() -> None:
     logits[:, 4].sum().backward()  # The second block's second head.
     gradient = heads.weight.grad
     assert gradient is not None
-    touched = gradient.abs().sum(dim=(1, 3)).reshape(BLOCKS * STARTS, 3).sum(dim=1) > 1e-6
+    touched = gradient.abs().sum(dim=2).reshape(BLOCKS * STARTS, 3).sum(dim=1) > 1e-6
     assert touched.tolist() == [False] * 4 + [True] + [False]
 
 

@@ -24,6 +24,7 @@ from wsolkit.metrics.boxes import CONDITIONS, NUM_EXTREMES
 from wsolkit.metrics.errors import ERRORS, localization_errors
 from wsolkit.metrics.evaluation import Evaluation, outcome
 from wsolkit.metrics.functional import box_iou
+from wsolkit.metrics.map_values import MapValues
 from wsolkit.training.evaluator import check_monitor
 from wsolkit.types import Classes, EvaluationBatch, Localization
 
@@ -347,17 +348,41 @@ def test_pseudo_boxes_and_maps_of_another_program_give_the_same() -> None:
     assert outcome(other.compute()).results["p/pseudo_max_box_acc"] == expected["p/pseudo_max_box_acc"]
 
 
-def test_classification_selects_no_threshold() -> None:
-    evaluation = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES)
+def test_without_boxes_the_maps_choose_the_threshold() -> None:
+    """Of the split that selects, or else of the split itself."""
+    evaluation = Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True)
+    held_out, _ = run(evaluation, (0, 20), with_boxes=False)
+    expected = MapValues()
+    saved: list[Tensor] = []
+    again = Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True)
+    again.on_maps = lambda batch, maps: saved.extend(maps)
+    run(again, (0, 20), with_boxes=False)
+    expected.update(torch.stack(saved))
+    assert held_out["p/threshold_by_maps"] == expected.compute().item()
+    evaluation.select(held_out)
+    assert evaluation.thresholds == {"p/by_maps": held_out["p/threshold_by_maps"]}
+    with_boxes, _ = run(Evaluation({"p": rules("maxboxacc")}, CLASSES, threshold_by_maps=True), (0, 20))
+    without_values, _ = run(Evaluation({"p": rules("maxboxacc")}, CLASSES), (0, 20), with_boxes=False)
+    assert not {"p/threshold_by_maps"} & (with_boxes.keys() | without_values.keys())
+
+
+def test_classification_selects_the_threshold_by_the_maps() -> None:
+    evaluation = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES, threshold_by_maps=True)
     held_out = run(evaluation)[0]
     evaluation.select(held_out)
-    assert evaluation.thresholds == {"p/by_truth": held_out["p/threshold_by_best"]}
-    assert evaluation.chosen_on(held_out=True) == {"p": "default"}
+    by_maps = held_out["p/threshold_by_maps"]
+    assert evaluation.thresholds == {"p/by_truth": held_out["p/threshold_by_best"], "p/by_maps": by_maps}
+    assert evaluation.chosen_on(held_out=True) == {"p": "maps"}
     evaluation.reset()
     results, curves = run(evaluation)
-    assert results["p/threshold"] == results["p/threshold_by_classification"] == pytest.approx(0.3)
-    assert results["p/gt_known_loc"] == curves["p/curves/gt_known_loc_50"][6]
+    place = round(results["p/threshold"] * 20)
+    assert abs(results["p/threshold"] - by_maps) <= 1 / 40
+    assert results["p/threshold"] == results["p/threshold_by_classification"]
+    assert results["p/gt_known_loc"] == curves["p/curves/gt_known_loc_50"][place]
     assert results["p/gt_known_loc_by_truth"] == max(curves["p/curves/gt_known_loc_50"])
+    by_default = Evaluation({"p": rules("maxboxacc", selection="classification")}, CLASSES)
+    assert run(by_default, (0, 4))[0]["p/threshold"] == pytest.approx(0.3)
+    assert by_default.chosen_on(held_out=True) == {"p": "default"}
     fixed = Evaluation({"p": rules("maxboxacc", selection="classification", threshold=0.4)}, CLASSES)
     assert run(fixed, (0, 4))[0]["p/threshold"] == pytest.approx(0.4)
     assert fixed.chosen_on(held_out=True) == {"p": "fixed"}

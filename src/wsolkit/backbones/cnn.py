@@ -129,6 +129,18 @@ class CNN(nn.Module):
                 kept[place] = image
         return image, [kept[place] for place in wanted]
 
+    @torch.no_grad()
+    def widths(self, stages: Sequence[str]) -> list[int]:
+        """Return the number of channels after each of some stages.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        training = self.training
+        _, kept = self.eval().maps(next(self.parameters()).new_zeros(1, 3, 64, 64), stages)
+        self.train(training)
+        return [int(maps.shape[1]) for maps in kept]
+
     def aligned(self, maps: Tensor) -> Tensor:
         """Return maps [B, K, h, w] unchanged. With `align`, move them by `offset` and refine them to [B, K, 2h, 2w].
 

@@ -32,7 +32,7 @@ class TokenBackbone(nn.Module):
         pretrained: whether to take weights from timm's hub, unless `weights` is given.
         weights: a file of weights (safetensors or a state dict, in timm's names).
         blocks: the blocks after which patch tokens are taken, counted from the end: -1 is the last one. "last_quarter"
-            stands for three blocks, see `last_quarter`.
+            is the first block of the last quarter, see `last_quarter`.
         norm: whether the final LayerNorm acts on the tokens. TriLite takes them before it.
         cache: where a run keeps the tokens of all images, so that it computes them once: "memory", or a folder that
             runs and processes share. None computes them in each epoch, with augmentation. See `wsolkit.data.tokens`.
@@ -121,17 +121,13 @@ class TokenBackbone(nn.Module):
 
 
 def last_quarter(depth: int) -> list[int]:
-    """Return three blocks, spread over the last quarter of a network, counted from the end. The middle one comes first.
-
-    A network with fewer than twelve blocks may have fewer.
+    """Return the first block of the last quarter of a network, counted from the end, in a list.
 
     >>> from wsolkit.backbones.tokens import last_quarter
-    >>> last_quarter(12), last_quarter(24), last_quarter(6)
-    ([-2, -1, -3], [-3, -1, -5], [-1, -2])
+    >>> last_quarter(12), last_quarter(24), last_quarter(2)
+    ([-3], [-6], [-1])
     """
-    steps = sorted({int(step * depth / 12) for step in range(3)})
-    middle = steps[(len(steps) - 1) // 2]
-    return [-1 - middle, *(-1 - step for step in steps if step != middle)]
+    return [-max(depth // 4, 1)]
 
 
 def _rounded(values: Tensor) -> Tensor:

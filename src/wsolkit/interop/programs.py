@@ -43,7 +43,16 @@ class _AllMaps(nn.Module):
 
 
 def trace(module: WSOLModule, image_size: int) -> ExportedProgram:
-    """Return the program of a module's inference, without the parts that only training needs."""
+    """Return the program of a module's inference, without the parts that only training needs.
+
+    Raises:
+        ConfigError: the post-process takes gradients, which a program cannot.
+    """
+    if getattr(getattr(module.network, "postprocess", None), "sees_network", False):
+        raise ConfigError(
+            "the post-process takes gradients of the network, which an exported program cannot: export with "
+            "postprocess=none"
+        )
     model = _AllMaps(copy.deepcopy(module).eval())
     program = _trace(model, image_size)
     unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}

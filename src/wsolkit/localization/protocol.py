@@ -24,7 +24,7 @@ from wsolkit.localization.boxes import (
     grey_cuts,
     threshold_grid,
 )
-from wsolkit.localization.maps import Interpolation, enlarge, enlarge_labels, min_max, upsample
+from wsolkit.localization.maps import Interpolation, Normalisation, enlarge, enlarge_labels, normalise, upsample
 from wsolkit.types import Boxes
 
 Input = Literal["resize", "center_crop"]
@@ -54,7 +54,8 @@ class Protocol:
             is not 0, boxes are not clipped at the edges of the image before.
         clip_truth: whether ground truth beyond the last pixel is moved on to it.
         interpolation, min_max, epsilon: how maps are enlarged, whether they are scaled to [0, 1] before or after, and
-            what is added to the range before the division.
+            what is added to the range of "minmax" before the division.
+        normalisation, percentile: how maps are scaled, see `normalise`.
         threshold_rule: "relative_8_bit" truncates the map to 8 bits and needs it above int(τ · its maximum). "above"
             needs the map > τ, and "from" needs it >= τ.
         component, far_corner, empty: see `BoxRule`.
@@ -84,6 +85,8 @@ class Protocol:
     interpolation: Interpolation
     min_max: Literal["before_upsampling", "after_upsampling"]
     epsilon: float
+    normalisation: Normalisation
+    percentile: float
     threshold_rule: Literal["relative_8_bit", "above", "from"]
     component: Component
     far_corner: FarCorner
@@ -105,6 +108,8 @@ class Protocol:
             raise ConfigError(f"a protocol's resolution must be 1 or more, its num_thresholds 1 to {_MAX_THRESHOLDS}")
         if not 0 <= self.epsilon < 1:
             raise ConfigError(f"a protocol's epsilon={self.epsilon}: expected a small number, 0 or more")
+        if not 0 <= self.percentile < 1:
+            raise ConfigError(f"a protocol's percentile={self.percentile}: expected a share from 0 to below 1")
         if self.input == "center_crop" and self.resize < self.resolution:
             raise ConfigError(
                 f"a protocol's resize={self.resize} is smaller than its resolution={self.resolution}: nothing can be "
@@ -154,7 +159,8 @@ class Protocol:
     @property
     def map_rule(self) -> tuple[object, ...]:
         """Return a key that is equal for protocols with the same `localization_maps`."""
-        return self.input, self.resolution, self.resize, self.interpolation, self.min_max, self.epsilon
+        scaling = self.min_max, self.epsilon, self.normalisation, self.percentile
+        return self.input, self.resolution, self.resize, self.interpolation, *scaling
 
     @property
     def level_rule(self) -> tuple[object, ...]:
@@ -171,8 +177,11 @@ class Protocol:
         maps = maps.float()
         side = size or (self.resolution, self.resolution)
         if self.min_max == "before_upsampling":
-            return upsample(min_max(maps, self.epsilon), side, self.interpolation)
-        return min_max(upsample(maps, side, self.interpolation), self.epsilon)
+            return upsample(self._normalise(maps), side, self.interpolation)
+        return self._normalise(upsample(maps, side, self.interpolation))
+
+    def _normalise(self, maps: Tensor) -> Tensor:
+        return normalise(maps, self.normalisation, self.percentile, self.epsilon)
 
     def levels(self, maps: Tensor, thresholds: npt.NDArray[np.float64] | None = None) -> list[Levels]:
         """Cut localization maps [B, H, W] in [0, 1] into levels on their device, one entry for each map.

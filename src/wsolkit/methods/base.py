@@ -42,6 +42,7 @@ class WSOLModule(LightningModule, ABC):
     Attributes:
         description: describes the model in checkpoints.
         optimization: makes the optimizer and its schedule, None until it is attached.
+        augment: changes each training batch, see `conf/augment`. None leaves it as it is.
         watch_losses: a function that is called with the losses of each batch, None until it is attached.
         callbacks: the callbacks that Lightning runs with the module, for example the evaluation.
     """
@@ -49,12 +50,22 @@ class WSOLModule(LightningModule, ABC):
     chosen_apart: ClassVar[Mapping[str, str]] = {}
     """The metrics that choose the best weights of parts, by the prefix of their names. The rest follows the monitor."""
 
+    maps_are_probabilities: ClassVar[bool] = False
+    """Whether score maps are probabilities that a position shows the object.
+
+    Their values then fall into two groups, between which a threshold can be chosen without boxes.
+    """
+
+    pairs: ClassVar[bool] = False
+    """Whether the images 2k and 2k + 1 of a training batch must have the same class."""
+
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
         self.network: Network = network
         self.no_weight_decay = tuple(no_weight_decay)
         self.description = Description()
         self.optimization: Callable[[WSOLModule], Any] | None = None
+        self.augment: Callable[[TrainingBatch], TrainingBatch] | None = None
         self.watch_losses: Callable[[Mapping[str, Tensor]], None] | None = None
         self.callbacks: list[Callback] = []
 
@@ -108,7 +119,7 @@ class WSOLModule(LightningModule, ABC):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Compute the losses, and show them to who watches before anything can stop the run."""
-        losses = self.losses(batch)
+        losses = self.losses(batch if self.augment is None else self.augment(batch))
         if self.watch_losses is not None:
             self.watch_losses(losses)
         return losses["loss"]

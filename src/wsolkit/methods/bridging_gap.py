@@ -36,6 +36,7 @@ from typing_extensions import Unpack
 from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.methods.cam import CAMModule, HeadSettings, feature_norm
+from wsolkit.methods.classification import classification_loss
 from wsolkit.types import TrainingBatch
 
 Similarity = Literal["target", "max"]
@@ -146,9 +147,9 @@ class BridgingGap(CAMModule):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return cross-entropy, L_drop and, after the warm-up, L_sim and L_norm. Only the total is weighted."""
         network, label = self.network, batch["label"]
-        feature, erased = network.features_twice(batch["image"], self.drop_after, self.erase)
+        feature, (erased,) = network.features_and_changed(batch["image"], [self.drop_after], self.erase)
         losses = {
-            "loss_cls": F.cross_entropy(network.logits(feature), label),
+            "loss_cls": classification_loss(network.logits(feature), batch),
             "loss_drop": F.l1_loss(feature.float(), erased.float()),
         }
         total = losses["loss_cls"] + self.drop_weight * losses["loss_drop"]

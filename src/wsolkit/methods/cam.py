@@ -9,13 +9,20 @@ The second form comes from ACoL (Zhang et al., CVPR 2018) and swaps the two step
 w_c · F_u + b_c, and their spatial mean gives the logits. Since the mean is linear, the logits are the same. The maps
 differ by b_c, which min-max normalisation removes. A method that works on the class maps in training (SPA) needs the
 second form.
+
+Two changes of CAM come from "Rethinking CAM" (Bae et al., ECCV 2020). Both are settings, and neither is on by default:
+
+- TAP, thresholded average pooling: the mean of a channel takes only the positions above θ times its maximum. The
+  logits of training and test both use it. The map stays w_c · F_u.
+- NWC, negative weight clamping: the map uses max(w_c, 0). The logits keep w_c. (A switch in the released code clamps
+  both.)
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +33,8 @@ from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
+from wsolkit.methods.heads import convolutional_head, draw_xavier
 from wsolkit.methods.maps import choose_classes
 from wsolkit.methods.parameters import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -46,15 +55,30 @@ class FineTuning(TypedDict):
     decay_biases: bool
 
 
+HEAD = "head"
+"""What a post-process calls the map that is classified, among the stages of the backbone."""
+
+
 class PostProcess(Protocol):
-    """Refines score maps after training, with the help of feature maps."""
+    """Refines score maps after training, with the help of feature maps or of the whole network."""
 
     @property
     def stages(self) -> Sequence[str]:
-        """Return the stages of the backbone whose feature maps it needs."""
+        """Return the stages of the backbone whose feature maps it needs. `HEAD` is the map that is classified."""
+
+    @property
+    def sees_network(self) -> bool:
+        """Whether it makes maps from the network and the image itself, see `NetworkPostProcess`."""
 
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Refine score maps [B, K, h, w] with a feature map [B, D, h', w'] of each stage. The shape stays."""
+
+
+class NetworkPostProcess(PostProcess, Protocol):
+    """Makes score maps from a network and an image, for example from gradients."""
+
+    def from_network(self, network: Any, image: Tensor, classes: Tensor | None) -> Tensor:
+        """Compute score maps [B, K, h, w] of images [B, 3, H, W] for classes [B, K], or for all classes for None."""
 
 
 class HeadSettings(TypedDict):
@@ -72,6 +96,26 @@ def feature_norm(feature: Tensor) -> Tensor:
     return min_max(feature.float().norm(dim=1))
 
 
+def thresholded_average(feature: Tensor, threshold: float) -> Tensor:
+    """Average each channel over its most active positions (TAP).
+
+    Args:
+        feature: [B, D, H, W].
+        threshold: θ in [0, 1). A position counts if it is above θ times the maximum of its channel.
+
+    Returns:
+        [B, D], 0 for a channel without a positive value.
+
+    >>> import torch
+    >>> from wsolkit.methods.cam import thresholded_average
+    >>> thresholded_average(torch.tensor([[[[0.2, 4.0, 0.0, 2.0]]]]), threshold=0.1)
+    tensor([[3.]])
+    """
+    feature = feature.float()
+    kept = feature > threshold * feature.amax(dim=(2, 3), keepdim=True)
+    return (feature * kept).sum(dim=(2, 3)) / kept.sum(dim=(2, 3)).clamp(min=1)
+
+
 class CAMNetwork(Network):
     """A backbone with additional convolutions and a linear classifier.
 
@@ -85,13 +129,16 @@ class CAMNetwork(Network):
         keep_classifier: the class indices whose rows of the pretrained classifier the new one starts from, or None for
             a new classifier.
         postprocess: refines the maps, or None.
+        dropout: the probability of dropout before each additional convolution and the classifier.
+        pooling_threshold: θ of `thresholded_average`, which then averages the features, or None.
+        clamp_weights: whether maps take the positive weights of the classifier only.
 
     Raises:
         ConfigError: there is no classifier to keep, or it does not fit, or the backbone lacks a stage that
             `postprocess` needs.
     """
 
-    passes = ("features", "features_and_stages", "features_twice")
+    passes: ClassVar[tuple[str, ...]] = ("features", "features_and_stages", "features_and_changed")
 
     def __init__(
         self,
@@ -102,24 +149,24 @@ class CAMNetwork(Network):
         head_init: Literal["default", "xavier"],
         keep_classifier: Sequence[int] | None,
         postprocess: PostProcess | None,
+        *,
+        dropout: float = 0.0,
+        pooling_threshold: float | None = None,
+        clamp_weights: bool = False,
     ) -> None:
         super().__init__()
-        for stage in () if postprocess is None else postprocess.stages:
-            backbone.places(stage)  # A missing stage raises an error here.
         self.postprocess = postprocess
+        for stage in self._stages:
+            backbone.places(stage)  # A missing stage raises an error here.
         widths = [backbone.channels, *head_channels]
-        layers: list[nn.Module] = []
-        for width, following in itertools.pairwise(widths):
-            layers += [nn.Conv2d(width, following, kernel_size=3, padding=1), nn.ReLU()]
         self.backbone = backbone
-        self.head = nn.Sequential(*layers)
+        self.head = convolutional_head(widths, dropout)
         self.classifier = nn.Conv2d(widths[-1], num_classes, kernel_size=1)
         self.form = form
+        self.pooling_threshold = pooling_threshold
+        self.clamp_weights = clamp_weights
         if head_init == "xavier":
-            for layer in (*layers, self.classifier):
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            draw_xavier((*self.head, self.classifier))
         if keep_classifier is not None:
             self._load_classifier(keep_classifier)
 
@@ -140,33 +187,76 @@ class CAMNetwork(Network):
             own.weight.copy_(known.weight[list(rows), :, None, None])
             own.bias.copy_(known.bias[list(rows)])
 
+    @property
+    def _stages(self) -> list[str]:
+        """The stages of the backbone whose maps the post-process needs."""
+        return [] if self.postprocess is None else [stage for stage in self.postprocess.stages if stage != HEAD]
+
+    def classified(self, last: Tensor) -> Tensor:
+        """Compute the map F [B, D', h, w] that is classified, from the backbone's last map [B, D, h, w]."""
+        return self.head(last)  # type: ignore[no-any-return]
+
     def features(self, image: Tensor) -> Tensor:
         """Compute the map F [B, D, h, w] that is classified, from an image [B, 3, H, W]."""
-        return self.head(self.backbone(image))  # type: ignore[no-any-return]
+        return self.classified(self.backbone(image))
 
     def features_and_stages(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Compute F [B, D, h, w], and a feature map [B, D, h', w'] of each stage that the post-process needs."""
-        last, stages = self.backbone.maps(image, () if self.postprocess is None else self.postprocess.stages)
-        return self.head(last), stages
+        last, stages = self.backbone.maps(image, self._stages)
+        return self.classified(last), stages
 
-    def features_twice(self, image: Tensor, stage: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute F [B, D, h, w] twice: as it is, and with the maps after a stage of the backbone changed."""
-        before, after = self.backbone.split(stage)
-        early = before(image)
-        return self.head(after(early)), self.head(after(change(early)))
+    def refined(
+        self, maps: Tensor, image: Tensor, feature: Tensor, stages: Sequence[Tensor], classes: Tensor | None
+    ) -> Tensor:
+        """Refine score maps [B, K, h, w] with the post-process, if there is one.
+
+        Args:
+            maps: the score maps of the classes.
+            image: the images [B, 3, H, W] that they come from.
+            feature: F, the map that is classified [B, D, h, w].
+            stages: the maps of the stages that the post-process needs.
+            classes: [B, K], or None for all classes.
+        """
+        refine = self.postprocess
+        if refine is None:
+            return maps
+        if refine.sees_network:
+            return cast("NetworkPostProcess", refine).from_network(self, image, classes)
+        of_backbone = iter(stages)
+        return refine(maps, [feature if stage == HEAD else next(of_backbone) for stage in refine.stages])
+
+    def features_and_changed(
+        self, image: Tensor, stages: Sequence[str], change: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute F [B, D, h, w], and, for each of some stages, F with the maps after this stage changed."""
+        last, early = self.backbone.maps(image, stages)
+        later = [self.backbone.split(stage)[1] for stage in stages]
+        changed = [self.head(after(change(maps))) for after, maps in zip(later, early, strict=True)]
+        return self.head(last), changed
 
     def logits(self, feature: Tensor) -> Tensor:
         """Compute logits [B, C] from F [B, D, h, w]."""
+        if self.pooling_threshold is not None:
+            pooled = thresholded_average(feature, self.pooling_threshold)[:, :, None, None]
+            return self.classifier(pooled).flatten(1).float()  # type: ignore[no-any-return]
         if self.form == "average_first":
             return self.classifier(feature.mean(dim=(2, 3), keepdim=True)).flatten(1).float()  # type: ignore[no-any-return]
         return self.class_maps(feature).mean(dim=(2, 3))
 
     def class_maps(self, feature: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Compute score maps [B, C, h, w], or [B, K, h, w] of classes [B, K], from F [B, D, h, w].
+        """Compute class maps [B, C, h, w], or [B, K, h, w] of classes [B, K], from F [B, D, h, w].
 
         They include the bias if the form is "maps_first".
         """
-        weight, bias = self.classifier.weight, self.classifier.bias if self.form == "maps_first" else None
+        return self._weighted(feature, self.classifier.weight, classes)
+
+    def score_maps(self, feature: Tensor, classes: Tensor | None) -> Tensor:
+        """Compute score maps, which are class maps with the weights clamped, if they are to be."""
+        weight = self.classifier.weight
+        return self._weighted(feature, weight.relu() if self.clamp_weights else weight, classes)
+
+    def _weighted(self, feature: Tensor, weight: Tensor, classes: Tensor | None) -> Tensor:
+        bias = self.classifier.bias if self.form == "maps_first" else None
         if classes is None:
             return F.conv2d(feature, weight, bias).float()
         maps = torch.einsum("bdhw,bkd->bkhw", feature, weight[:, :, 0, 0][classes].to(feature.dtype)).float()
@@ -181,9 +271,8 @@ class CAMNetwork(Network):
         """Localize as `WSOLModule.localize` says, with one map per class."""
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
-        maps = self.class_maps(feature, choose_classes(classes, logits))
-        if self.postprocess is not None:
-            maps = self.postprocess(maps, stages)
+        chosen = choose_classes(classes, logits)
+        maps = self.refined(self.score_maps(feature, chosen), image, feature, stages, chosen)
         return Localization(logits, self.backbone.aligned(maps))
 
     @torch.no_grad()
@@ -236,13 +325,21 @@ class CAMModule(WSOLModule):
     Args:
         backbone, num_classes, form: see `CAMNetwork`.
         head: see `HeadSettings`.
+        make: the class of the network, with its own settings bound.
     """
 
     network: CAMNetwork
 
-    def __init__(self, backbone: CNN, num_classes: int, form: Form, head: HeadSettings) -> None:
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        form: Form,
+        head: HeadSettings,
+        make: Callable[..., CAMNetwork] = CAMNetwork,
+    ) -> None:
         super().__init__(
-            CAMNetwork(
+            make(
                 backbone,
                 num_classes,
                 head["head_channels"],
@@ -280,12 +377,41 @@ class CAM(CAMModule):
 
     Args:
         form: see `CAMNetwork`.
+        pooling: whether the features' mean takes all positions, or those above a threshold only (TAP).
+        pooling_threshold: θ of TAP.
+        clamp_weights: whether the maps take positive weights only (NWC).
         head: see `HeadSettings`.
+
+    Raises:
+        ConfigError: the settings do not go together, or the threshold is out of its range.
     """
 
-    def __init__(self, backbone: CNN, num_classes: int, form: Form, **head: Unpack[HeadSettings]) -> None:
-        super().__init__(backbone, num_classes, form, head)
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        form: Form,
+        pooling: Literal["average", "thresholded"],
+        pooling_threshold: float,
+        clamp_weights: bool,
+        **head: Unpack[HeadSettings],
+    ) -> None:
+        if pooling == "thresholded" and form != "average_first":
+            raise ConfigError(
+                "method.pooling=thresholded averages features, so it needs method.form=average_first, and not "
+                f"method.form={form}"
+            )
+        if not 0 <= pooling_threshold < 1:
+            raise ConfigError(
+                f"method.pooling_threshold={pooling_threshold}: expected a share of the maximum, from 0 to below 1"
+            )
+        network = functools.partial(
+            CAMNetwork,
+            pooling_threshold=pooling_threshold if pooling == "thresholded" else None,
+            clamp_weights=clamp_weights,
+        )
+        super().__init__(backbone, num_classes, form, head, network)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
-        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+        return {"loss": classification_loss(self(batch["image"]), batch)}

@@ -3,16 +3,16 @@
 The starting point is TriLite's head (see `wsolkit.methods.trilite`), which divides the patch tokens of a frozen
 transformer into foreground, background and an ambiguous rest. One such head depends on where its training starts: on
 the same tokens, the accuracy of its boxes varies by twenty points. FFE trains several heads at once, from different
-starts and on the tokens of several blocks, and averages their foregrounds:
+starts, and averages their foregrounds:
 
-    P^h = softmax(BatchNorm(Conv3×3^h(F^{b(h)}))),    M = mean over the heads h of P^h_foreground
+    P^h = softmax(BatchNorm(W^h F)),    M = mean over the heads h of P^h_foreground
+
+F are the tokens of one block, the first one of the network's last quarter. A head looks at one patch at a time (W^h is
+a 1×1 convolution), where TriLite's looks at nine. It learns more from few images, and costs a ninth.
 
 Each head has its own classifier and its own loss, so the heads do not influence each other:
 
-    loss = CE(classifier(f), y) + mean over h of [CE(z^h_fg, y) + α · mean(−log(1 − softmax(z^h_bg)_y + 1e-7))]
-
-All heads are one grouped convolution. It is computed as one matrix product for each block, whose nine parts are then
-shifted and added, because a convolution with so few outputs is slow.
+    loss = CE(classifier(f), y) + sum over h of [CE(z^h_fg, y) + α · mean(−log(1 − softmax(z^h_bg)_y + 1e-7))]
 
 The method comes with `postprocess=similarity`. Its recipes evaluate at two sizes, whose maps are averaged.
 docs/frozen.md has what each part is worth.
@@ -36,7 +36,6 @@ from wsolkit.methods.trilite import background_loss
 from wsolkit.types import Classes, Localization, Tokens, TrainingBatch
 
 _REGIONS = 3
-_KERNEL = 3
 _POOLING_EPSILON = 1e-6
 
 
@@ -54,23 +53,18 @@ class ForegroundHeads(nn.Module):
         super().__init__()
         self.starts = starts
         heads = blocks * starts
-        bound = 1 / math.sqrt(embed_dim * _KERNEL**2)  # PyTorch's default for this convolution.
-        shape = (blocks, _KERNEL**2, starts * _REGIONS, embed_dim)
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        bound = 1 / math.sqrt(embed_dim)  # PyTorch's default for linear layers and 1×1 convolutions.
+        self.weight = nn.Parameter(torch.empty(blocks, starts * _REGIONS, embed_dim).uniform_(-bound, bound))
         self.norm = nn.BatchNorm2d(heads * _REGIONS)
-        bound = 1 / math.sqrt(embed_dim)  # PyTorch's default for a linear layer.
         self.classifier_weight = nn.Parameter(torch.empty(heads, num_classes, embed_dim).uniform_(-bound, bound))
         self.classifier_bias = nn.Parameter(torch.empty(heads, num_classes).uniform_(-bound, bound))
 
     def regions(self, feature: Tensor) -> Tensor:
         """Compute the regions [B, L·S, 3, H, W] of all heads, which sum to 1, from patch tokens [B, L, D, H, W]."""
         batch, blocks, _, height, width = feature.shape
-        parts = torch.einsum("lkod,bldn->blkon", self.weight, feature.flatten(3))
-        # [B, L, 9, 3S, N] → [B, L·3S, 9, N]: what each position adds to its eight neighbours and to itself.
-        parts = parts.transpose(2, 3).reshape(batch, -1, _KERNEL**2, height * width)
-        sums = shifted_sum(parts.unflatten(3, (height, width)))
-        regions: Tensor = self.norm(sums).float().reshape(batch, blocks * self.starts, _REGIONS, height, width)
-        return regions.softmax(dim=2)
+        sums = torch.einsum("lod,bldn->blon", self.weight, feature.flatten(3))  # [B, L, 3S, N]
+        regions: Tensor = self.norm(sums.reshape(batch, -1, height, width)).float()
+        return regions.reshape(batch, blocks * self.starts, _REGIONS, height, width).softmax(dim=2)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the regions [B, h, 3, H, W] of h heads, and the logits [B, h, 2, C] of foreground and background."""
@@ -82,24 +76,6 @@ class ForegroundHeads(nn.Module):
         pooled = sums.reshape(batch, -1, 2, sums.shape[-1]) / (weights.sum(dim=3, keepdim=True) + _POOLING_EPSILON)
         logits = torch.einsum("bhkd,hcd->bhkc", pooled, self.classifier_weight) + self.classifier_bias[:, None]
         return regions, logits.float()
-
-
-def shifted_sum(parts: Tensor) -> Tensor:
-    """Add the nine parts of a 3×3 convolution with zero padding, each shifted to where it belongs.
-
-    Args:
-        parts: [B, O, 9, H, W]. Part 3·i + j of position (y, x) belongs to the output at (y + 1 − i, x + 1 − j).
-
-    Returns:
-        [B, O, H, W].
-    """
-    height, width = parts.shape[-2:]
-    padded = F.pad(parts, (1, 1, 1, 1))
-    total = torch.zeros((), dtype=parts.dtype, device=parts.device)
-    for part in range(_KERNEL**2):
-        row, column = divmod(part, _KERNEL)
-        total = total + padded[:, :, part, row : row + height, column : column + width]
-    return total
 
 
 class FFENetwork(Network):
@@ -138,6 +114,7 @@ class FFE(WSOLModule):
     """
 
     network: FFENetwork
+    maps_are_probabilities = True
     chosen_apart: ClassVar[Mapping[str, str]] = {"network.classifier.": "top1_cls"}
 
     def __init__(

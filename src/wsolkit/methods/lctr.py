@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from wsolkit.backbones.transformer import Features, Gate, Read
 from wsolkit.backbones.vit import ViT
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes, select_maps
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -168,7 +169,7 @@ class LCTR(WSOLModule):
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
-        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+        return {"loss": classification_loss(self(batch["image"]), batch)}
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:

@@ -34,6 +34,7 @@ from torch import Tensor, distributed, nn
 from wsolkit.backbones.transformer import Read, Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes, class_logits, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -187,6 +188,7 @@ class SAT(WSOLModule):
     """
 
     network: SATNetwork
+    maps_are_probabilities = True
     kernel: Tensor
 
     def __init__(
@@ -226,7 +228,7 @@ class SAT(WSOLModule):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return cross-entropy, area and normalization loss. "map_area" is the mean of the maps, to watch against λ."""
         logits, maps = self.network(batch["image"])
-        classification = F.cross_entropy(logits, batch["label"])
+        classification = classification_loss(logits, batch)
         area_loss = batch_area_loss if self.area_level == "batch" else image_area_loss
         area = area_loss(maps, self.area_prior)
         with torch.autocast(maps.device.type, enabled=False):  # In half precision, M*(1 − M*) would drown in rounding.

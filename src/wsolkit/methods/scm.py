@@ -45,6 +45,7 @@ from wsolkit.backbones.transformer import Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes, select_maps
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.methods.ts_cam import TSCAMNetwork, couple
@@ -510,7 +511,7 @@ class SCM(WSOLModule):
         """Return the cross-entropy of the calibrated maps, and λ and β of each block, to watch."""
         semantic, attention, _, branch = self.network.with_tokens(batch["image"])
         semantic, _ = self.calibration(semantic, min_max(attention))
-        losses = {"loss": F.cross_entropy(self.network.classify(semantic, branch), batch["label"])}
+        losses = {"loss": classification_loss(self.network.classify(semantic, branch), batch)}
         for level, block in enumerate(self.calibration.blocks, start=1):
             losses[f"semantic_weight_{level}"] = block.semantic_weight[0]
             losses[f"threshold_{level}"] = block.threshold[0]

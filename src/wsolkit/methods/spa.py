@@ -34,6 +34,7 @@ from wsolkit.backbones.cnn import CNN
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.cam import CAMModule, HeadSettings
+from wsolkit.methods.classification import classification_loss
 from wsolkit.types import TrainingBatch
 
 Spread = Literal["variance", "std"]
@@ -157,6 +158,7 @@ class SelfCorrelationGenerator:
 
     networks: ClassVar[str] = "convolutional networks"
     backbones: ClassVar[tuple[type[nn.Module], ...]] = (CNN,)
+    sees_network: ClassVar[bool] = False
 
     stages: Sequence[str]
     order: int
@@ -238,7 +240,7 @@ class SPA(CAMModule):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy `loss_cls` and, from `start_epoch` on, the unweighted `loss_activation`."""
         maps = self.network.class_maps(self.network.features(batch["image"]))
-        losses = {"loss_cls": F.cross_entropy(maps.mean(dim=(2, 3)), batch["label"])}
+        losses = {"loss_cls": classification_loss(maps.mean(dim=(2, 3)), batch)}
         if self.current_epoch < self.start_epoch:
             return {"loss": losses["loss_cls"], **losses}
         losses["loss_activation"] = restricted_activation_loss(

@@ -119,6 +119,7 @@ class TriLite(WSOLModule):
     """
 
     network: TriLiteNetwork
+    maps_are_probabilities = True
     # The released code joins the best classifier and the best localization head.
     chosen_apart: ClassVar[Mapping[str, str]] = {"network.classifier.": "top1_cls"}
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsolkit.backbones.transformer import Read, Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
+from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes, class_logits, select_maps, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -130,7 +130,7 @@ class TSCAM(WSOLModule):
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
-        return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
+        return {"loss": classification_loss(self(batch["image"]), batch)}
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:

@@ -174,6 +174,7 @@ class BoxEvaluation(Metric):
     Attributes:
         selected: thresholds τ that were selected on another split, by condition. {} means the best ones on this split.
         by_truth: the τ that the ground truth of that split would have selected, if something else did, or None.
+        by_maps: the τ that the maps of that split give without boxes, see `MapValues`, or None.
         on_verdicts: a function that is called with each result that is counted.
     """
 
@@ -193,6 +194,7 @@ class BoxEvaluation(Metric):
         self.protocol = protocol
         self.selected: dict[str, float] = {}
         self.by_truth: float | None = None
+        self.by_maps: float | None = None
         self.on_verdicts: Callable[[Verdicts], None] | None = None
         deltas, steps = len(protocol.iou_thresholds), protocol.num_thresholds
 
@@ -266,10 +268,15 @@ class BoxEvaluation(Metric):
             condition = "gt_known_loc"
         threshold = rules.threshold
         if threshold is None and rules.selection == "classification":
-            threshold = UNKNOWN_THRESHOLD
+            threshold = self.without_boxes
         if threshold is None and rules.selection != "test":
             threshold = self.selected.get(condition)
         return self.best(condition) if threshold is None else self._place(threshold)
+
+    @property
+    def without_boxes(self) -> float:
+        """The τ if nobody drew boxes: that of the maps, or else `UNKNOWN_THRESHOLD`."""
+        return UNKNOWN_THRESHOLD if self.by_maps is None else self.by_maps
 
     @property
     def main(self) -> str:
@@ -298,7 +305,7 @@ class BoxEvaluation(Metric):
             return {}
         ways = {
             "pseudo": self.selected.get(self.main) if rules.selection == "pseudo" else None,
-            "classification": UNKNOWN_THRESHOLD,
+            "classification": self.without_boxes,
             "truth": self.by_truth,
             "best": float(rules.thresholds[self.best(self.main)]),
         }

@@ -33,7 +33,7 @@ class _Shared:
         return self._made[what, rule]
 
 
-_BY_TRUTH = "by_truth"
+_BY_TRUTH, _BY_MAPS = "by_truth", "by_maps"
 
 
 class Outcome(NamedTuple):
@@ -51,10 +51,12 @@ class Evaluation(nn.Module):
     Args:
         protocols: the protocols by the name under which each reports.
         num_classes: the number of classes in the data set.
+        threshold_by_maps: whether maps alone give a threshold where no boxes do, see `wsolkit.metrics.map_values`.
     """
 
-    def __init__(self, protocols: Mapping[str, Protocol], num_classes: int) -> None:
+    def __init__(self, protocols: Mapping[str, Protocol], num_classes: int, threshold_by_maps: bool = False) -> None:
         super().__init__()
+        self._by_maps = threshold_by_maps
         self._protocols = nn.ModuleDict({n: ProtocolEvaluation(rules, num_classes) for n, rules in protocols.items()})
         self._inputs: list[Input] = sorted({rules.input for rules in protocols.values()}, reverse=True)
         self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
@@ -127,6 +129,8 @@ class Evaluation(nn.Module):
                 metric.top5_cls.update(logits, label)
                 raw = score_maps[:, 0], score_maps[:, 2 if by_crops else 1]
                 maps = shared.get("maps", rules.map_rule, functools.partial(rules.localization_maps, raw[0]))
+                if self._by_maps:
+                    metric.map_values.update(maps[finite])
                 if self.on_maps is not None and metric is next(iter(self.protocols.values())):
                     self.on_maps(batch, metric.localization_maps(raw[0], batch))
                 if mask is not None:
@@ -240,7 +244,14 @@ class Evaluation(nn.Module):
         self._workers.close()
         self.not_finite.reset()
         for metric in self.protocols.values():
-            for part in (metric.top1_cls, metric.top5_cls, metric.boxes, metric.masks, metric.pseudo):
+            for part in (
+                metric.top1_cls,
+                metric.top5_cls,
+                metric.boxes,
+                metric.masks,
+                metric.map_values,
+                metric.pseudo,
+            ):
                 if part is not None:
                     part.reset()
 
@@ -249,12 +260,15 @@ class Evaluation(nn.Module):
         """The thresholds τ selected on another split, as `<protocol>/<condition>`. {} stands for none.
 
         `<protocol>/by_truth` is the τ that its ground truth would have selected, if something else did.
+        `<protocol>/by_maps` is the τ that its maps alone give, if nothing else selects.
         """
         selected: dict[str, float] = {}
         for name, metric in self.protocols.items():
             selected |= {f"{name}/{condition}": threshold for condition, threshold in metric.boxes.selected.items()}
             if metric.boxes.by_truth is not None:
                 selected[f"{name}/{_BY_TRUTH}"] = metric.boxes.by_truth
+            if metric.boxes.by_maps is not None:
+                selected[f"{name}/{_BY_MAPS}"] = metric.boxes.by_maps
         return selected
 
     @thresholds.setter
@@ -266,6 +280,7 @@ class Evaluation(nn.Module):
                 if f"{name}/{condition}" in selected
             }
             metric.boxes.by_truth = selected.get(f"{name}/{_BY_TRUTH}")
+            metric.boxes.by_maps = selected.get(f"{name}/{_BY_MAPS}")
 
     def select(self, results: Mapping[str, float]) -> None:
         """Select the thresholds in the numbers of another split, by what each protocol selects by."""
@@ -278,13 +293,15 @@ class Evaluation(nn.Module):
                         selected.setdefault(f"{name}/{condition}", results[key])
             if f"{name}/threshold_by_best" in results:
                 selected[f"{name}/{_BY_TRUTH}"] = results[f"{name}/threshold_by_best"]
+            if f"{name}/threshold_by_maps" in results:
+                selected[f"{name}/{_BY_MAPS}"] = results[f"{name}/threshold_by_maps"]
         self.thresholds = selected
 
     def chosen_on(self, held_out: bool) -> dict[str, str]:
         """Say what chooses each protocol's threshold.
 
         This is "fixed" for a given one, "val" for the held-out split, "test" for the reported split itself, "pseudo"
-        for pseudo boxes, or "default" for `UNKNOWN_THRESHOLD`.
+        for pseudo boxes, "maps" for the maps themselves, or "default" for `UNKNOWN_THRESHOLD`.
         """
         return {name: self._chosen_on(metric, held_out) for name, metric in self.protocols.items()}
 
@@ -293,7 +310,7 @@ class Evaluation(nn.Module):
         if rules.threshold is not None:
             return "fixed"
         if rules.selection == "classification":
-            return "default"
+            return "default" if metric.boxes.by_maps is None else "maps"
         if rules.selection == "test" or not metric.boxes.selected:
             return "test"
         return "pseudo" if rules.selection == "pseudo" else "val" if held_out else "test"

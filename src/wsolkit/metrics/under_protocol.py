@@ -18,6 +18,7 @@ from wsolkit.metrics.boxes import CONDITIONS, BoxEvaluation, matched_sizes
 from wsolkit.metrics.classification import TopKAccuracy
 from wsolkit.metrics.errors import localization_errors
 from wsolkit.metrics.functional import pixel_histogram
+from wsolkit.metrics.map_values import MapValues
 from wsolkit.metrics.masks import PIXEL_BINS, MaskEvaluation
 from wsolkit.types import Boxes, EvaluationBatch
 
@@ -42,6 +43,7 @@ class ProtocolEvaluation(nn.Module):
         self.boxes = BoxEvaluation(protocol, num_classes)
         # It compares the same boxes with pseudo boxes, which only a split has that selects.
         self.pseudo = BoxEvaluation(protocol, num_classes) if protocol.selection == "pseudo" else None
+        self.map_values = MapValues()
         self.masks = MaskEvaluation(1 + len(BASELINES))
         self._baselines = [baseline_map(name, protocol.resolution) for name in BASELINES]
         self._drawn: dict[tuple[int, int], list[Boxes]] = {}
@@ -121,7 +123,10 @@ class ProtocolEvaluation(nn.Module):
         known = {name: value for name, value in classification.items() if not value.isnan()}
         pseudo = {} if self.pseudo is None else self.pseudo.compute()
         selecting = {f"pseudo_{name}": value for name, value in pseudo.items() if name in _SELECTING}
-        return known | self.boxes.compute() | self.masks.compute() | selecting
+        boxes, by_maps = self.boxes.compute(), self.map_values.compute()
+        if not by_maps.isnan() and ("threshold" not in boxes or self.protocol.selection == "classification"):
+            selecting["threshold_by_maps"] = by_maps
+        return known | boxes | self.masks.compute() | selecting
 
 
 def at_size(score: Tensor, size: tuple[int, int]) -> Tensor:

@@ -46,10 +46,11 @@ def localize_with(module: WSOLModule, evaluation: Evaluation) -> Localize:
 def shown_threshold(results: Mapping[str, float], protocol: str) -> float:
     """Return the threshold of the boxes in pictures: the protocol's τ, or `UNKNOWN_THRESHOLD`.
 
-    Without boxes in the split, the protocol's τ is the one that pseudo boxes have selected, if any.
+    Without boxes in the split, it is the τ that pseudo boxes or the maps have selected, if any.
     """
-    selected = results.get(f"{protocol}/threshold_by_pseudo", UNKNOWN_THRESHOLD)
-    return results.get(f"{protocol}/threshold", selected)
+    names = ("threshold", "threshold_by_pseudo", "threshold_by_maps")
+    known = (results[f"{protocol}/{name}"] for name in names if f"{protocol}/{name}" in results)
+    return next(known, UNKNOWN_THRESHOLD)
 
 
 def show(

@@ -27,10 +27,11 @@ COLUMNS = ("epoch", "val\nTop-1\nCls", "val\npseudo\nMaxBox", "val\nMaxBox\nAcc"
 NOTE = (
     "Each row says which epoch and which τ one way to choose would have taken, with the validation's numbers of that "
     "epoch: Top-1 Cls, and MaxBoxAcc by pseudo boxes and by ground truth. GT-known Loc of the test is that of the one "
-    "checkpoint that was evaluated, at the τ of the row. Classification chooses no τ, so its row has the default."
+    "checkpoint that was evaluated, at the τ of the row. The row of classification has the τ that the maps alone "
+    "give, or the default."
 )
 
-_USED = {"pseudo": "pseudo", "classification": "default"}
+_USED = {"pseudo": ("pseudo",), "classification": ("maps", "default")}
 _BY_EPOCH = {"classification": "top1_cls", "pseudo": "{}/pseudo_max_box_acc", "truth": "{}/max_box_acc"}
 
 
@@ -79,7 +80,7 @@ def selection_rows(results: Results, curves: Curves, chosen_on: Mapping[str, str
             threshold = results.get(f"{protocol}/threshold_by_{way}")
             if epoch is None and threshold is None:
                 continue
-            used = " (this run)" if chosen_on.get(protocol) == _USED.get(way) else ""
+            used = " (this run)" if chosen_on.get(protocol) in _USED.get(way, ()) else ""
             cells = (
                 "–" if epoch is None else f"{epoch:.0f}",
                 *(_at(curves, key.format(protocol), epoch) for key in _BY_EPOCH.values()),

@@ -34,9 +34,13 @@ def title(cfg: DictConfig, trained: Mapping[str, Any]) -> str:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """Return the name of the method with its post-process: "cam + scg"."""
-    postprocess = cfg.get("postprocess")
-    return f"{cfg.method.name} + {postprocess.name}" if postprocess else str(cfg.method.name)
+    """Return the name of the method with what was added to it: "cam + cutmix + scg"."""
+    names = [str(cfg.method.name)]
+    for group in ("augment", "postprocess"):
+        name = (cfg.get(group) or {}).get("name")
+        if name is not None and name not in names:  # method=has has the transform of this name.
+            names.append(str(name))
+    return " + ".join(names)
 
 
 def print_summary(folder: Path, title: str, row: str, chosen_on: Mapping[str, str], outcome: Outcome) -> None:

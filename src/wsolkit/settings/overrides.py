@@ -49,8 +49,8 @@ def as_overrides(arguments: Sequence[str], settings: Collection[str]) -> list[st
     """Return a command's arguments in Hydra's grammar. A second call changes nothing more.
 
     A value that Hydra reads as quoted or escaped text stays as it is. If a path can be read in two ways, the reading of
-    which more exists on the disk counts. `+postprocess=` is read without its +. `dataset.batch_size=auto` keeps the
-    global batch, and divides it.
+    which more exists on the disk counts. `+postprocess=` and `+augment=` are read without their +.
+    `dataset.batch_size=auto` keeps the global batch, and divides it.
 
     Args:
         arguments: the arguments as the shell passes them.
@@ -76,7 +76,7 @@ def _as_override(argument: str, settings: Collection[str], sweep: bool) -> str:
         argument.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{argument!r} is not in UTF-8: rename the file or folder") from None
-    if argument.startswith("+postprocess="):
+    if argument.startswith(("+postprocess=", "+augment=")):
         return argument[1:]
     if argument == "dataset.batch_size=auto":
         return "fit_memory=true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 import re
 import statistics
 from collections import Counter
@@ -15,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wsolkit.errors import ConfigError
+from wsolkit.settings.jobs import duration
 from wsolkit.system.names import one_line, write_csv
 
 Value = int | float | str | None
@@ -126,6 +128,12 @@ class Row:
             return None
         return Average(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
 
+    @property
+    def seconds(self) -> float | None:
+        """Return the mean time of a finished run, or None if no record says how long one took."""
+        known = [run.seconds for run in self.finished if run.seconds is not None]
+        return statistics.fmean(known) if known else None
+
     def differing(self, keys: Iterable[str]) -> list[str]:
         """Return those of some settings in which the jobs of the row differ."""
         return [key for key in keys if len({run.value(key) for run in self.runs}) > 1]
@@ -161,7 +169,12 @@ class Sweep:
         return "seeds"
 
 
-def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> Sweep:
+def group_runs(
+    runs: Sequence[Run],
+    keys: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    sort: str | None = None,
+) -> Sweep:
     """Group runs by the values of their settings.
 
     Args:
@@ -169,6 +182,7 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
         keys: the settings that distinguish the rows. None takes all settings in which the jobs differ, without paths
             that make no difference to the rows. The seed is never among them.
         metrics: names of numbers in metrics.json. None takes the usual ones.
+        sort: the metric whose mean sorts the rows, from the highest to the lowest. None sorts them by their values.
 
     Raises:
         ConfigError: there is no such key or metric.
@@ -188,15 +202,23 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str] | None = None, metrics: 
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if metrics is None:
         metrics = usual_metrics(names)
-    for metric in metrics if names else ():
-        if metric not in names:
-            raise ConfigError(f"metrics: no job has a number '{metric}'{_close(metric, names)}")
+    for setting, metric in [("metrics", metric) for metric in metrics] + [("sort", sort)] if names else ():
+        if metric is not None and metric not in names:
+            raise ConfigError(f"{setting}: no job has a number '{metric}'{_close(metric, names)}")
     groups: dict[tuple[Value, ...], list[Run]] = {}
     for run in known:
         groups.setdefault(tuple(run.value(key) for key in keys), []).append(run)
     rows = [Row(values, groups[values]) for values in sorted(groups, key=lambda values: [*map(order, values)])]
+    if sort is not None:
+        rows.sort(key=lambda row: _from_highest(row, sort))
     pooled = [key for key in swept if key not in keys]
     return Sweep(runs, keys, pooled, constant, metrics, rows)
+
+
+def _from_highest(row: Row, metric: str) -> float:
+    """Return the key that sorts rows by the mean of a metric, from the highest to the lowest, and without one last."""
+    average = row.average(metric)
+    return math.inf if average is None else -average.mean
 
 
 def _without_paths(keys: Sequence[str], runs: Sequence[Run]) -> Sequence[str]:
@@ -296,15 +318,18 @@ def cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Return the heading and the rows of the table, as text.
 
     A metric is "mean ± sample standard deviation". It has the number of its values if some finished runs lack it. The
-    number of seeds is "2 of 3" if some jobs are not finished.
+    number of seeds is "2 of 3" if some jobs are not finished. The last column is the mean time of a finished run, if
+    records say how long runs took.
     """
     rows = []
+    timed = any(row.seconds is not None for row in sweep.rows)
     for row in sweep.rows:
         finished, total = len(row.finished), len(row.runs)
         seeds = str(total) if finished == total else f"{finished} of {total}"
         averages = [_cell(metric, row.average(metric), finished) for metric in sweep.metrics]
-        rows.append([*map(shown, row.values), seeds, *averages])
-    return [*sweep.keys, sweep.unit, *sweep.metrics], rows
+        cost = [] if not timed else ["–" if row.seconds is None else duration(row.seconds)]
+        rows.append([*map(shown, row.values), seeds, *averages, *cost])
+    return [*sweep.keys, sweep.unit, *sweep.metrics, *(["time per run"] if timed else [])], rows
 
 
 def _cell(metric: str, average: Average | None, runs: int) -> str:
@@ -397,12 +422,15 @@ def runs_csv(sweep: Sweep) -> str:
 
 
 def means_csv(sweep: Sweep) -> str:
-    """Return a line for each combination: keys, jobs, finished runs, and mean, std and count of each metric."""
-    heading = [*sweep.keys, "jobs", "runs"]
+    """Return a line for each combination of the keys.
+
+    It has the jobs, the finished runs and their mean seconds, and the mean, std and count of each metric.
+    """
+    heading = [*sweep.keys, "jobs", "runs", "seconds"]
     heading += [f"{metric}_{part}" for metric in sweep.metrics for part in ("mean", "std", "count")]
     rows: list[list[object]] = []
     for row in sweep.rows:
-        rows.append([*row.values, len(row.runs), len(row.finished)])
+        rows.append([*row.values, len(row.runs), len(row.finished), row.seconds])
         for metric in sweep.metrics:
             average = row.average(metric)
             rows[-1] += [None, None, 0] if average is None else [average.mean, average.std, len(average.values)]
