@@ -243,6 +243,8 @@ def test_what_cannot_be_downloaded_is_named(server: tuple[str, dict[str, bytes],
     address, contents, _ = server
     with pytest.raises(CheckpointError, match=r"/nothing\.pth' cannot be downloaded .*404.*backbone.weights=FILE"):
         download_weights(f"{address}/nothing.pth")
+    with pytest.raises(CheckpointError, match=r"\(127\.0\.0\.1:9 cannot be reached: ConnectionError\)"):
+        download_weights("http://127.0.0.1:9/nothing.pth")
     contents["/other-00000000.pth"] = b"something else"
     with pytest.raises(CheckpointError, match="is not the file that was published: its SHA-256 begins with"):
         download_weights(f"{address}/other-00000000.pth")

@@ -96,9 +96,11 @@ def download_weights(url: str) -> Path:
         downloader = pooch.HTTPDownloader(timeout=_TIMEOUT)
         part = Path(pooch.retrieve(url, None, draft, path.parent, downloader=downloader))
     except (requests.RequestException, OSError) as error:
+        # requests' own text of a connection that fails repeats the address and names its parts.
+        lost = isinstance(error, requests.ConnectionError | requests.Timeout)
+        reason = f"{urlsplit(url).netloc} cannot be reached: {type(error).__name__}" if lost else str(error)
         raise CheckpointError(
-            f"the weights at '{url}' cannot be downloaded to '{path.parent}' "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). {by_hand}"
+            f"the weights at '{url}' cannot be downloaded to '{path.parent}' ({reason}). {by_hand}"
         ) from error
     digits = re.search(r"-([0-9a-f]{8,})\.", name)
     found = pooch.file_hash(str(part), alg="sha256")
