@@ -26,7 +26,7 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from tests.conftest import REPOSITORY, write_imagenet, write_listed
+from tests.conftest import CNN_METHODS, REPOSITORY, TOKEN_METHODS, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
 from tests.data.test_pseudo_boxes import write_predictions
@@ -61,7 +61,7 @@ CLASSES = {"imagenet": 2, "cub": len(CUB_CLASSES), "aircraft": len(AIRCRAFT)}  #
 
 
 def pages() -> list[Path]:
-    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -191,8 +191,16 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
     if dataset in CLASSES:
         arguments += [f"dataset.num_classes={CLASSES[dataset]}", "dataset.expected=null"]
     if name == "train" and dataset and "backbone=" not in line:
-        arguments.append("backbone=deit_tiny")
+        arguments.append(f"backbone={smallest_backbone(line)}")
     return name, [*arguments, *SMALL.get(name, ())]
+
+
+def smallest_backbone(line: str) -> str:
+    """A small backbone of the kind that the method of a command takes."""
+    method = re.search(r"\bmethod=(\w+)", line)
+    if method and method[1] in CNN_METHODS:
+        return "mobilenetv2"
+    return "tokens_micro" if method and method[1] in TOKEN_METHODS else "deit_tiny"
 
 
 def exit_code(module: str, arguments: list[str]) -> object:
