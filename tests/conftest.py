@@ -20,6 +20,7 @@ from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
 from wsolkit.reporting import pictures
 from wsolkit.train import train
+from wsolkit.training import report
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,7 +65,8 @@ def _no_report() -> None:
 def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But those of a test that is marked with `report` do."""
     if request.node.get_closest_marker("report") is not None:
-        monkeypatch.setattr(pictures, "write_report", WRITE_REPORT)
+        for module in (pictures, report):
+            monkeypatch.setattr(module, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture

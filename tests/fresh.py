@@ -29,8 +29,9 @@ FRESH.set_forkserver_preload(["tests.warm"])
 def draw_no_report() -> None:
     """Have the runs of this process write no report: it takes most of a small run's time."""
     from wsolkit.reporting import pictures
+    from wsolkit.training import report
 
-    pictures.write_report = lambda *_: None
+    pictures.write_report = report.write_report = lambda *_: None
 
 
 def command(
