@@ -6,8 +6,10 @@ import dataclasses
 import os
 import shutil
 import subprocess
+from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -33,6 +35,14 @@ def _methods_on(architecture: str) -> tuple[str, ...]:
 
 
 CNN_METHODS, TOKEN_METHODS = _methods_on("cnn"), _methods_on("tokens")
+
+# One on each kind of network: what is expensive is tested on these, and on the other methods in the slow tests.
+TYPICAL = ("cam", "sat", "ffe")
+
+
+def or_slow(names: Iterable[str], quick: Collection[str] = TYPICAL) -> list[Any]:
+    """Values for `parametrize`, of which those that are not among the quick ones are for the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
