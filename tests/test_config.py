@@ -94,14 +94,14 @@ def test_every_recipe_goes_with_its_method_and_data_set(recipe: str) -> None:
     assert load_config(*given) == load_config(*given, f"recipe={recipe}")
 
 
-def test_folders_have_the_settings_of_lists() -> None:
-    for method in names("method"):
-        folder, listed = (
-            load_config(f"method={method}", f"dataset={name}", "dataset.root=x") for name in ("folder", "listed")
-        )
-        for group in ("method", "optimizer", "schedule", "trainer"):
-            assert folder[group] == listed[group]
-        assert folder.dataset.batch_size == listed.dataset.batch_size
+@pytest.mark.parametrize("method", or_slow(names("method")))
+def test_folders_have_the_settings_of_lists(method: str) -> None:
+    folder, listed = (
+        load_config(f"method={method}", f"dataset={name}", "dataset.root=x") for name in ("folder", "listed")
+    )
+    for group in ("method", "optimizer", "schedule", "trainer"):
+        assert folder[group] == listed[group]
+    assert folder.dataset.batch_size == listed.dataset.batch_size
 
 
 def test_values_for_cub_go_with_it() -> None:

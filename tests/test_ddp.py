@@ -248,6 +248,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
             "dataset.batch_size=16",
         ),
         *("trainer=cpu", "trainer.devices=2", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "logger=wandb"),
+        "num_examples=0",
         cwd=tmp_path,
         processes=2,
         jobs=1,
@@ -260,7 +261,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
     for processes in (1, 3):
         command(
             *("evaluate", f"checkpoint={run}/checkpoints/best.ckpt", "trainer=cpu", f"trainer.devices={processes}"),
-            *("dataset.eval_batch_size=4", f"hydra.run.dir=evaluation{processes}"),
+            *("num_examples=0", "dataset.eval_batch_size=4", f"hydra.run.dir=evaluation{processes}"),
             cwd=tmp_path,
             processes=processes,
         )

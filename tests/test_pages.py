@@ -8,9 +8,7 @@ Pages that go from start to end (predict, export, …) are followed as they stan
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -30,7 +28,7 @@ from tests.conftest import REPOSITORY, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
 from tests.data.test_pseudo_boxes import write_predictions
-from tests.fresh import FRESH, draw_no_report
+from tests.fresh import FRESH, exit_code, run_main
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
 from wsolkit import load_config
@@ -195,29 +193,13 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
     return name, [*arguments, *SMALL.get(name, ())]
 
 
-def exit_code(module: str, arguments: list[str]) -> object:
-    sys.argv = [module, *arguments]
-    try:
-        importlib.import_module(module).main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
-def run_in(folder: Path, module: str, arguments: list[str]) -> None:
-    os.chdir(folder)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    draw_no_report()
-    sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(("page", "line"), [*named(list(FIRST.values())), *named(OTHERS, pytest.mark.slow)])
 def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, arguments = filled_in(page, line, place)
 
     def run_first_job(module: str, overrides: list[str], flags: list[str], settings: object, folder: Path) -> None:
         job = [*flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
-        process = FRESH.Process(target=run_in, args=(in_tmp, module, job))
+        process = FRESH.Process(target=run_main, args=(in_tmp, module, job))
         process.start()
         process.join()
         sys.exit(process.exitcode)  # the others are as good
