@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS
+from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS, or_slow
 from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
@@ -181,7 +181,7 @@ def assert_learned(change: dict[str, Tensor], expected: dict[str, Tensor], toler
     assert (distance / moved) ** 0.5 <= tolerance
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", or_slow(METHODS))
 @pytest.mark.parametrize(
     ("setting", "tolerance"),
     [
@@ -229,7 +229,7 @@ def test_trainer_takes_the_quick_precision(tmp_path: Path, monkeypatch: pytest.M
     assert build_trainer(cfg, tmp_path, [], []).precision == "bf16-mixed"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", or_slow(METHODS))
 def test_compiled_network_learns_the_same(method: str, tmp_path: Path) -> None:
     """All of a network's passes are one graph each; its weights keep their names."""
     torch._dynamo.reset()
@@ -318,7 +318,7 @@ def test_trainer_synchronises_batch_norm(tmp_path: Path) -> None:
     assert isinstance(trainer.strategy._layer_sync, SyncBatchNormPlugin)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", or_slow(METHODS))
 def test_profile_finds_where_time_is_spent(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of a second in the forward pass and a tenth in the loss are found there, and parts add up."""
     cfg = settings(method, "trainer=profile", "trainer.accelerator=cpu", "trainer.limit_train_batches=4")

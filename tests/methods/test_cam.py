@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from tests.conftest import CNN_METHODS
+from tests.conftest import CNN_METHODS, or_slow
 from tests.methods.released import Released, error, read
 from wsolkit import build_module, load_config
 from wsolkit.errors import ConfigError
@@ -97,7 +97,7 @@ def test_every_parameter_learns(method: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("method", CNN_METHODS)
+@pytest.mark.parametrize("method", or_slow(CNN_METHODS, ("cam", "bridging_gap")))
 @pytest.mark.parametrize("backbone", ["vgg16", "mobilenetv2", "inception_v3"])
 def test_every_method_goes_with_every_backbone(method: str, backbone: str) -> None:
     module = build(method, f"backbone={backbone}", "backbone.pretrained=false", "dataset.image_size=80")
