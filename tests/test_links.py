@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -53,7 +53,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_index_lists_every_page_once() -> None:
     index = DOCS / "README.md"
     assert sorted(link for link in links(index) if not link.startswith("..")) == sorted(
-        page.name for page in PAGES if page not in (README, index)
+        page.relative_to(DOCS).as_posix() for page in PAGES if page not in (README, index)
     )
     assert "docs/README.md" in links(README)
 

@@ -60,7 +60,7 @@ CLASSES = {"imagenet": 2, "cub": len(CUB_CLASSES), "aircraft": len(AIRCRAFT)}  #
 
 
 def pages() -> list[Path]:
-    return [REPOSITORY / "README.md", *sorted(page for page in (REPOSITORY / "docs").glob("*.md"))]
+    return [REPOSITORY / "README.md", *sorted(page for page in (REPOSITORY / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> Iterator[str]:
