@@ -57,9 +57,9 @@ def test_mixture_is_that_of_the_equations(rounds: int) -> None:
 def test_means_are_those_of_foreground_and_background() -> None:
     feature = torch.arange(8.0).reshape(1, 2, 2, 2)
     cam = torch.tensor([[[-1.0, 3.0], [-0.5, 0.0]]])  # scaled: 0, 1, 0.125, 0.25
-    means, counts = context_means(feature, cam, 0.2)
-    assert means.tolist() == [[[2.0, 6.0], [1.0, 5.0]]]
-    assert counts.tolist() == [[2, 2]]
+    means, counts = context_means(feature, torch.stack([cam, -cam], dim=1), 0.2)
+    assert means[0, 0].tolist() == [[2.0, 6.0], [1.0, 5.0]]
+    assert counts.tolist() == [[[2, 2], [3, 1]]]
 
 
 def test_maps_of_the_background_are_turned() -> None:
@@ -73,7 +73,7 @@ def test_training_moves_the_embeddings_by_momentum() -> None:
     own, label = network(module), torch.tensor([3, 5, 3])
     with torch.no_grad():
         feature = own.features(image(3))
-        means, _ = context_means(feature, own.class_maps(feature, label[:, None])[:, 0], 0.2)
+        means = context_means(feature, own.class_maps(feature, label[:, None]), 0.2)[0][:, 0]
     module.losses({"image": image(3), "label": label})
     context, visits = own.context, own.visits
     torch.testing.assert_close(context[5], means[1])
@@ -90,7 +90,7 @@ def test_constant_class_map_leaves_the_foreground() -> None:
     torch.nn.init.zeros_(own.classifier.weight)
     own.context.fill_(7.0)
     own.visits.fill_(4.0)
-    own.remember(random(1, own.classifier.in_channels, 2, 2), torch.tensor([1]), 0.2, 0.8)
+    own.remember(random(1, own.classifier.in_channels, 2, 2), torch.tensor([1]))
     assert (own.context[1, 0] == 7).all()
     assert (own.context[1, 1] != 7).all()
 
@@ -99,11 +99,23 @@ def test_maps_are_made_of_the_class_that_is_asked_for() -> None:
     module = build("cream").eval()
     own = network(module)
     own.context.copy_(random(*own.context.shape))
+    own.visits.fill_(1.0)
     with torch.no_grad():
         feature = own.features(image())
         expected = reactivate(feature, own.context[[[2], [5]], 0], own.context[[[2], [5]], 1], 2, 0.3)
         expected = calibrate(expected, own.class_maps(feature, torch.tensor([[2], [5]])))
     assert torch.equal(module.localize(image(), torch.tensor([[2], [5]])).maps, expected)
+
+
+def test_class_without_embeddings_starts_at_the_image_itself() -> None:
+    module = build("cream").eval()
+    own, label = network(module), torch.tensor([[2], [5]])
+    with torch.no_grad():
+        feature = own.features(image())
+        cam = own.class_maps(feature, label)
+        foreground, background = context_means(feature, cam, 0.2)[0].unbind(dim=2)
+        expected = calibrate(reactivate(feature, foreground, background, 2, 0.3), cam)
+    assert torch.equal(module.localize(image(), label).maps, expected)
 
 
 @pytest.mark.parametrize("setting", ["foreground_threshold=1.2", "momentum=-1", "rounds=-1", "temperature=0.0"])

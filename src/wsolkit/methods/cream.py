@@ -16,8 +16,9 @@ The map is p^f after a last E-step. It is calibrated: if the CAM is lower inside
 
 The authors released only the box regressor that they train on such maps. The course of the method and its constants δ,
 λ and the number of rounds are from the paper, from memory, and have not been compared with it. These points are chosen
-here: the cosine and its temperature T, the means weighted by p in the calibration, and that the first image of a class
-replaces the embeddings. The regressor is not part of this file.
+here: the cosine and its temperature T, the means weighted by p in the calibration, that the first image of a class
+replaces the embeddings, and that a class without any starts at the means of the image itself. The regressor is not part
+of this file.
 """
 
 from __future__ import annotations
@@ -46,17 +47,18 @@ def context_means(feature: Tensor, cam: Tensor, threshold: float) -> tuple[Tenso
 
     Args:
         feature: F [B, D, H, W].
-        cam: the CAM of the label [B, H, W].
+        cam: the CAMs of K classes [B, K, H, W].
         threshold: δ, for the CAM scaled to [0, 1].
 
     Returns:
-        means [B, 2, D] of foreground and background, and the number of positions of each [B, 2].
+        means [B, K, 2, D] of foreground and background, and the number of positions of each [B, K, 2].
     """
     with torch.autocast(feature.device.type, enabled=False):
-        inside = (min_max(cam.float()) > threshold).float().flatten(1)  # [B, H, W] → [B, N]
-        regions = torch.stack([inside, 1 - inside], dim=1)  # [B, 2, N]
-        counts = regions.sum(dim=2)
-        return regions @ feature.float().flatten(2).mT / counts.clamp(min=1)[:, :, None], counts
+        inside = (min_max(cam.float()) > threshold).float().flatten(2)  # [B, K, H, W] → [B, K, N]
+        regions = torch.stack([inside, 1 - inside], dim=2)  # [B, K, 2, N]
+        counts = regions.sum(dim=3)
+        means = regions @ feature.float().flatten(2).mT[:, None]  # [B, K, 2, N]·[B, 1, N, D] → [B, K, 2, D]
+        return means / counts.clamp(min=1)[..., None], counts
 
 
 def reactivate(feature: Tensor, foreground: Tensor, background: Tensor, rounds: int, temperature: float) -> Tensor:
@@ -108,6 +110,7 @@ class CREAMNetwork(CAMNetwork):
 
     Args:
         cam: the arguments of `CAMNetwork`.
+        threshold, momentum: δ and λ.
         rounds, temperature: see `reactivate`.
 
     Attributes:
@@ -118,23 +121,32 @@ class CREAMNetwork(CAMNetwork):
     context: Tensor
     visits: Tensor
 
-    def __init__(self, backbone: CNN, num_classes: int, *cam: Any, rounds: int, temperature: float) -> None:
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        *cam: Any,
+        threshold: float,
+        momentum: float,
+        rounds: int,
+        temperature: float,
+    ) -> None:
         super().__init__(backbone, num_classes, *cam)
+        self.threshold, self.momentum = threshold, momentum
         self.rounds, self.temperature = rounds, temperature
         self.register_buffer("context", torch.zeros(num_classes, 2, self.classifier.in_channels))
         self.register_buffer("visits", torch.zeros(num_classes))
 
     @torch.no_grad()
-    def remember(self, feature: Tensor, label: Tensor, threshold: float, momentum: float) -> None:
+    def remember(self, feature: Tensor, label: Tensor) -> None:
         """Move the context embeddings of the labels, with the images of all processes.
 
         Args:
             feature: F [B, D, h, w].
             label: [B].
-            threshold, momentum: δ and λ.
         """
-        cam = self.class_maps(feature, label[:, None])[:, 0]
-        means, counts = context_means(feature, cam, threshold)
+        cam = self.class_maps(feature, label[:, None])
+        means, counts = (found[:, 0] for found in context_means(feature, cam, self.threshold))
         means = torch.where(counts[:, :, None] > 0, means, self.context[label])  # A constant CAM has no foreground.
         rows, values = gathered(label), gathered(means)
         context, visits = move_memory(
@@ -142,7 +154,7 @@ class CREAMNetwork(CAMNetwork):
             self.visits,
             rows,
             values.flatten(1),
-            lambda visits: torch.where(visits == 0, 1.0, 1 - momentum),
+            lambda visits: torch.where(visits == 0, 1.0, 1 - self.momentum),
         )
         self.context.copy_(context.view_as(self.context))
         self.visits.copy_(visits)
@@ -153,10 +165,11 @@ class CREAMNetwork(CAMNetwork):
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
         chosen = choose_classes(classes, logits)
-        context = self.context.expand(image.shape[0], -1, -1, -1) if chosen is None else self.context[chosen]
-        foreground, background = context.unbind(dim=2)  # [B, K, 2, D] → two of [B, K, D]
-        maps = reactivate(feature, foreground, background, self.rounds, self.temperature)
-        maps = calibrate(maps, self.class_maps(feature, chosen))
+        cam = self.class_maps(feature, chosen)
+        context, visits = (self.context, self.visits) if chosen is None else (self.context[chosen], self.visits[chosen])
+        starts = torch.where(visits[..., None, None] > 0, context, context_means(feature, cam, self.threshold)[0])
+        foreground, background = starts.unbind(dim=2)  # [B, K, 2, D] → two of [B, K, D]
+        maps = calibrate(reactivate(feature, foreground, background, self.rounds, self.temperature), cam)
         maps = self.refined(maps, image, feature, stages, chosen)
         return Localization(logits, self.backbone.aligned(maps))
 
@@ -192,14 +205,18 @@ class CREAM(CAMModule):
                 f"temperature={temperature}: expected 0 to 1 for the first two, 0 rounds or more, and a temperature "
                 "above 0"
             )
-        network = functools.partial(CREAMNetwork, rounds=rounds, temperature=temperature)
+        network = functools.partial(
+            CREAMNetwork,
+            threshold=foreground_threshold,
+            momentum=momentum,
+            rounds=rounds,
+            temperature=temperature,
+        )
         super().__init__(backbone, num_classes, "average_first", head, network)
-        self.foreground_threshold = foreground_threshold
-        self.momentum = momentum
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy. Training moves the context embeddings."""
         feature = self.network.features(batch["image"])
         if self.training:
-            self.network.remember(feature, batch["label"], self.foreground_threshold, self.momentum)
+            self.network.remember(feature, batch["label"])
         return {"loss": classification_loss(self.network.logits(feature), batch)}
