@@ -40,6 +40,7 @@ from wsolkit.settings.conf import given_overrides
 from wsolkit.settings.restore import restore
 from wsolkit.train import train
 
+CNN_PAGES = {"cnn.md", "rethinking_cam.md", "postprocess.md"}  # whose checkpoints are of CAM
 FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}
 
 # What makes a run small, and runs on this machine what the page runs on another. Behind what the page says.
@@ -60,7 +61,7 @@ CLASSES = {"imagenet": 2, "cub": len(CUB_CLASSES), "aircraft": len(AIRCRAFT)}  #
 
 
 def pages() -> list[Path]:
-    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -167,7 +168,7 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
     here = {
         "dataset.root": root,
         "backbone.weights": place / f"{model}.safetensors",
-        "checkpoint": place / ("cam" if page == "cnn.md" else "scm") / "checkpoints" / "best.ckpt",
+        "checkpoint": place / ("cam" if page in CNN_PAGES else "scm") / "checkpoints" / "best.ckpt",
         "score_maps": place / "maps",
         "source": place / ("best_loc.pth.tar" if name == "import_checkpoint" else "photos"),
         "dataset.cache": Path("cache"),
