@@ -36,7 +36,7 @@ MODELS = {name: [f"method={name}"] for name in METHODS} | {
 }
 
 
-CLASS_AGNOSTIC = ("c2am", "ffe", "frozen_c2am", "sat", "trilite")
+CLASS_AGNOSTIC = ("c2am", "ffe", "frozen_c2am", "ornet", "sat", "trilite")
 
 
 class Exported(NamedTuple):
