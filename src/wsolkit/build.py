@@ -15,6 +15,7 @@ from torch import nn
 
 from wsolkit.backbones.pretrained import normalization
 from wsolkit.backbones.tokens import TokenBackbone
+from wsolkit.checkpoint import describe_part, read_checkpoint, read_part
 from wsolkit.data.datamodule import WSOLDataModule
 from wsolkit.data.preparing.index import Indexed
 from wsolkit.data.records import Records, Split
@@ -23,13 +24,14 @@ from wsolkit.localization.protocol import Protocol
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.metrics.evaluation import Evaluation
 from wsolkit.settings.checks import accepted, check_config, locate
-from wsolkit.settings.compose import arguments, built, plain
+from wsolkit.settings.compose import arguments, built, load_config, plain
 from wsolkit.settings.conf import CONF
+from wsolkit.settings.restore import check_known, restore
 from wsolkit.training.evaluator import Evaluator
 from wsolkit.training.loss_log import LossLog
 from wsolkit.training.noise import StepNoise
 from wsolkit.training.optimization import Optimization
-from wsolkit.types import Description, TrainingBatch
+from wsolkit.types import Description, PlainConfig, TrainingBatch
 
 
 def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None) -> WSOLDataModule:
@@ -200,17 +202,54 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
     mean, std = normalization(cfg.backbone.get("model"), cfg.backbone.get("mean"), cfg.backbone.get("std"))
     method, backbone = locate(cfg.method._target_, "method."), locate(cfg.backbone._target_, "backbone.")
     _check_backbone(cfg, method, backbone)
+    models, parts = _models(cfg, method)
     module: WSOLModule = method(
         backbone=backbone(**arguments(cfg.backbone)),
         num_classes=len(class_names),
         **_postprocess(cfg, method, backbone),
+        **({"models": models} if method.model_settings else {}),
         **arguments(cfg.method),
     )
     _check_sizes(cfg, module)
-    module.description = Description(plain(cfg), class_names, mean, std)
+    start = None if method.start_setting is None else cfg.method[method.start_setting]
+    if start is not None:
+        module.start_from(read_checkpoint(start))
+        parts[str(method.start_setting)] = None
+    module.description = Description(plain(cfg), class_names, mean, std, parts)
     if cfg.get("compile"):
         compile_network(module.network, **_compilation(cfg.compile))
     return module
+
+
+def _models(cfg: DictConfig, method: type[WSOLModule]) -> tuple[dict[str, WSOLModule], dict[str, PlainConfig | None]]:
+    """Build the models of other checkpoints that become parts of a method.
+
+    A setting names a checkpoint. In the settings of a checkpoint that contains the model already, it describes the
+    model instead.
+
+    Returns:
+        the models, and their descriptions, each by the name of the setting.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or its model cannot be built.
+    """
+    models: dict[str, WSOLModule] = {}
+    parts: dict[str, PlainConfig | None] = {}
+    for name in method.model_settings:
+        given = plain(cfg)["method"][name]
+        if given is None:
+            continue
+        checkpoint = read_part(Path("checkpoint"), name, given) if isinstance(given, dict) else read_checkpoint(given)
+        parts[name] = given if isinstance(given, dict) else describe_part(checkpoint)
+        groups = {group: checkpoint.names()[group] for group in ("method", "backbone")}
+        check_known(checkpoint.path, groups, None, "--config-dir FOLDER")
+        chosen = [f"{group}={choice}" for group, choice in groups.items()]
+        model_cfg = load_config(*chosen, "postprocess=none", "dataset=folder", "dataset.root=.")
+        model = build_model(restore(model_cfg, checkpoint, ()), checkpoint.class_names)
+        if checkpoint.state_dict:
+            checkpoint.load_into(model)
+        models[name] = model.eval().requires_grad_(False)
+    return models, parts
 
 
 def compile_network(network: Network, **options: Any) -> None:

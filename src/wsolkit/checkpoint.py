@@ -45,7 +45,8 @@ class Checkpoint:
     of its last validation; mean, std: the normalisation of the network's input, () in early checkpoints; optimizer: the
     settings of its parameter groups; optimizer_state: the names of what it remembers of each parameter; place: the
     position in the training images, see `wsolkit.data.dataset.Place`; epochs: the number of epochs that the run has
-    begun.
+    begun; parts: the settings of its method that named other checkpoints, with a description of the model whose weights
+    this checkpoint holds too, or None if only training read that checkpoint.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Checkpoint:
     optimizer_state: Set[str] = frozenset()
     place: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
     def load_into(self, module: torch.nn.Module) -> None:
         """Load the weights into a module.
@@ -142,7 +144,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-# These are the fields beside the trainer's state, with their types. Early checkpoints lack the last four.
+# These are the fields beside the trainer's state, with their types. Early checkpoints lack the last five.
 _FIELDS: Mapping[str, Any] = {
     "config": dict[str, Any],
     "class_names": list[str],
@@ -151,6 +153,7 @@ _FIELDS: Mapping[str, Any] = {
     "metrics": dict[str, float],
     "mean": list[float],
     "std": list[float],
+    "parts": dict[str, dict[str, Any] | None],
 }
 
 _SCALARS = (type(None), bool, int, float, str)
@@ -175,20 +178,72 @@ def _checked(path: Path, content: Mapping[str, Any], own: Mapping[str, Any]) -> 
     fields = {name: own[name] for name in _FIELDS if name in own}
     training = _training(content)
     checkpoint = Checkpoint(path, content["state_dict"], step=content["global_step"], **fields, **training)
-    _check_plain(checkpoint.config, "config")
+    _check_config(checkpoint.config)
+    for name, part in checkpoint.parts.items():
+        if part is not None:
+            read_part(checkpoint.path, name, part)
+    return checkpoint
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Check the settings of a checkpoint.
+
+    Raises:
+        TypeError, ValueError: they hold what no run of wsolkit writes.
+    """
+    _check_plain(config, "config")
     for group in GROUPS:
-        node = checkpoint.config.get(group) or {}
+        node = config.get(group) or {}
         _check_type(group, node, dict[str, Any])
         if not isinstance(node.get("name"), str) and (node or group != "postprocess"):
             raise TypeError(f"its settings have no {group} with a name")
     for side in ("image_size", "resize"):
-        _check_type(f"dataset.{side}", checkpoint.config["dataset"].get(side), int)
-    protocols = checkpoint.config.get("protocol") or {}
+        _check_type(f"dataset.{side}", config["dataset"].get(side), int)
+    protocols = config.get("protocol") or {}
     _check_type("protocol", protocols, dict[str, dict[str, Any]])
-    for group, name in [*checkpoint.names().items(), *(("protocol", name) for name in protocols)]:
+    for group, name in [*choices(config).items(), *(("protocol", name) for name in protocols)]:
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"its {group} is called {name!r}: expected the plain name of a YAML file in conf/{group}")
-    return checkpoint
+
+
+def describe_part(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe the model of a checkpoint, so that a checkpoint that contains the model can build it again."""
+    own = checkpoint.config
+    sizes = {name: own["dataset"][name] for name in ("image_size", "resize")}
+    return {
+        "config": {
+            "method": _without_targets(own["method"] | checkpoint.parts),
+            "backbone": _without_targets(own["backbone"]),
+            "dataset": {"name": "folder", **sizes},
+        },
+        "class_names": list(checkpoint.class_names),
+        "mean": list(checkpoint.mean),
+        "std": list(checkpoint.std),
+    }
+
+
+def read_part(path: Path, name: str, said: Mapping[str, Any]) -> Checkpoint:
+    """Return a description of `describe_part` as a checkpoint without weights.
+
+    Args:
+        path: the checkpoint that contains the model.
+        name: the setting that named the model's own checkpoint.
+        said: the description.
+
+    Raises:
+        TypeError, ValueError: it holds what no run of wsolkit writes.
+    """
+    kinds = {key: _FIELDS[key] for key in ("config", "class_names", "mean", "std")}
+    for key, kind in kinds.items():
+        _check_type(f"parts.{name}.{key}", said.get(key), kind)
+    _check_config(said["config"])
+    return Checkpoint(path, {}, version=wsolkit.__version__, step=0, **{key: said[key] for key in kinds})
+
+
+def _without_targets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_targets(inner) for key, inner in value.items() if not str(key).startswith("_")}
+    return [_without_targets(inner) for inner in value] if isinstance(value, list) else value
 
 
 # Hydra's grammar would read a path or a list as another file, and null as nothing.

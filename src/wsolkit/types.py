@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -97,9 +97,14 @@ PlainConfig = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    """Describes a model in its checkpoint: settings, class names by label, and mean and std of the network's input."""
+    """Describes a model in its checkpoint: settings, class names by label, and mean and std of the network's input.
+
+    parts: the settings of the method that name other checkpoints, with what stands in their place once the weights are
+    in this model's checkpoint, see `wsolkit.checkpoint.Checkpoint`.
+    """
 
     config: PlainConfig = field(default_factory=dict)
     class_names: Sequence[str] = ()
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    parts: Mapping[str, PlainConfig | None] = field(default_factory=dict)

@@ -12,7 +12,7 @@ half a cell too far to the bottom right. The papers accept this. `align` moves t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -119,12 +119,23 @@ class CNN(nn.Module):
         """Compute the last map [B, D, h, w] of an image [B, 3, H, W]."""
         return self.stages(image)  # type: ignore[no-any-return]
 
-    def maps(self, image: Tensor, stages: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-        """Compute the last map [B, D, h, w] of an image [B, 3, H, W], and the maps after some stages in order."""
+    def maps(
+        self, image: Tensor, stages: Sequence[str], changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute the last map [B, D, h, w] of an image [B, 3, H, W], and the maps after some stages in order.
+
+        Args:
+            image: the image.
+            stages: the stages whose maps are returned.
+            changes: functions that change the maps after stages, by the names of the stages.
+        """
         wanted = [self.places(stage)[-1] for stage in stages]
+        changed = {self.places(stage)[-1]: change for stage, change in (changes or {}).items()}
         kept: dict[int, Tensor] = {}
         for place, stage in enumerate(self.stages):
             image = stage(image)
+            if place in changed:
+                image = changed[place](image)
             if place in wanted:
                 kept[place] = image
         return image, [kept[place] for place in wanted]
@@ -141,19 +152,37 @@ class CNN(nn.Module):
         self.train(training)
         return [int(maps.shape[1]) for maps in kept]
 
-    def aligned(self, maps: Tensor) -> Tensor:
+    def pool_after(self, stage: str) -> None:
+        """Add 2×2 max pooling as a stage "pool" behind a stage, so that all later maps have half the sides.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        place = self.places(stage)[-1] + 1
+        self.names = (*self.names[:place], "pool", *self.names[place:])
+        self.stages = nn.Sequential(*self.stages[:place], nn.MaxPool2d(2), *self.stages[place:])
+        self.stride *= 2
+        self.offset = _offset(self.stages)
+
+    def aligned(self, maps: Tensor, stage: str | None = None) -> Tensor:
         """Return maps [B, K, h, w] unchanged. With `align`, move them by `offset` and refine them to [B, K, 2h, 2w].
 
         They become finer, because moving them by less than a cell would blur them.
+
+        Args:
+            maps: the maps.
+            stage: the stage after which there are maps of this size, or None for the last map.
         """
         if not self.align:
             return maps
+        seen = self.stages if stage is None else self.split(stage)[0]
+        offset, stride = _offset(seen), math.prod(map(_stride, seen))
         axes = []
         for count in (2 * maps.shape[-2], 2 * maps.shape[-1]):
             middles = (
                 torch.arange(count, device=maps.device) + 0.5
             ) / count  # The positions of the finer cells, on a scale where the image goes from 0 to 1.
-            axes.append(2 * (middles - 2 * self.offset / (self.stride * count)) - 1)
+            axes.append(2 * (middles - 2 * offset / (stride * count)) - 1)
         y, x = torch.meshgrid(*axes, indexing="ij")
         grid = torch.stack([x, y], dim=-1).expand(maps.shape[0], -1, -1, -1)
         return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -29,7 +29,7 @@ from wsolkit.localization.maps import min_max
 from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
 from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.erasing import keep
-from wsolkit.methods.heads import convolutional_head, draw_xavier
+from wsolkit.methods.heads import convolutional_head, initialise
 from wsolkit.methods.maps import choose_classes, select_maps
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -72,8 +72,7 @@ class ACoLNetwork(CAMNetwork):
         widths = [self.backbone.channels, *head["head_channels"]]
         classifier = nn.Conv2d(widths[-1], self.classifier.out_channels, kernel_size=1)
         self.branch_b = nn.Sequential(*convolutional_head(widths, dropout=0.0), classifier)
-        if head["head_init"] == "xavier":
-            draw_xavier(self.branch_b)
+        initialise(self.branch_b, head["head_init"])
 
     def _shared(self, last: Tensor) -> Tensor:
         return F.avg_pool2d(last, kernel_size=3, stride=1, padding=1) if self.average_before else last
@@ -105,8 +104,8 @@ class ACoLNetwork(CAMNetwork):
             chosen = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[0], -1)
         own = select_maps(maps_a, chosen)
         others = [self._maps_b(shared, maps_a, part) for part in chosen.split(_CLASSES_AT_ONCE, dim=1)]
-        maps = self.refined(merge(own, torch.cat(others, dim=1)), image, feature, stages, chosen)
-        return Localization(logits, self.backbone.aligned(maps))
+        maps = merge(own, torch.cat(others, dim=1))
+        return Localization(logits, self.refined(maps, image, feature, stages, chosen))
 
     def _maps_b(self, shared: Tensor, maps_a: Tensor, classes: Tensor) -> Tensor:
         """Compute branch B's maps [B, K, h, w] of classes [B, K], each with F erased for its class."""

@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
 import wsolkit
+from wsolkit.checkpoint import Checkpoint
 from wsolkit.errors import ConfigError
 from wsolkit.methods.parameters import weight_decay_groups
 from wsolkit.types import Classes, Description, EvaluationBatch, Localization, TrainingBatch
@@ -58,6 +59,12 @@ class WSOLModule(LightningModule, ABC):
 
     pairs: ClassVar[bool] = False
     """Whether the images 2k and 2k + 1 of a training batch must have the same class."""
+
+    model_settings: ClassVar[Sequence[str]] = ()
+    """The settings that name checkpoints whose models become parts of the module, and come in its argument `models`."""
+
+    start_setting: ClassVar[str | None] = None
+    """The setting that names a checkpoint of the same method, from whose weights training starts, see `start_from`."""
 
     def __init__(self, network: Network, no_weight_decay: Sequence[str] = ()) -> None:
         super().__init__()
@@ -113,6 +120,14 @@ class WSOLModule(LightningModule, ABC):
         """Return the parameter groups for the optimizer, see `wsolkit.methods.parameters`."""
         return weight_decay_groups(self, self.no_weight_decay)
 
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take the weights that training starts from, as `start_setting` says.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        checkpoint.load_into(self)
+
     def attached(self, kind: type[_Kind]) -> _Kind:
         """Return the attached callback of a class."""
         return next(callback for callback in self.callbacks if isinstance(callback, kind))
@@ -152,4 +167,5 @@ class WSOLModule(LightningModule, ABC):
             "class_names": list(said.class_names),
             "mean": list(said.mean),
             "std": list(said.std),
+            **({"parts": dict(said.parts)} if said.parts else {}),
         }

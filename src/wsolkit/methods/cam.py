@@ -34,7 +34,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.classification import classification_loss
-from wsolkit.methods.heads import convolutional_head, draw_xavier
+from wsolkit.methods.heads import Initialisation, convolutional_head, initialise
 from wsolkit.methods.maps import choose_classes
 from wsolkit.methods.parameters import fine_tuning_groups
 from wsolkit.types import Classes, Localization, TrainingBatch
@@ -85,7 +85,7 @@ class HeadSettings(TypedDict):
     """The settings that all methods on a CAM network share, see `CAMNetwork` and `FineTuning`."""
 
     head_channels: Sequence[int]
-    head_init: Literal["default", "xavier"]
+    head_init: Initialisation
     keep_classifier: Sequence[int] | None
     postprocess: PostProcess | None
     fine_tuning: FineTuning
@@ -124,8 +124,7 @@ class CAMNetwork(Network):
         num_classes: C.
         head_channels: the widths of 3×3 convolutions between backbone and classifier, each with a ReLU.
         form: whether the network averages the features before it classifies them, or averages class maps.
-        head_init: the initialisation of all layers after the backbone. "default" is PyTorch's own, "xavier" is uniform
-            with biases 0.
+        head_init: the initialisation of all layers after the backbone, see `initialise`.
         keep_classifier: the class indices whose rows of the pretrained classifier the new one starts from, or None for
             a new classifier.
         postprocess: refines the maps, or None.
@@ -146,7 +145,7 @@ class CAMNetwork(Network):
         num_classes: int,
         head_channels: Sequence[int],
         form: Form,
-        head_init: Literal["default", "xavier"],
+        head_init: Initialisation,
         keep_classifier: Sequence[int] | None,
         postprocess: PostProcess | None,
         *,
@@ -165,8 +164,7 @@ class CAMNetwork(Network):
         self.form = form
         self.pooling_threshold = pooling_threshold
         self.clamp_weights = clamp_weights
-        if head_init == "xavier":
-            draw_xavier((*self.head, self.classifier))
+        initialise((*self.head, self.classifier), head_init)
         if keep_classifier is not None:
             self._load_classifier(keep_classifier)
 
@@ -206,9 +204,15 @@ class CAMNetwork(Network):
         return self.classified(last), stages
 
     def refined(
-        self, maps: Tensor, image: Tensor, feature: Tensor, stages: Sequence[Tensor], classes: Tensor | None
+        self,
+        maps: Tensor,
+        image: Tensor,
+        feature: Tensor,
+        stages: Sequence[Tensor],
+        classes: Tensor | None,
+        stage: str | None = None,
     ) -> Tensor:
-        """Refine score maps [B, K, h, w] with the post-process, if there is one.
+        """Refine score maps [B, K, h, w] with the post-process, if there is one, and align them with the image.
 
         Args:
             maps: the score maps of the classes.
@@ -216,14 +220,17 @@ class CAMNetwork(Network):
             feature: F, the map that is classified [B, D, h, w].
             stages: the maps of the stages that the post-process needs.
             classes: [B, K], or None for all classes.
+            stage: the stage of the backbone whose map has the size of the score maps, or None for the last one.
         """
         refine = self.postprocess
         if refine is None:
-            return maps
+            return self.backbone.aligned(maps, stage)
         if refine.sees_network:
-            return cast("NetworkPostProcess", refine).from_network(self, image, classes)
+            made = cast("NetworkPostProcess", refine).from_network(self, image, classes)
+            return self.backbone.aligned(made, refine.stages[-1])
         of_backbone = iter(stages)
-        return refine(maps, [feature if stage == HEAD else next(of_backbone) for stage in refine.stages])
+        found = refine(maps, [feature if name == HEAD else next(of_backbone) for name in refine.stages])
+        return self.backbone.aligned(found, stage)
 
     def features_and_changed(
         self, image: Tensor, stages: Sequence[str], change: Callable[[Tensor], Tensor]
@@ -272,8 +279,7 @@ class CAMNetwork(Network):
         feature, stages = self.features_and_stages(image)
         logits = self.logits(feature)
         chosen = choose_classes(classes, logits)
-        maps = self.refined(self.score_maps(feature, chosen), image, feature, stages, chosen)
-        return Localization(logits, self.backbone.aligned(maps))
+        return Localization(logits, self.refined(self.score_maps(feature, chosen), image, feature, stages, chosen))
 
     @torch.no_grad()
     def norms(self, image: Tensor) -> Tensor:

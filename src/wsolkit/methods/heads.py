@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -22,10 +23,25 @@ def convolutional_head(widths: Sequence[int], dropout: float) -> nn.Sequential:
     return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
 
 
-def draw_xavier(layers: Iterable[nn.Module]) -> None:
-    """Draw the weights of convolutions anew, uniform as Glorot & Bengio have it, with biases 0."""
+Initialisation = Literal["default", "xavier", "normal"]
+
+_NORMAL_DEVIATION = 0.02  # BAS (Wu et al., CVPR 2022, released code) has it for VGG16.
+
+
+def initialise(layers: Iterable[nn.Module], how: Initialisation) -> None:
+    """Draw the weights of convolutions anew.
+
+    Args:
+        layers: layers, of which other kinds stay as they are.
+        how: "default" leaves PyTorch's own. "xavier" is uniform, as Glorot & Bengio have it, and "normal" has the
+            standard deviation 0.02. Both set biases to 0.
+    """
     for layer in layers:
-        if isinstance(layer, nn.Conv2d):
+        if not isinstance(layer, nn.Conv2d) or how == "default":
+            continue
+        if how == "xavier":
             nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        else:
+            nn.init.normal_(layer.weight, std=_NORMAL_DEVIATION)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -28,16 +28,35 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from wsolkit.backbones.transformer import Read, Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.classification import classification_loss
+from wsolkit.methods.map_losses import (
+    Filter,
+    batch_area_loss,
+    global_mean,
+    image_area_loss,
+    normalization_loss,
+    smoothing_kernel,
+)
 from wsolkit.methods.maps import choose_classes, class_logits, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
+
+__all__ = [
+    "SAT",
+    "SATNetwork",
+    "batch_area_loss",
+    "global_mean",
+    "image_area_loss",
+    "mask_probabilities",
+    "normalization_loss",
+    "smoothing_kernel",
+    "spatial_blocks",
+]
 
 # The published ablations with fewer than three spatial blocks put them where three would start (Table 9).
 _PAPER_BLOCKS = 3
@@ -55,60 +74,6 @@ def spatial_blocks(depth: int, num_blocks: int) -> range:
         raise ConfigError(f"method.num_blocks={num_blocks}: expected 1 to {depth}, the number of transformer blocks")
     start = max(depth - max(num_blocks, _PAPER_BLOCKS), 0)
     return range(start, start + num_blocks)
-
-
-def smoothing_kernel(name: Literal["released", "gaussian", "none"], sigma: float) -> Tensor:
-    """Return the 3×3 filter [1, 1, 3, 3] of the normalization loss, which sums to 1.
-
-    Args:
-        name: "released" is the fixed kernel of the released code, "gaussian" a sampled Gaussian, "none" no filter.
-        sigma: the standard deviation of "gaussian", in patches.
-    """
-    if name == "none":
-        weights = torch.tensor([0.0, 1.0, 0.0])
-    elif name == "gaussian":
-        weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * sigma**2))
-        weights = weights / weights.sum()
-    else:
-        # The filter is separable. Products of these two numbers are 0.80544 (centre), 0.04601 (edge), 0.00263 (corner).
-        edge = 0.05126832
-        weights = torch.tensor([edge, 1 - 2 * edge, edge])
-    return torch.outer(weights, weights)[None, None]
-
-
-def global_mean(values: Tensor) -> Tensor:
-    """Return the mean over the batches of all processes, which must be equally large, as a scalar.
-
-    Its gradient is the gradient of this process's share, scaled up. DDP averages gradients over processes, and so gets
-    the gradient of the global mean.
-    """
-    mean = values.mean()
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return mean
-    total = mean.detach().clone()
-    distributed.all_reduce(total)
-    return mean + (total / distributed.get_world_size() - mean.detach())
-
-
-def batch_area_loss(maps: Tensor, area_prior: float) -> Tensor:
-    """Compute |mean of the maps over the whole batch − λ| (Eqn. 7).
-
-    Args:
-        maps: localization maps [B, H, W] in [0, 1].
-        area_prior: λ, the expected share of an image that an object covers.
-    """
-    return (global_mean(maps) - area_prior).abs()
-
-
-def image_area_loss(maps: Tensor, area_prior: float) -> Tensor:
-    """Compute the ablation of Table 13, which draws the area of each map [B, H, W] to λ by itself."""
-    return (maps.mean(dim=(1, 2)) - area_prior).abs().mean()
-
-
-def normalization_loss(maps: Tensor, kernel: Tensor) -> Tensor:
-    """Compute the mean of M*(1 − M*). M* are maps [B, H, W] smoothed by [1, 1, 3, 3] with zero padding (Eqn. 8)."""
-    smooth = F.conv2d(maps[:, None], kernel.to(maps), padding=1)
-    return (smooth * (1 - smooth)).mean()
 
 
 class SATNetwork(Network):
@@ -203,7 +168,7 @@ class SAT(WSOLModule):
         area_level: Literal["batch", "image"],
         area_weight: float,
         norm_weight: float,
-        filter: Literal["released", "gaussian", "none"],
+        filter: Filter,
         filter_sigma: float,
         postprocess: SimilarityWalk | None,
         no_weight_decay: Sequence[str],

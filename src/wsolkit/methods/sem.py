@@ -83,6 +83,9 @@ class SelfEnhancement:
 
     @torch.no_grad()
     def __call__(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Refine score maps [B, K, h, w] with the feature map [B, D, h, w] that is classified, to maps in [0, 1]."""
+        """Refine score maps [B, K, h, w] with the feature map [B, D, h', w'] that is classified, to maps in [0, 1]."""
         count = maps.shape[-2] * maps.shape[-1]
-        return self_enhancement(features[0], maps, max(1, round(self.seeds * count / self.positions)))
+        feature = features[0]
+        if feature.shape[-2:] != maps.shape[-2:]:  # BAS has finer maps.
+            feature = F.interpolate(feature, size=maps.shape[-2:], mode="bilinear", align_corners=False)
+        return self_enhancement(feature, maps, max(1, round(self.seeds * count / self.positions)))

@@ -34,7 +34,7 @@ from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
 from wsolkit.methods.classification import classification_loss
-from wsolkit.methods.heads import convolutional_head, draw_xavier
+from wsolkit.methods.heads import Initialisation, convolutional_head, initialise
 from wsolkit.methods.maps import select_maps
 from wsolkit.methods.seeds import seed_loss, seeds
 from wsolkit.types import TrainingBatch
@@ -93,12 +93,15 @@ class SPGNetwork(CAMNetwork):
         stages: the stages of the backbone that B1 and B2 start from.
         pixel_channels: the width of the pixel branches.
         dropout: see `CAMNetwork`.
+        init: how the pixel branches are drawn, see `initialise`.
         network: see `CAMNetwork`.
     """
 
     passes = ("features", "features_and_stages", "all_branches")
 
-    def __init__(self, *network: Any, stages: Sequence[str], pixel_channels: int, dropout: float, xavier: bool) -> None:
+    def __init__(
+        self, *network: Any, stages: Sequence[str], pixel_channels: int, dropout: float, init: Initialisation
+    ) -> None:
         super().__init__(*network, dropout=dropout)
         self.pixel_stages = tuple(stages)
         width = pixel_channels
@@ -107,8 +110,7 @@ class SPGNetwork(CAMNetwork):
         self.b_shared = nn.Sequential(*convolutional_head([width, width], 0.0), nn.Conv2d(width, 1, kernel_size=1))
         last = self.classifier.in_channels
         self.c = nn.Sequential(*convolutional_head([last, width], 0.0), nn.Conv2d(width, 1, kernel_size=1))
-        if xavier:
-            draw_xavier((*self.b1, *self.b2, *self.b_shared, *self.c))
+        initialise((*self.b1, *self.b2, *self.b_shared, *self.c), init)
 
     def all_branches(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the class maps [B, C, h, w] of A, and the logits [B, 1, ·, ·] of B1, B2 and C."""
@@ -155,7 +157,7 @@ class SPG(CAMModule):
             stages=stages,
             pixel_channels=pixel_channels,
             dropout=dropout,
-            xavier=head["head_init"] == "xavier",
+            init=head["head_init"],
         )
         super().__init__(backbone, num_classes, "maps_first", head, network)
         self.thresholds = tuple((float(high), float(low)) for high, low in pairs)

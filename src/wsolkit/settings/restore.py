@@ -185,6 +185,9 @@ def restore(cfg: DictConfig, checkpoint: Checkpoint, overrides: Iterable[str], p
     for derived in (False, True):
         for node, values in nodes:
             _merge(node, values, derived)
+    for name, part in checkpoint.parts.items():
+        if name in list(cfg.method) and not _mentions_target(part):
+            cfg.method[name] = escaped(part)  # The checkpoint holds the weights of the other one, too.
     cfg.dataset.image_size = saved["dataset"]["image_size"]
     # Early checkpoints lack both.
     cfg.dataset.eval_image_size = escaped(saved["dataset"].get("eval_image_size"))
