@@ -32,7 +32,7 @@ def draw_no_report() -> None:
     from wsolkit.reporting import pictures
     from wsolkit.training import report
 
-    pictures.write_report = report.write_report = lambda *_: None
+    pictures.write_report = report.write_report = lambda *_: None  # type: ignore[attr-defined]
 
 
 def command(
