@@ -22,12 +22,12 @@ from timing import milliseconds, name, steps
 from torch import Tensor
 
 from wsolkit import build_module, load_config
-from wsolkit.backbones.vit import prefers_plain
+from wsolkit.backbones.vit import ViT, prefers_plain
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.sat import SATNetwork
 from wsolkit.methods.scm import ActivationDiffusionBlock, SpatialCalibration
-from wsolkit.methods.ts_cam import TSCAMNetwork
+from wsolkit.methods.ts_cam import CoupledMaps, TSCAMNetwork
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(16, 3, 65), (16, 3, 198), (16, 6, 198), (64, 3, 198), (1, 3, 198), (4, 6, 577), (4, 6, 785), (4, 6, 1025)]
@@ -84,8 +84,9 @@ def released_block(block: Any, x: Tensor, spatial: bool = False) -> tuple[Tensor
     return x + block.drop_path2(block.mlp(block.norm2(x))), weights, mask
 
 
-def released_sat(network: SATNetwork, image: Tensor) -> tuple[Tensor, Tensor]:
-    """SAT: logits [B, C] and localization map [B, h, w]."""
+def released_sat(network: SATNetwork, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SAT: logits [B, C], localization map [B, h, w] and patch tokens [B, D, h, w]."""
+    assert isinstance(network.backbone, ViT)
     tokens = network.backbone.embed(image)
     tokens = torch.cat([tokens, (network.spatial_token + network.spatial_embed).expand(len(tokens), -1, -1)], dim=1)
     masks = []
@@ -94,27 +95,26 @@ def released_sat(network: SATNetwork, image: Tensor) -> tuple[Tensor, Tensor]:
         if index in network.spatial:
             masks.append(mask.float())
     semantic = network.head(network.backbone.patches(network.backbone.norm(tokens), image).contiguous())
-    return semantic.float().mean(dim=(2, 3)), network.backbone.grid(torch.stack(masks).mean(dim=0), image)
+    maps = network.backbone.grid(torch.stack(masks).mean(dim=0), image)
+    return semantic.float().mean(dim=(2, 3)), maps, network.backbone.patches(tokens, image)
 
 
-def released_ts_cam(network: TSCAMNetwork, image: Tensor) -> tuple[Tensor, Tensor]:
-    """TS-CAM: semantic maps [B, C, h, w] and attention map [B, h, w]."""
+def released_ts_cam(network: TSCAMNetwork, image: Tensor) -> CoupledMaps:
+    """TS-CAM: semantic maps [B, C, h, w], attention map [B, h, w] and patch tokens [B, D, h, w]."""
+    assert isinstance(network.backbone, ViT)
     tokens, attention = network.backbone.embed(image), []
     for block in network.backbone.blocks:
         tokens, weights, _ = released_block(block, tokens)
         attention.append(weights)
     semantic = network.head(network.backbone.patches(network.backbone.norm(tokens), image).contiguous())
     summed = torch.stack(attention).mean(dim=2).sum(dim=0)[:, 0]  # [L, B, h, N, N] → [B, N]
-    return semantic.float(), network.backbone.grid(summed.float(), image)
+    patches = network.backbone.patches(tokens, image)
+    return CoupledMaps(semantic.float(), network.backbone.grid(summed.float(), image), patches, None)
 
 
-def released_semantic(network: TSCAMNetwork, image: Tensor) -> Tensor:
+def released_logits(network: TSCAMNetwork, image: Tensor) -> Tensor:
     """TS-CAM in training: the attention is kept, and not used."""
-    tokens = network.backbone.embed(image)
-    for block in network.backbone.blocks:
-        tokens, _, _ = released_block(block, tokens)
-    semantic: Tensor = network.head(network.backbone.patches(network.backbone.norm(tokens), image).contiguous())
-    return semantic.float()
+    return network.classify(released_ts_cam(network, image).semantic, None)
 
 
 def released_diffusion(block: ActivationDiffusionBlock, semantic: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,10 +147,10 @@ def as_released(module: Any) -> WSOLModule:
     """Let a method work as its released code does."""
     network = module.network
     if isinstance(network, SATNetwork):
-        network.forward = functools.partial(released_sat, network)  # type: ignore[method-assign]
+        network.with_tokens = functools.partial(released_sat, network)  # type: ignore[method-assign]
     else:
-        network.forward = functools.partial(released_semantic, network)
-        network.with_attention = functools.partial(released_ts_cam, network)
+        network.forward = functools.partial(released_logits, network)
+        network.with_tokens = functools.partial(released_ts_cam, network)
     if hasattr(module, "calibration"):
         module.calibration.forward = functools.partial(released_calibration, module.calibration)
     return module  # type: ignore[no-any-return]

@@ -85,7 +85,7 @@ def main() -> None:
     maps = score_maps()
     levels = next(iter(protocols.values())).levels(next(iter(protocols.values())).localization_maps(maps))
     for rules in protocols.values():  # they share the levels, and the holes filled in them
-        metric = ProtocolEvaluation(rules, CLASSES)
+        metric = ProtocolEvaluation(rules, CLASSES, threshold_by_maps=False)
         metric.judge(levels[-1], TRUTH, SIZES)  # compiles
         start = time.perf_counter()
         for level in levels:

@@ -119,6 +119,7 @@ def own(paths: list[Path], cache: str | None, workers: int = 1) -> WSOLDataModul
         cache=cache,
         uncropped=False,
         model_classes=None,
+        pairs=False,
     )
 
 

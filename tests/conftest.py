@@ -6,8 +6,10 @@ import dataclasses
 import os
 import shutil
 import subprocess
+from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,6 +22,7 @@ from wsolkit.build import build_protocols
 from wsolkit.localization.protocol import Protocol
 from wsolkit.reporting import pictures
 from wsolkit.train import train
+from wsolkit.training import report
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,6 +35,14 @@ def _methods_on(architecture: str) -> tuple[str, ...]:
 
 
 CNN_METHODS, TOKEN_METHODS = _methods_on("cnn"), _methods_on("tokens")
+
+# One on each kind of network: what is expensive is tested on these, and on the other methods in the slow tests.
+TYPICAL = ("cam", "sat", "ffe")
+
+
+def or_slow(names: Iterable[str], quick: Collection[str] = TYPICAL) -> list[Any]:
+    """Values for `parametrize`, of which those that are not among the quick ones are for the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,7 +75,8 @@ def _no_report() -> None:
 def _report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But those of a test that is marked with `report` do."""
     if request.node.get_closest_marker("report") is not None:
-        monkeypatch.setattr(pictures, "write_report", WRITE_REPORT)
+        for module in (pictures, report):
+            monkeypatch.setattr(module, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture

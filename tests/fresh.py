@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -29,8 +30,9 @@ FRESH.set_forkserver_preload(["tests.warm"])
 def draw_no_report() -> None:
     """Have the runs of this process write no report: it takes most of a small run's time."""
     from wsolkit.reporting import pictures
+    from wsolkit.training import report
 
-    pictures.write_report = lambda *_: None
+    pictures.write_report = report.write_report = lambda *_: None  # type: ignore[attr-defined]
 
 
 def command(
@@ -62,6 +64,24 @@ def command(
             jobs=jobs,
         )
         return _finished(call, process, Path(folder))
+
+
+def run_main(folder: Path, module: str, arguments: list[str]) -> None:
+    """What `python -m <module> <arguments>` does in a folder, in a process of its own."""
+    os.chdir(folder)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    draw_no_report()
+    sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
+
+
+def exit_code(module: str, arguments: list[str]) -> object:
+    """Run a command in this process."""
+    sys.argv = [module, *arguments]
+    try:
+        import_module(module).main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 def _start(

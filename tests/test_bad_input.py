@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.conftest import METHODS
 from tests.fresh import command
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.data.benchmarks.imagenet import imagenet_records
@@ -33,7 +34,7 @@ BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
         (
             "train",
             ["method=satt"],
-            "there is no method 'satt' (did you mean 'sat'?); choose from: bridging_gap, cam, ffe, sat, scm, spa, trilite, ts_cam",
+            f"there is no method 'satt' (did you mean 'sat'?); choose from: {', '.join(METHODS)}",
         ),
         (
             "train",
@@ -46,7 +47,7 @@ BOX_FOLDERS = ["Annotations/CLS-LOC/val"]
         (
             "train",
             ["method="],
-            "there is no method ''; choose from: bridging_gap, cam, ffe, sat, scm, spa, trilite, ts_cam",
+            f"there is no method ''; choose from: {', '.join(METHODS)}",
         ),
         ("train", ["seed=[1"], "'seed=[1' cannot be read as a setting"),
     ],

@@ -140,6 +140,7 @@ def test_evaluate_takes_protocols_and_settings_of_the_data_set(trained: Path) ->
         "protocol.maxboxacc_v2.num_thresholds=20",
         "selection=test",
         "dataset.records.sizes.test=9",
+        "num_examples=0",
         "trainer.enable_progress_bar=false",
         "hydra.run.dir=other",
         cwd=trained.parent,
@@ -212,7 +213,7 @@ def test_checkpoint_of_an_unknown_method_is_refused(trained: Path, tmp_path: Pat
 
 
 def config(*overrides: str) -> DictConfig:
-    return load_config(*TINY, "protocol=[maxboxacc]", *overrides)
+    return load_config(*TINY, "num_examples=0", "protocol=[maxboxacc]", *overrides)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -304,7 +305,7 @@ def test_test_split_may_select(tmp_path: Path) -> None:
     [
         ["trainer.precision=bf16-mixed"],
         pytest.param(["trainer.precision=bf16-true", "num_examples=2"], marks=pytest.mark.report),
-        ["num_examples=0", "logger=wandb"],
+        ["logger=wandb"],
         ["trainer.gradient_clip_val=0.1"],
         ["trainer.accumulate_grad_batches=2"],
         ["schedule.name=step", "schedule.milestones=[1]"],
@@ -364,7 +365,7 @@ def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
     run(
         *("evaluate", "sweep=scm_pairs", f"checkpoint={scm}/checkpoints/best.ckpt", "protocol=[maxboxacc]"),
         *("method.semantic_level=0,2", "method.attention_level=0", "trainer.enable_progress_bar=false"),
-        *("hydra.sweep.dir=pairs",),
+        *("hydra.sweep.dir=pairs", "num_examples=0"),
         cwd=scm.parent,
         jobs=2,
     )
@@ -380,7 +381,7 @@ def test_maps_of_every_pair_are_one_command(scm: Path) -> None:
 def test_sweep_over_checkpoints(trained: Path) -> None:
     both = ",".join(str(trained / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
     run(
-        *("evaluate", "-m", f"checkpoint={both}", "protocol=[maxboxacc]", "hydra.sweep.dir=both"),
+        *("evaluate", "-m", f"checkpoint={both}", "protocol=[maxboxacc]", "hydra.sweep.dir=both", "num_examples=0"),
         cwd=trained.parent,
         jobs=2,
     )
@@ -396,7 +397,7 @@ def test_examples_must_exist(tmp_path: Path) -> None:
 
 def test_wandb_gets_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(config("logger=wandb", "trainer.max_epochs=1"), tmp_path)
+    train(config("logger=wandb", "trainer.max_epochs=1", "num_examples=3"), tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert len(list((folder / "files" / "media" / "images").glob("examples/val_*.png"))) == 3
     content = next(folder.glob("*.wandb")).read_bytes()
@@ -447,7 +448,7 @@ def test_methods_on_convolutional_networks_run_like_the_others(method: str, in_t
 def test_postprocess_refines_the_maps_of_a_trained_network(in_tmp: Path) -> None:
     run("train", "method=cam", *TINY, "hydra.run.dir=cam", cwd=in_tmp)
     checkpoint = "checkpoint=cam/checkpoints/best.ckpt"
-    common = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
+    common = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "num_examples=0")
     run("evaluate", checkpoint, *common, "+postprocess=scg", "hydra.run.dir=refined", cwd=in_tmp, report=True)
     run("evaluate", checkpoint, *common, "hydra.run.dir=plain", cwd=in_tmp)
     of_the_run = {name: value for name, value in metrics(in_tmp / "cam").items() if not name.startswith("epochs/")}
@@ -461,7 +462,7 @@ def test_postprocess_refines_the_maps_of_a_trained_network(in_tmp: Path) -> None
 
 def test_checkpoint_brings_its_postprocess(in_tmp: Path) -> None:
     run("train", "method=spa", *TINY, "postprocess.object_threshold=0.3", "hydra.run.dir=spa", cwd=in_tmp)
-    common = ("checkpoint=spa/checkpoints/best.ckpt", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
+    common = ("checkpoint=spa/checkpoints/best.ckpt", "trainer.enable_progress_bar=false", "num_examples=0")
     run("evaluate", *common, "hydra.run.dir=same", cwd=in_tmp)
     run("evaluate", *common, "postprocess=none", "hydra.run.dir=plain", cwd=in_tmp)
     of_the_run = {name: value for name, value in metrics(in_tmp / "spa").items() if not name.startswith("epochs/")}

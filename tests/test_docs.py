@@ -26,7 +26,7 @@ from tests.data.layouts import write_cub
 from tests.fresh import command
 from tests.test_export import save
 from wsolkit import build_module, load_config
-from wsolkit.interop.official import _released_name
+from wsolkit.interop.official import _RELEASED_DEIT, _renamed
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def released_state(method: str) -> dict[str, torch.Tensor]:
     state = build_module(
         load_config(f"method={method}", "dataset=folder", "dataset.root=.", *model), ["a", "b"]
     ).state_dict()
-    return {f"module.{_released_name(name)}": value for name, value in state.items()}
+    return {f"module.{_renamed(name, _RELEASED_DEIT)}": value for name, value in state.items()}
 
 
 WATCH = """

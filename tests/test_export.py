@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import wsolkit
-from tests.conftest import METHODS, REPOSITORY
+from tests.conftest import CNN_METHODS, METHODS, REPOSITORY, or_slow
 from wsolkit import Localizer, build_module, load_config
 from wsolkit.export import file_format, main
 from wsolkit.interop import programs
@@ -28,15 +28,15 @@ TOLERANCE = 1e-4
 EXAMPLE = REPOSITORY / "examples" / "onnx_boxes.py"
 
 # A small model of every method, and of what changes a program.
-MODELS = {name: [f"method={name}"] for name in METHODS} | {
+SHALLOW = "backbone.options.depth=2"
+MODELS = {name: [f"method={name}"] if name in CNN_METHODS else [f"method={name}", SHALLOW] for name in METHODS} | {
     "sat": ["method=sat", "backbone.options.depth=3", "method.num_blocks=2"],
-    "ts_cam": ["method=ts_cam", "backbone.options.depth=2"],
     "scm": ["method=scm", "backbone.options.depth=2", "method.num_blocks=2", "method.iterations=[16,4]"],
     "cam_aligned_scg": ["method=cam", "backbone.align=true", "+postprocess=scg"],
 }
+QUICK = ("cam_aligned_scg", "ffe", "sat", "scm", "ts_cam")
 
-
-CLASS_AGNOSTIC = ("ffe", "sat", "trilite")
+CLASS_AGNOSTIC = ("c2am", "ffe", "frozen_c2am", "ornet", "sat", "trilite")
 
 
 class Exported(NamedTuple):
@@ -66,7 +66,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return get
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {*QUICK}))
+def test_every_method_is_traced(name: str) -> None:
+    """What both formats are written from gives the logits and maps of the model; the slow tests write them."""
+    module = small(*MODELS[name])
+    image = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = module.localize(image, "all")
+    logits, maps = programs.trace(module, 64).module()(image)
+    assert maps.shape[1] == (1 if name in CLASS_AGNOSTIC else 8)
+    assert (logits - expected.logits).abs().max() < TOLERANCE
+    assert (maps - expected.maps).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", or_slow(MODELS, QUICK))
 def test_programs_give_the_logits_and_maps_of_the_model(name: str, exported: Callable[[str], Exported]) -> None:
     """In batches of any size, for both formats, and of all classes in one go what `localize` gives of each."""
     module, onnx_file, pt2 = exported(name)

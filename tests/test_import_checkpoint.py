@@ -226,7 +226,11 @@ def cut(path: Path, share: float) -> Path:
 @pytest.mark.parametrize(
     ("make", "method", "message"),
     [
-        (lambda folder: released("scm", folder), "cam", "method=cam: released files of ts_cam, scm, sat are read"),
+        (
+            lambda folder: released("scm", folder),
+            "cam",
+            "method=cam: released files of ts_cam, scm, sat, lctr are read",
+        ),
         (lambda folder: folder / "gone.pth", "sat", "source: there is no file 'gone.pth'"),
         (lambda folder: released("ts_cam", folder), "scm", "it has no diffusion blocks"),
         (

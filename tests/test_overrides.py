@@ -114,7 +114,7 @@ def test_settings_of_every_command_that_are_paths(composed: list[tuple[DictConfi
 
 def test_every_setting_that_is_a_text_is_known() -> None:
     """Settings of runs and of data sets whose type is text hold paths or names, or one word of a few."""
-    words = {"monitor", "host", "hosts", "device", "compile", "x"}
+    words = {"monitor", "host", "hosts", "device", "compile", "sort", "x"}
     hints = {name: str(hint) for name, hint in TYPES.items()}
     texts = {name for name, hint in hints.items() if "str" in hint.replace("typing.Literal", "")}
     assert texts - words <= PATHS | NAMES

@@ -1,16 +1,14 @@
 """Every command that the README and the pages tell is run: on small copies of the data sets, for a step.
 
-Of training and evaluating alike (of one method on one data set, say), the first is run, and the others' settings are
-composed and checked; the slow tests run all.
+Of training and evaluating on one kind of network, one is run, and the others' settings are composed and checked; the
+slow tests run all.
 
 Pages that go from start to end (predict, export, …) are followed as they stand, in test_docs.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -26,20 +24,22 @@ import timm
 import torch
 from omegaconf import DictConfig
 
-from tests.conftest import REPOSITORY, write_imagenet, write_listed
+from tests.conftest import CNN_METHODS, REPOSITORY, TOKEN_METHODS, write_imagenet, write_listed
 from tests.data.layouts import AIRCRAFT, CUB_CLASSES, write_aircraft, write_cub, write_imagenet_v2
 from tests.data.test_folder import write_folder
 from tests.data.test_pseudo_boxes import write_predictions
-from tests.fresh import FRESH, draw_no_report
+from tests.fresh import FRESH, exit_code, run_main
 from tests.test_docs import released_state
 from tests.test_sweep_report import add_job
 from wsolkit import load_config
 from wsolkit.checkpoint import read_checkpoint
+from wsolkit.settings import sweeper
 from wsolkit.settings.checks import check_config
 from wsolkit.settings.conf import given_overrides
 from wsolkit.settings.restore import restore
 from wsolkit.train import train
 
+CNN_PAGES = {"cnn.md", "rethinking_cam.md", "postprocess.md"}  # whose checkpoints are of CAM
 FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}
 
 # What makes a run small, and runs on this machine what the page runs on another. Behind what the page says.
@@ -87,19 +87,27 @@ COMMANDS = sorted(
 
 
 def kind(line: str) -> tuple[str, ...]:
-    """Commands of one kind do the same: by name, method, data set, and whether it is a sweep."""
+    """Commands of one kind do the same: by name, kind of network, and whether it is a sweep."""
     name, *arguments = line.removeprefix("python -m wsolkit.").split()
     if name not in ("train", "evaluate"):
         return (line,)  # these are quick
-    given = [word for word in arguments if word.startswith(("method=", "dataset=", "score_maps="))]
-    return (name, "sweep" if is_sweep(arguments) else "run", *sorted(given))
+    if is_sweep(arguments):
+        return (name, "sweep")
+    method = next((word.removeprefix("method=") for word in arguments if word.startswith("method=")), "sat")
+    network = "cnn" if method in CNN_METHODS else "tokens" if method in TOKEN_METHODS else "vit"
+    return (name, network, *(["score maps"] if "score_maps=" in line else []))
 
 
 def is_sweep(arguments: list[str]) -> bool:
     return "-m" in arguments or any(word.startswith("sweep=") for word in arguments)
 
 
-FIRST = {kind(line): (page, line) for page, line in reversed(COMMANDS)}
+def effort(command: tuple[str, str]) -> tuple[bool, bool]:
+    """Networks and data sets that a command names are larger than those that go with a method."""
+    return "backbone=" in command[1], "dataset=" in command[1]
+
+
+FIRST = {kind(line): (page, line) for page, line in sorted(COMMANDS, key=effort, reverse=True)}
 OTHERS = [command for command in COMMANDS if command not in FIRST.values()]
 
 
@@ -167,7 +175,7 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
     here = {
         "dataset.root": root,
         "backbone.weights": place / f"{model}.safetensors",
-        "checkpoint": place / ("cam" if page == "cnn.md" else "scm") / "checkpoints" / "best.ckpt",
+        "checkpoint": place / ("cam" if page in CNN_PAGES else "scm") / "checkpoints" / "best.ckpt",
         "score_maps": place / "maps",
         "source": place / ("best_loc.pth.tar" if name == "import_checkpoint" else "photos"),
         "dataset.cache": Path("cache"),
@@ -185,29 +193,30 @@ def filled_in(page: str, line: str, place: Path) -> tuple[str, list[str]]:
             arguments[index] = word.replace(",17]", ",1]")
         elif "," in value and not re.search(r"[\[{]", value) and "sweep=" not in word:
             arguments[index] = f"{setting}={value.split(',')[0]}"  # the first job of a sweep stands for all
-    if is_sweep(arguments):
-        arguments.append("hydra.sweeper.max_batch_size=1")  # no job after the first is composed; test_jobs does that
     if dataset in CLASSES:
         arguments += [f"dataset.num_classes={CLASSES[dataset]}", "dataset.expected=null"]
     if name == "train" and dataset and "backbone=" not in line:
-        arguments.append("backbone=deit_tiny")
+        arguments.append(f"backbone={smallest_backbone(line)}")
     return name, [*arguments, *SMALL.get(name, ())]
 
 
-def exit_code(module: str, arguments: list[str]) -> object:
-    sys.argv = [module, *arguments]
-    try:
-        importlib.import_module(module).main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+def smallest_backbone(line: str) -> str:
+    """A small backbone of the kind that the method of a command takes."""
+    method = re.search(r"\bmethod=(\w+)", line)
+    if method and method[1] in CNN_METHODS:
+        return "mobilenetv2"
+    return "tokens_micro" if method and method[1] in TOKEN_METHODS else "deit_tiny"
 
 
-def run_in(folder: Path, module: str, arguments: list[str]) -> None:
-    os.chdir(folder)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    draw_no_report()
-    sys.exit(exit_code(module, arguments))  # type: ignore[arg-type]
+@pytest.fixture(autouse=True)
+def _first_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps have their first job alone, and the others are not composed, which test_jobs does."""
+    split = sweeper._Sweeper.split_arguments
+
+    def first(overrides: list[object], size: int | None) -> list[list[list[str]]]:
+        return [batch[:1] for batch in split(overrides, None)]
+
+    monkeypatch.setattr(sweeper._Sweeper, "split_arguments", staticmethod(first))
 
 
 @pytest.mark.parametrize(("page", "line"), [*named(list(FIRST.values())), *named(OTHERS, pytest.mark.slow)])
@@ -216,7 +225,7 @@ def test_command_runs(page: str, line: str, place: Path, in_tmp: Path, monkeypat
 
     def run_first_job(module: str, overrides: list[str], flags: list[str], settings: object, folder: Path) -> None:
         job = [*flags, *overrides, "hydra.mode=RUN", f'hydra.run.dir="{folder}"']
-        process = FRESH.Process(target=run_in, args=(in_tmp, module, job))
+        process = FRESH.Process(target=run_main, args=(in_tmp, module, job))
         process.start()
         process.join()
         sys.exit(process.exitcode)  # the others are as good

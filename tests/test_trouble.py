@@ -38,12 +38,17 @@ def change_losses(monkeypatch: pytest.MonkeyPatch, change: Callable[[SAT, Traini
     monkeypatch.setattr(SAT, "losses", changed)
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The metrics of a run without trouble."""
+    return train(config(*SETTINGS), tmp_path_factory.mktemp("unbroken"))
+
+
 @pytest.mark.parametrize("every_n_steps", [1, 100])
 def test_loss_that_is_not_finite_stops_the_run(
-    every_n_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every_n_steps: int, expected: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it is seen at once or when a checkpoint is due: the checkpoint is from before, the images are named."""
-    expected = train(config(*SETTINGS), tmp_path / "unbroken")
     given: list[Tensor] = []
 
     def spoil(self: SAT, batch: TrainingBatch, loss: Tensor) -> Tensor:

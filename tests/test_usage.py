@@ -47,6 +47,7 @@ def test_command_lists_only_its_own_groups() -> None:
         "dataset",
         "method",
         "backbone",
+        "augment",
         "postprocess",
         "protocol",
     ]
@@ -54,11 +55,12 @@ def test_command_lists_only_its_own_groups() -> None:
 
 
 def test_help_says_defaults_choices_and_what_is_required() -> None:
-    text = usage(CONF, "predict", ("method", "backbone", "dataset"))
+    text = usage(CONF, "predict", ("method", "backbone", "augment", "dataset"))
     assert "  top_k=1                 The number of most probable classes to find in each image.\n" in text
     assert "  source                  An image, a folder with images at any depth, or a pattern. (required)\n" in text
-    assert "refinement of score maps, such as scg, which SPA brings along: none, scg,\n" in text
+    assert "refinement of score maps, such as scg, which SPA brings along: bagcams, none,\n" in text
     assert "resnet50" not in text
+    assert "cutmix" not in text
     assert "protocol=[maxboxacc, maxboxacc_v2]" in usage(CONF, "evaluate")
 
 

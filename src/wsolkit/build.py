@@ -50,7 +50,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
     ['red spots', 'green spots']
     """
     check_config(cfg)
-    mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
+    mean, std = normalization(cfg.backbone.get("model"), cfg.backbone.get("mean"), cfg.backbone.get("std"))
     node = arguments(cfg.dataset)
     known = inspect.signature(WSOLDataModule).parameters.keys() & node.keys()
     settings = {key: node[key] for key in known} | {"records": _indexed(cfg)}
@@ -68,6 +68,7 @@ def build_datamodule(cfg: DictConfig, model_classes: Sequence[str] | None = None
         seed=cfg.get("seed", 0),  # Commands that draw nothing have no seed.
         uncropped=any(rules.input != "resize" or rules.classification == "ten_crop" for rules in protocols),
         model_classes=model_classes,
+        pairs="method" in cfg and getattr(locate(cfg.method._target_, "method."), "pairs", False),
     )
     return datamodule
 
@@ -198,7 +199,7 @@ def build_model(cfg: DictConfig, class_names: list[str] | None = None) -> WSOLMo
     if class_names is None:
         known = None if cfg.dataset.classes else cfg.dataset.num_classes
         class_names = [str(label) for label in range(known)] if known else build_datamodule(cfg).class_names
-    mean, std = normalization(cfg.backbone.model, cfg.backbone.get("mean"), cfg.backbone.get("std"))
+    mean, std = normalization(cfg.backbone.get("model"), cfg.backbone.get("mean"), cfg.backbone.get("std"))
     method, backbone = locate(cfg.method._target_, "method."), locate(cfg.backbone._target_, "backbone.")
     _check_backbone(cfg, method, backbone)
     models, parts = _models(cfg, method)
@@ -278,7 +279,7 @@ def _check_backbone(cfg: DictConfig, method: type[WSOLModule], backbone: type) -
         choices = [
             path.stem
             for path in sorted((CONF / "backbone").glob("*.yaml"))
-            if str(OmegaConf.select(OmegaConf.load(path), "_target_")).rpartition(".")[2] == needed.__name__
+            if issubclass(locate(str(OmegaConf.select(OmegaConf.load(path), "_target_")), "backbone."), needed)
         ]
         raise ConfigError(
             f"method={cfg.method.name} needs a {needed.__name__}, and backbone={cfg.backbone.name} is a "

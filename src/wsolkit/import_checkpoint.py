@@ -1,7 +1,7 @@
 """python -m wsolkit.import_checkpoint source=FILE method=sat: turn a paper's released file into a wsolkit checkpoint.
 
-It reads files of TS-CAM, SCM and SAT, as their training leaves them, or the state dict alone. It runs no code in them,
-see `wsolkit.interop.foreign`.
+It reads files of TS-CAM, SCM, SAT and LCTR, as their training leaves them, or the state dict alone. It runs no code in
+them, see `wsolkit.interop.foreign`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from wsolkit.interop.foreign import Foreign
 
 
-METHODS = ("ts_cam", "scm", "sat")
+METHODS = ("ts_cam", "scm", "sat", "lctr")
+# Those whose papers have their own rules of evaluation here.
+_PROTOCOLS = ("ts_cam", "scm", "sat")
 
 
 @dataclass
@@ -110,9 +112,9 @@ def thresholds(found: Foreign, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the command, with the protocol named like the method before the user's settings."""
+    """Run the command, with the protocol of the method's paper, if there is one, before the user's settings."""
     method = [argument.removeprefix("method=") for argument in sys.argv[1:] if argument.startswith("method=")]
-    if method and method[-1] in METHODS:
+    if method and method[-1] in _PROTOCOLS:
         sys.argv.insert(1, f"protocol=[{method[-1]}]")
     run_command("import_checkpoint", import_checkpoint)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from wsolkit.errors import ConfigError
 from wsolkit.methods.cutmix import CutMix
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in TOKEN_METHODS])
+# CutMix's recipe has settings for its own transform, which HaS does not take.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*TOKEN_METHODS, "cutmix")])
 def test_every_method_trains_on_changed_images(method: str) -> None:
     module = build(method, "augment=has", "augment.cells=[8]").train()
     seen: list[Any] = []
@@ -45,9 +47,11 @@ def test_classification_is_mixed_in_every_method(method: str) -> None:
     module = build(method, "backbone.batch_norm=frozen" if method in CNN_METHODS else "backbone.drop_path_rate=0")
     module.train()
     given = batch()
+    before = copy.deepcopy(module.state_dict())  # Some methods remember what they have seen.
 
     def loss(**pasted: Any) -> float:
         torch.manual_seed(1)
+        module.load_state_dict(before)
         return module.losses({**given, **pasted})["loss"].item()  # type: ignore[typeddict-item]
 
     pasted_label = given["label"].flip(0)

@@ -63,8 +63,8 @@ def test_losses_by_hand() -> None:
 
 
 def test_masking_values_equals_masking_columns_of_attention() -> None:
-    network = build("method.num_blocks=1").network
-    block: Any = network.backbone.blocks[0].eval()
+    network: Any = build("method.num_blocks=1").network
+    block = network.backbone.blocks[0].eval()
     x = torch.randn(2, 66, 128)
     attention: Any = block.attn
     qkv = attention.qkv(block.norm1(x)).reshape(2, 66, 3, 4, 32).permute(2, 0, 3, 1, 4)
@@ -74,7 +74,7 @@ def test_masking_values_equals_masking_columns_of_attention() -> None:
         ("after", scores.softmax(-1) * mask[:, None, None]),
         ("before", (scores * mask[:, None, None]).softmax(-1)),
     ):
-        network.mask_position = position  # type: ignore[assignment]
+        network.mask_position = position
         query, key, value = network._gate(scores[:, :, -1], *qkv.unbind(0))
         fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         assert torch.allclose(fused, weights @ qkv[2], atol=1e-5)

@@ -111,12 +111,12 @@ def load(network: nn.Module, state: Mapping[str, Tensor], classifier: str, sourc
 
 
 def normalization(
-    model: str, mean: Sequence[float] | None, std: Sequence[float] | None
+    model: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of the network's input, for values in [0, 1].
 
     Args:
-        model: timm's name.
+        model: timm's name, or None for a network that timm does not have.
         mean, std: of red, green and blue. None takes the values with which timm's weights of this model were trained.
 
     Raises:
@@ -133,6 +133,8 @@ def normalization(
             )
     if mean is not None and std is not None:
         return tuple(mean), tuple(std)
+    if model is None:
+        raise ConfigError("backbone.mean and backbone.std: expected three numbers each, since timm has no such network")
     pretrained = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     if pretrained is None:
         raise ConfigError(f"timm has no model '{model}' with pretrained weights; similar names: {_similar(model)}")

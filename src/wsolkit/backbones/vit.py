@@ -7,7 +7,7 @@ matrix, except where plain attention is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -18,11 +18,9 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 from wsolkit.backbones.pretrained import create, load
+from wsolkit.backbones.transformer import Features, Gate, Read, Transformer, append_token
 from wsolkit.backbones.weights import StateDict, load_weights
 from wsolkit.errors import ConfigError
-
-Gate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(row, q, k, v) → (q, k, v): how a method changes attention once it knows a token's row of scores."""
 
 
 def token_scores(query: Tensor, key: Tensor, scale: float, token: int) -> Tensor:
@@ -120,13 +118,22 @@ def block_with_scores(block: Block, x: Tensor, token: int, gate: Gate | None = N
     return _add(block, x, update), row
 
 
+def read_block(block: Block, x: Tensor, read: Read | None, rows: list[Tensor]) -> Tensor:
+    """Run one pre-norm transformer block on tokens [B, N, D]. If it is read, append the row of scores to `rows`."""
+    if read is None:
+        return run_block(block, x)
+    x, row = block_with_scores(block, x, read.token, read.gate)
+    rows.append(row)
+    return x
+
+
 def _add(block: Block, x: Tensor, update: Tensor) -> Tensor:
     """Add the attention's update to the tokens, and then that of the MLP."""
     x = x + block.drop_path1(block.ls1(update))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 
-class ViT(nn.Module):
+class ViT(Transformer):
     """A timm vision transformer without its classifier.
 
     Args:
@@ -140,7 +147,7 @@ class ViT(nn.Module):
         options: further arguments of timm's model, for example depth, embed_dim, num_heads, patch_size.
 
     Attributes:
-        classifier_bias: the bias [classes] of the classifier in the weights, or None.
+        network: timm's network.
 
     Raises:
         ConfigError: timm has no such model, it is not a plain ViT with a class token, or sizes do not fit.
@@ -183,35 +190,33 @@ class ViT(nn.Module):
         """Return the number of transformer blocks."""
         return len(self.blocks)
 
+    @property
+    def class_token(self) -> nn.Parameter:
+        """Return the class token [1, 1, D]."""
+        token: nn.Parameter = self.network.cls_token
+        return token
+
+    def features(self, image: Tensor, reads: Mapping[int, Read], extra: Tensor | None = None) -> Features:
+        """Run all blocks, see `Transformer.features`."""
+        tokens = append_token(self.embed(image), extra)
+        rows: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            tokens = read_block(block, tokens, reads.get(index), rows)
+        return Features(tokens, rows, branch=None)
+
     def embed(self, image: Tensor) -> Tensor:
         """Turn an image [B, 3, H, W] into tokens [B, 1 + N, D] before the first block: class token, then patches.
 
         Raises:
             ConfigError: the patch size does not divide the image.
         """
-        height, width = image.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ConfigError(
-                f"images of {width}×{height} pixels do not divide into patches of {self.patch_size}: "
-                f"use multiples of {self.patch_size}"
-            )
+        self.check_size(image)
         tokens = self.network._pos_embed(self.network.patch_embed(image))
         return self.network.norm_pre(self.network.patch_drop(tokens))  # type: ignore[no-any-return]
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Apply the final LayerNorm."""
         return self.network.norm(tokens)  # type: ignore[no-any-return]
-
-    def patches(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Take the patch tokens out of [B, ≥ 1 + N, D], in the layout of the image: [B, D, H/p, W/p]."""
-        return self.grid(tokens, image).permute(0, 3, 1, 2)
-
-    def grid(self, row: Tensor, image: Tensor) -> Tensor:
-        """Take the patch entries out of [B, ≥ 1 + N, …], in the layout of the image: [B, H/p, W/p, …]."""
-        height, width = (side // self.patch_size for side in image.shape[-2:])
-        # Always shape[0] and not len(), which would fix the batch size of exported programs.
-        patches = row[:, self.num_prefix_tokens : self.num_prefix_tokens + height * width]
-        return patches.reshape(row.shape[0], height, width, *row.shape[2:])  # [B, N, …] → [B, H, W, …]
 
 
 def load_timm_weights(network: VisionTransformer, state: StateDict, source: str) -> Tensor | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader
@@ -67,6 +68,7 @@ class WSOLDataModule(LightningDataModule):
         uncropped: whether evaluation batches also have the images scaled to `resize`, for protocols that crop them.
         model_classes: the names of a model's classes by label. The evaluated images then have its labels. None takes
             the labels of the training images.
+        pairs: whether training batches hold pairs of images of one class side by side, see `GlobalBatches`.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class WSOLDataModule(LightningDataModule):
         cache: str | None,
         uncropped: bool,
         model_classes: Sequence[str] | None,
+        pairs: bool,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -121,6 +124,7 @@ class WSOLDataModule(LightningDataModule):
         self.cache = cache
         self.uncropped = uncropped
         self.model_classes = model_classes
+        self.pairs = pairs
         self._datasets: dict[Split, WSOLDataset] = {}
         self._training: TrainingLoader | None = None
         self._position: Place | None = None
@@ -215,8 +219,8 @@ class WSOLDataModule(LightningDataModule):
                     f"the {split} split has {count} images, and this run has {processes} processes, each of which "
                     f"needs one: set trainer.devices to {count} at most"
                 )
-        images = min(self.batch_size // trainer.accumulate_grad_batches, len(self.dataset("train")))
-        batches = _limited(trainer.limit_train_batches, len(self.dataset("train")) // max(images, 1))
+        self._check_batch(processes, trainer.accumulate_grad_batches)
+        batches = _limited(trainer.limit_train_batches, len(self._batches(trainer.accumulate_grad_batches)))
         taken = {"train": batches}
         for split, limit in (("val", trainer.limit_val_batches), ("test", trainer.limit_test_batches)):
             there = -(-len(self.dataset(split)) // (self.eval_batch_size * processes))  # type: ignore[arg-type]
@@ -245,13 +249,9 @@ class WSOLDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Load the training images."""
         rank, world_size, accumulate = self._share_of_process()
-        if self.batch_size % (world_size * accumulate):
-            raise ConfigError(
-                f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
-                f"{world_size} devices × {accumulate} accumulated batches"
-            )
+        self._check_batch(world_size, accumulate)
         dataset = self._loaded("train")
-        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, rank, world_size)
+        batches = self._batches(accumulate, rank, world_size)
         limit = _limited(None if self.trainer is None else self.trainer.limit_train_batches, len(batches))
         self._training = TrainingLoader(
             dataset, batches, limit, accumulate, self._ended, **self.loader_options(dataset)
@@ -259,6 +259,25 @@ class WSOLDataModule(LightningDataModule):
         if self._position is not None:
             self._training.load_state_dict(self._position)
         return self._training
+
+    def _check_batch(self, world_size: int, accumulate: int) -> None:
+        """Check that a global batch can be divided among processes and accumulated batches.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self.batch_size % (world_size * accumulate * (2 if self.pairs else 1)):
+            raise ConfigError(
+                f"dataset.batch_size={self.batch_size} is the global batch: it must be a multiple of "
+                f"{world_size} devices × {accumulate} accumulated batches"
+                + (" × 2, since this method trains on pairs of images of one class" if self.pairs else "")
+            )
+
+    def _batches(self, accumulate: int, rank: int = 0, world_size: int = 1) -> GlobalBatches:
+        """Return the training batches of a process."""
+        labels = self.dataset("train").records.labels
+        pairs = np.asarray(labels, np.int64) if self.pairs else None
+        return GlobalBatches(len(labels), self.batch_size // accumulate, self.seed, rank, world_size, pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is in the training images.
@@ -309,8 +328,7 @@ class WSOLDataModule(LightningDataModule):
     def training_images(self, epoch: int, batch: int) -> list[str]:
         """Return the names of the images of a training batch, over all processes."""
         dataset = self.dataset("train")
-        accumulate = self._share_of_process()[2]
-        batches = GlobalBatches(len(dataset), self.batch_size // accumulate, self.seed, 0, 1)
+        batches = self._batches(self._share_of_process()[2])
         batches.epoch, batches.skip = epoch, batch
         return [dataset.records.name(index) for _, index in next(iter(batches))]
 

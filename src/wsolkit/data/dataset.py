@@ -259,6 +259,8 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         batch_size: the images per forward pass, over all processes.
         seed: the seed of the permutations.
         rank, world_size: the number of this process, and of all processes.
+        pairs: the labels of the images, if batches hold pairs of images of one class, see `pairs_of_classes`. The
+            images 2k and 2k + 1 of a process's batch are then a pair. None takes the images one by one.
 
     Attributes:
         epoch: the number of the next epoch.
@@ -266,26 +268,67 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             interruption.
 
     Raises:
-        DataError: there are fewer images than processes.
+        DataError: there are fewer images than processes, or fewer pairs.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        size = min(batch_size, length) // world_size * world_size
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pairs: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self._group, self._pairs, self._seen = 1, pairs, length
+        if pairs is not None:
+            self._group, self._seen = 2, 2 * int(np.ceil(np.unique(pairs, return_counts=True)[1] / 2).sum())
+        unit = world_size * self._group
+        size = min(batch_size, self._seen) // unit * unit
         if size == 0:
-            raise DataError(f"{length} training images cannot be spread over {world_size} processes: use fewer devices")
+            what = "images" if pairs is None else "images, in pairs of one class,"
+            raise DataError(f"{length} training {what} cannot be spread over {world_size} processes: use fewer devices")
         self.length, self.size, self.seed, self.rank, self.world_size = length, size, seed, rank, world_size
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
-        return self.length // self.size
+        return self._seen // self.size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, skip = self.epoch, self.skip
         self.epoch, self.skip = epoch + 1, 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-        for start in range(skip * self.size, len(self) * self.size, self.size):
-            part = order[start + self.rank : start + self.size : self.world_size]
-            yield [(epoch, index) for index in part.tolist()]
+        draws = np.random.default_rng([self.seed, epoch])
+        order = draws.permutation(self.length) if self._pairs is None else pairs_of_classes(self._pairs, draws)
+        groups, count = order.reshape(-1, self._group), self.size // self._group
+        for start in range(skip * count, len(self) * count, count):
+            part = groups[start + self.rank : start + count : self.world_size]
+            yield [(epoch, index) for index in part.ravel().tolist()]
+
+
+def pairs_of_classes(labels: npt.NDArray[np.int64], draws: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Pair each image with another one of its class, at random.
+
+    Each image is in one pair. If a class has an odd number of images, one of them is in two pairs. A class of one image
+    makes a pair of this image twice.
+
+    Args:
+        labels: the labels of the images [n].
+        draws: draws the pairs and their order.
+
+    Returns:
+        the indices of pairs [m, 2], in a random order.
+
+    >>> import numpy as np
+    >>> from wsolkit.data.dataset import pairs_of_classes
+    >>> pairs_of_classes(np.array([0, 1, 0]), np.random.default_rng(0)).tolist()
+    [[1, 1], [0, 2]]
+    """
+    order = draws.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, and at random within each
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    odd = counts % 2 == 1
+    pairs: npt.NDArray[np.int64] = np.insert(order, (starts + counts)[odd], order[starts[odd]]).reshape(-1, 2)
+    return pairs[draws.permutation(len(pairs))]
 
 
 class Place(TypedDict, total=False):

@@ -10,26 +10,58 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from wsolkit.backbones.conformer import conformer_sizes
+from wsolkit.backbones.weights import StateDict
 from wsolkit.build import attach_training, build_model
 from wsolkit.errors import CheckpointError
 from wsolkit.methods.base import WSOLModule
 from wsolkit.settings.compose import load_config
 
-# These entries of released state dicts have other names here. All other entries belong to timm's DeiT.
-_NAMES = {
-    r"head\.(weight|bias)": r"network.head.\1",
+# How entries of released state dicts are called here, as patterns and replacements. The first one that matches counts.
+# All entries that belong to no method or head belong to the backbone.
+_METHODS = {
     r"loc_token": r"network.spatial_token",
     r"loc_embed": r"network.spatial_embed",
     r"layers\.(\d+)\.thred": r"calibration.blocks.\1.threshold",
     r"layers\.(\d+)\.fuse\._loss_rate": r"calibration.blocks.\1.semantic_weight",
+}
+_DEIT = {**_METHODS, r"head\.(weight|bias)": r"network.head.\1", r"(.*)": r"network.backbone.network.\1"}
+_LCTR = {
+    r"conv3x3\.(.*)": r"network.context.\1",
+    r"CDM\.(weight|bias)": r"network.classifier.\1",
+    r"CDM\._routing_fn_two\.fc\.(.*)": r"network.classifier.mean_route.\1",
+    r"CDM\._routing_fn_two\.fc2\.(.*)": r"network.classifier.maximum_route.\1",
     r"(.*)": r"network.backbone.network.\1",
 }
-_RELEASED = {
-    r"network\.head\.(.*)": r"head.\1",
+_CONFORMER = {
+    **_METHODS,
+    r"trans_cls_head\.(weight|bias)": r"network.head.\1",
+    r"conv_cls_head\.(weight|bias)": r"network.branch_head.\1",
+    r"(.*)": r"network.backbone.\1",
+}
+# The other way round, for messages.
+_RELEASED_METHODS = {
     r"network\.spatial_(.*)": r"loc_\1",
     r"calibration\.blocks\.(\d+)\.threshold": r"layers.\1.thred",
     r"calibration\.blocks\.(\d+)\.semantic_weight": r"layers.\1.fuse._loss_rate",
+}
+_RELEASED_DEIT = {
+    **_RELEASED_METHODS,
+    r"network\.head\.(.*)": r"head.\1",
     r"(?:network\.backbone\.network\.)?(.*)": r"\1",
+}
+_RELEASED_LCTR = {
+    r"network\.context\.(.*)": r"conv3x3.\1",
+    r"network\.classifier\.(weight|bias)": r"CDM.\1",
+    r"network\.classifier\.mean_route\.(.*)": r"CDM._routing_fn_two.fc.\1",
+    r"network\.classifier\.maximum_route\.(.*)": r"CDM._routing_fn_two.fc2.\1",
+    r"(?:network\.backbone\.network\.)?(.*)": r"\1",
+}
+_RELEASED_CONFORMER = {
+    **_RELEASED_METHODS,
+    r"network\.head\.(.*)": r"trans_cls_head.\1",
+    r"network\.branch_head\.(.*)": r"conv_cls_head.\1",
+    r"(?:network\.backbone\.)?(.*)": r"\1",
 }
 # SAT's fixed filter is a setting here.
 _IGNORED = {"weight"}
@@ -38,14 +70,15 @@ _DEITS = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}
 
 
 def from_official(
-    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat"], num_heads: int | None = None
+    state_dict: Mapping[str, Tensor], method: Literal["ts_cam", "scm", "sat", "lctr"], num_heads: int | None = None
 ) -> WSOLModule:
-    """Build a module from the state dict of a paper's released model. The tensors determine the sizes.
+    """Build a module from the state dict of a paper's released model. The tensors determine backbone and sizes.
 
     Args:
         state_dict: the released entries, with or without a "module." prefix.
         method: the method of the model.
-        num_heads: the number of attention heads. None takes as many as DeiT has at that width, one per 64 channels.
+        num_heads: the number of attention heads. None takes one per 64 channels, as DeiT and
+            Conformer have.
 
     Returns:
         the module in evaluation mode, without stochastic depth. Other settings come from `conf/method`.
@@ -65,49 +98,80 @@ def from_official(
 
 
 def fitted(cfg: DictConfig, state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> DictConfig:
-    """Return the settings of a method on DeiT with the sizes in the state dict of a released model.
+    """Return the settings of a method on DeiT or Conformer with the sizes in the state dict of a released model.
 
     Raises:
         CheckpointError: the state dict does not belong to the method's released model.
     """
     method = cfg.method.name
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    cfg = cfg.copy()
     try:
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-        num_classes = state["head.weight"].shape[0]
-        mlp_ratio = state["blocks.0.mlp.fc1.bias"].numel() / embed_dim
+        settings, sizes = (_conformer_settings if _is_conformer(state) else _deit_settings)(state)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"not a released {method} model: entry {error} is missing. It has {', '.join(sorted(state)[:4])}, …"
         ) from error
-    num_heads = num_heads or embed_dim // 64
-    if num_heads == 0 or embed_dim % num_heads:
-        raise CheckpointError(f"{num_heads} attention heads do not divide a width of {embed_dim}: give num_heads=…")
-    options = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
-    settings: dict[str, Any] = {
-        "backbone.pretrained": False,
-        "backbone.drop_path_rate": 0.0,
-        "backbone.options": options | {"num_heads": num_heads, "mlp_ratio": mlp_ratio},
-        "dataset.image_size": grid * patch_size,
-        "dataset.num_classes": num_classes,
-    }
-    if embed_dim in _DEITS:
-        settings |= {"backbone.name": _DEITS[embed_dim]}
-        settings |= {"backbone.model": f"{_DEITS[embed_dim]}_patch16_224.fb_in1k"}
+    num_heads = num_heads or sizes["embed_dim"] // 64
+    if num_heads == 0 or sizes["embed_dim"] % num_heads:
+        raise CheckpointError(
+            f"{num_heads} attention heads do not divide a width of {sizes['embed_dim']}: give num_heads=…"
+        )
+    sizes |= {"num_heads": num_heads}
+    if _is_conformer(state):
+        cfg.backbone = _published_conformer(sizes)
+        settings |= {f"backbone.{name}": value for name, value in sizes.items()}
+    else:
+        settings |= {"backbone.options": sizes}
+    settings |= {"backbone.pretrained": False, "backbone.drop_path_rate": 0.0}
     if method == "scm":
         num_blocks = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         if not num_blocks:
             raise CheckpointError(
                 "not a released scm model: it has no diffusion blocks (entry layers.0.thred). Is it a ts_cam model?"
             )
-        # The released model has 16 iterations in the first block, and 4 in the others.
-        settings |= {"method.num_blocks": num_blocks, "method.iterations": ([16] + [4] * num_blocks)[:num_blocks]}
-    cfg = cfg.copy()
+        # The released DeiT has 16 iterations in the first block and 4 in the others, and the Conformer has 4 in all.
+        first = 4 if _is_conformer(state) else 16
+        settings |= {"method.num_blocks": num_blocks, "method.iterations": ([first] + [4] * num_blocks)[:num_blocks]}
     for name, value in settings.items():
         OmegaConf.update(cfg, name, value, merge=False)
     return cfg
+
+
+def _is_conformer(state: StateDict) -> bool:
+    return "trans_patch_conv.weight" in state
+
+
+def _conformer_settings(state: StateDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings that the state dict of a Conformer determines, and its sizes."""
+    # The state dict does not have the size of the images. All released models were trained at 224 pixels.
+    settings = {"dataset.image_size": 224, "dataset.num_classes": len(state["trans_cls_head.weight"])}
+    return settings, conformer_sizes(state)
+
+
+def _published_conformer(sizes: Mapping[str, Any]) -> DictConfig:
+    """Return the settings of the published Conformer of some sizes, or of Conformer-S if there is none."""
+    known: list[DictConfig] = [load_config(f"backbone=conformer_{name}").backbone for name in ("small", "tiny", "base")]
+    return next((node for node in known if all(node[size] == value for size, value in sizes.items())), known[0])
+
+
+def _deit_settings(state: StateDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings that the state dict of a DeiT determines, and its sizes in timm's names."""
+    embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    sizes = {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "mlp_ratio": state["blocks.0.mlp.fc1.bias"].numel() / embed_dim,
+    }
+    settings: dict[str, Any] = {
+        "dataset.image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
+        "dataset.num_classes": state["CDM.bias" if "CDM.bias" in state else "head.weight"].shape[0],
+    }
+    if embed_dim in _DEITS:
+        settings |= {"backbone.name": _DEITS[embed_dim]}
+        settings |= {"backbone.model": f"{_DEITS[embed_dim]}_patch16_224.fb_in1k"}
+    return settings, sizes
 
 
 def build_official(
@@ -120,14 +184,21 @@ def build_official(
     """
     module = build_model(cfg, class_names)
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    names = {_own_name(name): name for name in state if name not in _IGNORED}
+    if _is_conformer(state):
+        own_names, released_names = _CONFORMER, _RELEASED_CONFORMER
+    elif cfg.method.name == "lctr":
+        own_names, released_names = _LCTR, _RELEASED_LCTR
+    else:
+        own_names, released_names = _DEIT, _RELEASED_DEIT
+    names = {_renamed(name, own_names): name for name in state if name not in _IGNORED}
     try:
         missing, unknown = module.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"not a released {cfg.method.name} model: {error}") from error
     if missing or unknown:
         raise CheckpointError(
-            f"not a released {cfg.method.name} model: entries missing: {_listed(map(_released_name, missing))}; "
+            f"not a released {cfg.method.name} model: "
+            f"entries missing: {_listed(_renamed(own, released_names) for own in missing)}; "
             f"entries unknown: {_listed(names[own] for own in unknown)}"
         )
     return module.eval()
@@ -138,9 +209,5 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "") if found else "none"
 
 
-def _released_name(own: str) -> str:
-    return next(match.expand(name) for pattern, name in _RELEASED.items() if (match := re.fullmatch(pattern, own)))
-
-
-def _own_name(name: str) -> str:
-    return next(match.expand(own) for pattern, own in _NAMES.items() if (match := re.fullmatch(pattern, name)))
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    return next(match.expand(new) for old, new in patterns.items() if (match := re.fullmatch(old, name)))

@@ -54,13 +54,16 @@ def trace(module: WSOLModule, image_size: int) -> ExportedProgram:
             "postprocess=none"
         )
     model = _AllMaps(copy.deepcopy(module).eval())
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            layer.num_batches_tracked = None  # Only training counts.
     program = _trace(model, image_size)
     unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
-    for spec in program.graph_signature.input_specs:
-        if spec.arg.name in unread and spec.target is not None:  # SCM's blocks are an example.
-            owner, _, name = spec.target.rpartition(".")
-            delattr(model.get_submodule(owner), name)
-    return _trace(model, image_size)
+    targets = [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in unread and spec.target]
+    for target in targets:  # SCM's blocks are an example.
+        owner, _, name = target.rpartition(".")
+        delattr(model.get_submodule(owner), name)
+    return _trace(model, image_size) if targets else program
 
 
 def _trace(model: nn.Module, image_size: int) -> ExportedProgram:

@@ -57,6 +57,9 @@ class WSOLModule(LightningModule, ABC):
     Their values then fall into two groups, between which a threshold can be chosen without boxes.
     """
 
+    pairs: ClassVar[bool] = False
+    """Whether the images 2k and 2k + 1 of a training batch must have the same class."""
+
     model_settings: ClassVar[Sequence[str]] = ()
     """The settings that name checkpoints whose models become parts of the module, and come in its argument `models`."""
 

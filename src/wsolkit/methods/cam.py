@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypedDict, cast
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ class CAMNetwork(Network):
             `postprocess` needs.
     """
 
-    passes = ("features", "features_and_stages", "features_and_changed")
+    passes: ClassVar[tuple[str, ...]] = ("features", "features_and_stages", "features_and_changed")
 
     def __init__(
         self,

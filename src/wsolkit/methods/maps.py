@@ -25,6 +25,18 @@ def select_maps(maps: Tensor, classes: Tensor | None) -> Tensor:
     return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
 
 
+def class_logits(semantic: Tensor, classifier: nn.Linear | None, branch: Tensor | None) -> Tensor:
+    """Add the logits of a backbone's second branch to the spatial mean of semantic maps: logits [B, C], float32.
+
+    Args:
+        semantic: semantic maps [B, C, h, w].
+        classifier: the classifier of the second branch, or None if the backbone has none.
+        branch: the pooled feature [B, E] of that branch, or None.
+    """
+    logits = semantic.float().mean(dim=(2, 3))
+    return logits if classifier is None or branch is None else logits + classifier(branch).float()
+
+
 def semantic_head(embed_dim: int, num_classes: int, init: Literal["default", "he"]) -> nn.Conv2d:
     """Make the transformer methods' classifier, which maps patch tokens [B, D, H, W] to semantic maps [B, C, H, W].
 

@@ -12,6 +12,10 @@ attention kernel can therefore be used, and no N×N matrix is stored.
 Loss = cross-entropy + batch area loss |mean over the batch of M − λ| (Eqn. 7) + normalization loss, the mean of
 M*(1 − M*), where M* is M smoothed by a 3×3 filter (Eqn. 8).
 
+Table 6 has SAT on a Conformer, and neither the paper nor released code says how. Chosen here: the spatial token follows
+the patches, and takes the same part as the class token in every exchange with the convolutional branch. The logits
+include those of that branch's classifier, as in TS-CAM.
+
 The released code differs from the paper in two points:
 - The paper's filter is "a Gaussian with standard deviation 6". The released kernel is far narrower, with 0.805 at its
   centre. `filter="released"` is that kernel, and `filter="gaussian"` follows the paper with `filter_sigma`.
@@ -26,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wsolkit.backbones.vit import ViT, block_with_scores, run_block
+from wsolkit.backbones.transformer import Read, Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.classification import classification_loss
@@ -38,7 +42,7 @@ from wsolkit.methods.map_losses import (
     normalization_loss,
     smoothing_kernel,
 )
-from wsolkit.methods.maps import choose_classes, semantic_head
+from wsolkit.methods.maps import choose_classes, class_logits, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -76,7 +80,7 @@ class SATNetwork(Network):
     """A backbone with a spatial token and a head.
 
     Args:
-        backbone: a vision transformer.
+        backbone: a vision transformer or a Conformer.
         num_classes: the number of classes.
         num_blocks: the number of spatial blocks, see `spatial_blocks`.
         mask_position: whether the mask weighs attention "after" softmax (the method) or scores "before" it (Table 10).
@@ -89,7 +93,7 @@ class SATNetwork(Network):
 
     def __init__(
         self,
-        backbone: ViT,
+        backbone: Transformer,
         num_classes: int,
         num_blocks: int,
         mask_position: Literal["after", "before"],
@@ -100,7 +104,7 @@ class SATNetwork(Network):
         self.backbone = backbone
         self.spatial = spatial_blocks(backbone.depth, num_blocks)
         self.mask_position = mask_position
-        class_token = backbone.network.cls_token
+        class_token = backbone.class_token
         self.spatial_token = class_token if token_init == "shared" else nn.Parameter(torch.zeros_like(class_token))
         self.spatial_embed = nn.Parameter(torch.zeros_like(class_token))
         nn.init.trunc_normal_(self.spatial_embed, std=0.02)
@@ -109,6 +113,7 @@ class SATNetwork(Network):
         elif token_init == "class":
             self.spatial_token.data.copy_(class_token.data)
         self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
+        self.branch_head = backbone.branch_classifier(num_classes)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B, C] and the localization map [B, h, w] in [0, 1], float32, from an image [B, 3, H, W]."""
@@ -116,20 +121,13 @@ class SATNetwork(Network):
 
     def with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute what `forward` does, and the patch tokens [B, D, h, w] before the final LayerNorm."""
-        tokens = self.backbone.embed(image)
-        spatial = (self.spatial_token + self.spatial_embed).expand(tokens.shape[0], -1, -1)
-        tokens = torch.cat([tokens, spatial.to(tokens.dtype)], dim=1)  # [B, 1 + N, D] → [B, 1 + N + 1, D]
-        masks = []
-        for index, block in enumerate(self.backbone.blocks):
-            if index in self.spatial:
-                tokens, scores = block_with_scores(block, tokens, token=-1, gate=self._gate)
-                masks.append(mask_probabilities(scores))
-            else:
-                tokens = run_block(block, tokens)
-        semantic = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
-        logits = semantic.float().mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+        reads = dict.fromkeys(self.spatial, Read(token=-1, gate=self._gate))
+        found = self.backbone.features(image, reads, extra=self.spatial_token + self.spatial_embed)
+        semantic = self.head(self.backbone.patches(self.backbone.norm(found.tokens), image))
+        logits = class_logits(semantic, self.branch_head, found.branch)
+        masks = [mask_probabilities(scores) for scores in found.rows]
         maps = self.backbone.grid(torch.stack(masks).mean(dim=0), image)
-        return logits, maps, self.backbone.patches(tokens, image)
+        return logits, maps, self.backbone.patches(found.tokens, image)
 
     def _gate(self, scores: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = mask_probabilities(scores)[:, None, :, None].to(value.dtype)  # [B, N + 2] → [B, 1, N + 2, 1]
@@ -160,7 +158,7 @@ class SAT(WSOLModule):
 
     def __init__(
         self,
-        backbone: ViT,
+        backbone: Transformer,
         num_classes: int,
         num_blocks: int,
         mask_position: Literal["after", "before"],

@@ -26,7 +26,7 @@ positive number. The cosine similarity does not change with this scale. E is the
 = S⁰ ⊙ Π_l (1 + F'^l).
 
 The released code differs from the paper in three points. The defaults or the recipes follow the released code:
-- p is 16 in the first block and 4 in the others. The paper says 4 everywhere.
+- p is 16 in the first block and 4 in the others. The paper says 4 everywhere. Released code has it on a Conformer.
 - X₀ is a constant for the gradient (`detach_initial`). At p = 4, this makes the gradients of λ and S about ten times
   smaller.
 - The supplement writes 1 − λE. The sign of M carries over to F', and this code uses the released sign.
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsolkit.backbones.vit import ViT
+from wsolkit.backbones.transformer import Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.localization.maps import min_max
 from wsolkit.methods.base import WSOLModule
@@ -472,7 +472,7 @@ class SCM(WSOLModule):
 
     def __init__(
         self,
-        backbone: ViT,
+        backbone: Transformer,
         num_classes: int,
         num_blocks: int,
         iterations: int | Sequence[int],
@@ -504,14 +504,14 @@ class SCM(WSOLModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [B, C] of a normalised image [B, 3, H, W], without calibration."""
-        semantic: Tensor = self.network(image)
-        return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+        logits: Tensor = self.network(image)
+        return logits
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy of the calibrated maps, and λ and β of each block, to watch."""
-        semantic, attention = self.network.with_attention(batch["image"])
+        semantic, attention, _, branch = self.network.with_tokens(batch["image"])
         semantic, _ = self.calibration(semantic, min_max(attention))
-        losses = {"loss": classification_loss(semantic.mean(dim=(2, 3)), batch)}
+        losses = {"loss": classification_loss(self.network.classify(semantic, branch), batch)}
         for level, block in enumerate(self.calibration.blocks, start=1):
             losses[f"semantic_weight_{level}"] = block.semantic_weight[0]
             losses[f"threshold_{level}"] = block.threshold[0]
@@ -520,9 +520,9 @@ class SCM(WSOLModule):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """Localize as `WSOLModule.localize` says, with one map per class."""
-        semantic, attention, tokens = self.network.with_tokens(image)
+        semantic, attention, tokens, branch = self.network.with_tokens(image)
         attention = min_max(attention)
-        logits = semantic.mean(dim=(2, 3))
+        logits = self.network.classify(semantic, branch)
         if self.semantic_level or self.attention_level:
             states = list(self.calibration.states(semantic, attention))
             semantic = semantic * states[self.semantic_level][0][:, None]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsolkit.backbones.tokens import TokenBackbone
-from wsolkit.backbones.vit import ViT
+from wsolkit.backbones.transformer import Transformer
 from wsolkit.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ class SimilarityWalk:
     """
 
     networks: ClassVar[str] = "vision transformers"
-    backbones: ClassVar[tuple[type[nn.Module], ...]] = (ViT, TokenBackbone)
+    backbones: ClassVar[tuple[type[nn.Module], ...]] = (Transformer, TokenBackbone)
 
     temperature: float
     steps: int

@@ -5,6 +5,9 @@ gives the logits (Eqn. 5, 6). The softmax attention of the class token over the 
 summed over all blocks, gives a class-agnostic attention map A [B, H, W] (Eqn. 3, 4). The score map of class c is A ·
 S_c (Eqn. 7).
 
+On a Conformer, S comes from the tokens after `trans_norm`, A from all twelve blocks, and the classifier of the
+convolutional branch stays. The logits are then the spatial average of S plus that classifier's logits (released code).
+
 The paper averages A over the blocks, and the released code sums. Both are the same after min-max normalisation, which
 every evaluation applies. This code sums.
 """
@@ -12,16 +15,16 @@ every evaluation applies. This code sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wsolkit.backbones.vit import ViT, block_with_scores, run_block
+from wsolkit.backbones.transformer import Read, Transformer
 from wsolkit.errors import ConfigError
 from wsolkit.methods.base import Network, WSOLModule
 from wsolkit.methods.classification import classification_loss
-from wsolkit.methods.maps import choose_classes, select_maps, semantic_head
+from wsolkit.methods.maps import choose_classes, class_logits, select_maps, semantic_head
 from wsolkit.methods.similarity import SimilarityWalk
 from wsolkit.types import Classes, Localization, TrainingBatch
 
@@ -31,11 +34,24 @@ def couple(semantic: Tensor, attention: Tensor) -> Tensor:
     return semantic * attention[:, None]
 
 
+class CoupledMaps(NamedTuple):
+    """The two maps of TS-CAM, and the features from which they come.
+
+    semantic: [B, C, h, w]; attention: [B, h, w]; tokens: patch tokens [B, D, h, w] before the final LayerNorm; branch:
+    see `Features`.
+    """
+
+    semantic: Tensor
+    attention: Tensor
+    tokens: Tensor
+    branch: Tensor | None
+
+
 class TSCAMNetwork(Network):
     """A backbone with a head.
 
     Args:
-        backbone: a vision transformer.
+        backbone: a vision transformer or a Conformer.
         num_classes: the number of classes.
         head_init: see `semantic_head`.
         keep_head_bias: whether to start from the bias of the classifier in the backbone's weights, if they have one, as
@@ -45,11 +61,12 @@ class TSCAMNetwork(Network):
     passes = ("forward", "with_tokens")
 
     def __init__(
-        self, backbone: ViT, num_classes: int, head_init: Literal["default", "he"], keep_head_bias: bool
+        self, backbone: Transformer, num_classes: int, head_init: Literal["default", "he"], keep_head_bias: bool
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
+        self.branch_head = backbone.branch_classifier(num_classes)
         bias = backbone.classifier_bias
         if keep_head_bias and bias is not None:
             if len(bias) != num_classes:
@@ -60,25 +77,28 @@ class TSCAMNetwork(Network):
             self.head.bias = nn.Parameter(bias.clone())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute semantic maps [B, C, h, w] from an image [B, 3, H, W]. Their spatial mean gives the logits."""
-        tokens = self.backbone.embed(image)
-        for block in self.backbone.blocks:
-            tokens = run_block(block, tokens)
-        return self._semantic(tokens, image)
+        """Compute the logits [B, C] of an image [B, 3, H, W]."""
+        found = self.backbone.features(image, {})
+        return self.classify(self._semantic(found.tokens, image), found.branch)
 
     def with_attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute semantic maps [B, C, h, w] and the attention map [B, h, w] from an image [B, 3, H, W]."""
-        return self.with_tokens(image)[:2]
+        found = self.with_tokens(image)
+        return found.semantic, found.attention
 
-    def with_tokens(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute what `with_attention` does, and the patch tokens [B, D, h, w] before the final LayerNorm."""
-        tokens = self.backbone.embed(image)
-        attention = torch.zeros(tokens.shape[:2], device=tokens.device)
-        for block in self.backbone.blocks:
-            tokens, scores = block_with_scores(block, tokens, token=0)
+    def with_tokens(self, image: Tensor) -> CoupledMaps:
+        """Compute what `with_attention` does, and the features from which it comes."""
+        found = self.backbone.features(image, dict.fromkeys(range(self.backbone.depth), Read(token=0)))
+        attention = torch.zeros(found.tokens.shape[:2], device=image.device)
+        for scores in found.rows:
             attention = attention + scores.softmax(dim=-1).mean(dim=1)  # [B, h, 1 + N] → [B, 1 + N]
         attention = self.backbone.grid(attention, image)
-        return self._semantic(tokens, image), attention, self.backbone.patches(tokens, image)
+        tokens = self.backbone.patches(found.tokens, image)
+        return CoupledMaps(self._semantic(found.tokens, image), attention, tokens, found.branch)
+
+    def classify(self, semantic: Tensor, branch: Tensor | None) -> Tensor:
+        """Compute logits [B, C] of semantic maps [B, C, h, w], and of the backbone's second branch if there is one."""
+        return class_logits(semantic, self.branch_head, branch)
 
     def _semantic(self, tokens: Tensor, image: Tensor) -> Tensor:
         semantic: Tensor = self.head(self.backbone.patches(self.backbone.norm(tokens), image))
@@ -92,7 +112,7 @@ class TSCAM(WSOLModule):
 
     def __init__(
         self,
-        backbone: ViT,
+        backbone: Transformer,
         num_classes: int,
         head_init: Literal["default", "he"],
         keep_head_bias: bool,
@@ -105,8 +125,8 @@ class TSCAM(WSOLModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
-        semantic: Tensor = self.network(image)
-        return semantic.mean(dim=(2, 3))  # [B, C, h, w] → [B, C]
+        logits: Tensor = self.network(image)
+        return logits
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the cross-entropy."""
@@ -115,7 +135,7 @@ class TSCAM(WSOLModule):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:
         """Localize as `WSOLModule.localize` says, with one map per class."""
-        semantic, attention, tokens = self.network.with_tokens(image)
-        logits = semantic.mean(dim=(2, 3))
+        semantic, attention, tokens, branch = self.network.with_tokens(image)
+        logits = self.network.classify(semantic, branch)
         maps = couple(select_maps(semantic, choose_classes(classes, logits)), attention)
         return Localization(logits, maps if self.postprocess is None else self.postprocess(maps, tokens))

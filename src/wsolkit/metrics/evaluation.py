@@ -56,8 +56,9 @@ class Evaluation(nn.Module):
 
     def __init__(self, protocols: Mapping[str, Protocol], num_classes: int, threshold_by_maps: bool = False) -> None:
         super().__init__()
-        self._by_maps = threshold_by_maps
-        self._protocols = nn.ModuleDict({n: ProtocolEvaluation(rules, num_classes) for n, rules in protocols.items()})
+        self._protocols = nn.ModuleDict(
+            {name: ProtocolEvaluation(rules, num_classes, threshold_by_maps) for name, rules in protocols.items()}
+        )
         self._inputs: list[Input] = sorted({rules.input for rules in protocols.values()}, reverse=True)
         self._ten_crop = any(rules.classification == "ten_crop" for rules in protocols.values())
         self.not_finite = NotFinite()
@@ -129,7 +130,7 @@ class Evaluation(nn.Module):
                 metric.top5_cls.update(logits, label)
                 raw = score_maps[:, 0], score_maps[:, 2 if by_crops else 1]
                 maps = shared.get("maps", rules.map_rule, functools.partial(rules.localization_maps, raw[0]))
-                if self._by_maps:
+                if metric.map_values is not None:
                     metric.map_values.update(maps[finite])
                 if self.on_maps is not None and metric is next(iter(self.protocols.values())):
                     self.on_maps(batch, metric.localization_maps(raw[0], batch))

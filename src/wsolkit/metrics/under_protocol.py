@@ -33,9 +33,15 @@ IoU [baselines, T]."""
 
 
 class ProtocolEvaluation(nn.Module):
-    """A protocol and its metrics."""
+    """A protocol and its metrics.
 
-    def __init__(self, protocol: Protocol, num_classes: int) -> None:
+    Args:
+        protocol: the rules.
+        num_classes: the number of classes in the table by class.
+        threshold_by_maps: whether maps alone give a threshold where no boxes do.
+    """
+
+    def __init__(self, protocol: Protocol, num_classes: int, threshold_by_maps: bool) -> None:
         super().__init__()
         self.protocol = protocol
         self.top1_cls = TopKAccuracy(1)
@@ -43,7 +49,7 @@ class ProtocolEvaluation(nn.Module):
         self.boxes = BoxEvaluation(protocol, num_classes)
         # It compares the same boxes with pseudo boxes, which only a split has that selects.
         self.pseudo = BoxEvaluation(protocol, num_classes) if protocol.selection == "pseudo" else None
-        self.map_values = MapValues()
+        self.map_values = MapValues() if threshold_by_maps else None
         self.masks = MaskEvaluation(1 + len(BASELINES))
         self._baselines = [baseline_map(name, protocol.resolution) for name in BASELINES]
         self._drawn: dict[tuple[int, int], list[Boxes]] = {}
@@ -123,9 +129,11 @@ class ProtocolEvaluation(nn.Module):
         known = {name: value for name, value in classification.items() if not value.isnan()}
         pseudo = {} if self.pseudo is None else self.pseudo.compute()
         selecting = {f"pseudo_{name}": value for name, value in pseudo.items() if name in _SELECTING}
-        boxes, by_maps = self.boxes.compute(), self.map_values.compute()
-        if not by_maps.isnan() and ("threshold" not in boxes or self.protocol.selection == "classification"):
-            selecting["threshold_by_maps"] = by_maps
+        boxes = self.boxes.compute()
+        if self.map_values is not None:
+            by_maps = self.map_values.compute()
+            if not by_maps.isnan() and ("threshold" not in boxes or self.protocol.selection == "classification"):
+                selecting["threshold_by_maps"] = by_maps
         return known | boxes | self.masks.compute() | selecting
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
@@ -44,7 +46,7 @@ class PlainFigure(Figure):
                 if isinstance(formatter, ScalarFormatter):  # It would write `$\mathdefault{0.5}$` for TeX.
                     formatter.set_useMathText(False)
                     formatter._usetex = False  # type: ignore[attr-defined]
-        texts = [text for text in self.findobj(Text) if text.get_text()]
+        texts = [text for text in _texts(self) if text.get_text()]
         lacking = {text: _lacking(text) for text in texts}
         families = fallback(frozenset().union(*lacking.values()))
         for text in texts:
@@ -54,6 +56,16 @@ class PlainFigure(Figure):
         with warnings.catch_warnings(), _quiet_search():
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # `fallback` has warned of it.
             super().draw(renderer)
+
+
+def _texts(artist: Artist) -> Iterator[Text]:
+    """Return the texts of an artist, without the ticks of axes that are off. Asking for those would make them."""
+    if isinstance(artist, Text):
+        yield artist
+    off = (artist.xaxis, artist.yaxis) if isinstance(artist, Axes) and not artist.axison else ()
+    for child in artist.get_children():
+        if child not in off:
+            yield from _texts(child)
 
 
 @contextmanager

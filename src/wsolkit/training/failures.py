@@ -118,8 +118,9 @@ def parts_that_fit(module: WSOLModule, datamodule: WSOLDataModule, trainer: Trai
     module.to(trainer.strategy.root_device)
     module = trainer.precision_plugin.convert_module(module)  # type: ignore[assignment]
     share = datamodule.batch_size // trainer.world_size
-    for parts in range(1, share + 1):
-        if share % parts == 0 and _fits(module, share // parts, datamodule.image_size, trainer):
+    unit = 2 if module.pairs else 1
+    for parts in range(1, share // unit + 1):
+        if share % (parts * unit) == 0 and _fits(module, share // parts, datamodule.image_size, trainer):
             return parts
     raise TrainingError(
         f"not even one image of {datamodule.image_size} pixels fits into the memory of {trainer.strategy.root_device}: "
