@@ -239,7 +239,7 @@ def test_every_number_in_a_recipe_says_where_it_is_from() -> None:
         head = text.split("\n")[1]
         if "The values are chosen here" in text or "Your own images" in text:
             continue  # said once, in the header
-        assert any(conference in head for conference in ("ICCV", "CVPR", "ECCV", "AAAI"))
+        assert any(conference in head for conference in ("ICCV", "CVPR", "ECCV", "AAAI", "IJCV"))
         for line in text.splitlines():
             if any(character.isdigit() for character in line.split("#")[0]):
                 assert "paper" in line or "released" in line, f"{path.name}: {line}"

@@ -32,6 +32,7 @@ SHALLOW = "backbone.options.depth=2"
 MODELS = {name: [f"method={name}"] if name in CNN_METHODS else [f"method={name}", SHALLOW] for name in METHODS} | {
     "sat": ["method=sat", "backbone.options.depth=3", "method.num_blocks=2"],
     "scm": ["method=scm", "backbone.options.depth=2", "method.num_blocks=2", "method.iterations=[16,4]"],
+    "bas_vit": ["method=bas_vit", SHALLOW, "method.num_blocks=1"],
     "cam_aligned_scg": ["method=cam", "backbone.align=true", "+postprocess=scg"],
 }
 QUICK = ("cam_aligned_scg", "ffe", "sat", "scm", "ts_cam")

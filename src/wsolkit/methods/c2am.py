@@ -199,9 +199,7 @@ class C2AMNetwork(CAMNetwork):
         chosen = choose_classes(classes, logits)
         top = logits.argmax(dim=1, keepdim=True)  # A post-process from gradients asks for a class.
         maps = self.refined(self.activation.foreground(activation), image, last, stages, top)
-        return Localization(
-            logits, self.backbone.aligned(maps).expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1)
-        )
+        return Localization(logits, maps.expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1))
 
 
 class C2AM(CAMModule):

@@ -288,7 +288,7 @@ class CAMNetwork(Network):
 
     @torch.no_grad()
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Return the parts of a class's map: norm, similarity, the map, and the refined map after a post-process.
+        """Return the parts of a class's map: norm, similarity and the map itself.
 
         Args:
             image: [B, 3, H, W].
@@ -304,8 +304,7 @@ class CAMNetwork(Network):
             "similarity": F.cosine_similarity(feature.float(), weight[:, :, None, None].float(), dim=1)[:, None],
             "CAM": self.class_maps(feature, chosen),
         }
-        maps = {name: self.backbone.aligned(part) for name, part in maps.items()}
-        return maps if self.postprocess is None else maps | {"refined": self.localize(image, chosen).maps}
+        return {name: self.backbone.aligned(part) for name, part in maps.items()}
 
     def parameter_groups(self, settings: FineTuning) -> list[dict[str, Any]]:
         """Return the parameter groups for the optimizer.
@@ -374,8 +373,11 @@ class CAMModule(WSOLModule):
         return self.network.norms(image)
 
     def inside(self, image: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Return the parts of a class's map, see `CAMNetwork.inside`."""
-        return self.network.inside(image, classes)
+        """Return the parts of a class's map, see `CAMNetwork.inside`, and its "refined" map after a post-process."""
+        maps = self.network.inside(image, classes)
+        if self.network.postprocess is None:
+            return maps
+        return maps | {"refined": self.localize(image, classes[:, None]).maps}
 
 
 class CAM(CAMModule):

@@ -170,8 +170,7 @@ class CREAMNetwork(CAMNetwork):
         starts = torch.where(visits[..., None, None] > 0, context, context_means(feature, cam, self.threshold)[0])
         foreground, background = starts.unbind(dim=2)  # [B, K, 2, D] → two of [B, K, D]
         maps = calibrate(reactivate(feature, foreground, background, self.rounds, self.temperature), cam)
-        maps = self.refined(maps, image, feature, stages, chosen)
-        return Localization(logits, self.backbone.aligned(maps))
+        return Localization(logits, self.refined(maps, image, feature, stages, chosen))
 
 
 class CREAM(CAMModule):
