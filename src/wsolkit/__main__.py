@@ -20,6 +20,10 @@ COMMANDS: Mapping[str, Mapping[str, str]] = {
         "sweep_report": "gather the runs of a sweep into tables and charts",
         "dashboard": "make a W&B dashboard of a sweep",
     },
+    "Hand one model's boxes or masks to another": {
+        "pseudo_boxes": "draw boxes in training images, for method=psol",
+        "pseudo_masks": "make masks of training images, for method=spol",
+    },
     "Use a trained model": {
         "predict": "write boxes and masks of your own images",
         "demo": "try a model on a page in the browser",

@@ -207,7 +207,7 @@ class Localizer:
         self.protocol, self.rules = next(iter(build_protocols(cfg).items()))
         self.metrics, self.version = dict(checkpoint.metrics), checkpoint.version
         self.image_size: int = cfg.dataset.image_size
-        self.device = _device(device)
+        self.device = device_of(device)
         self.exif = _exif(exif, checkpoint)
         self._module = _loaded(build_model(cfg, self.class_names), checkpoint).to(self.device)
         settings = self._module.description
@@ -661,7 +661,7 @@ def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
     return module.eval().requires_grad_(False)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return gpu or torch.device("cpu")

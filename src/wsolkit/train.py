@@ -79,6 +79,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, float]:
     datamodule.read("train", "val", "test")  # This names a broken data set before the run builds or downloads anything.
     report = Report.of(cfg, folder, datamodule.dataset("test"), title(cfg, cfg), method_name(cfg))
     module = build_module(cfg, datamodule.class_names)
+    datamodule.check_targets(module.targets, cfg.method.name)
     evaluator = module.attached(Evaluator)
     start.check(cfg, module, datamodule)
     monitor = check_monitor(cfg.monitor, evaluator.evaluation, datamodule.dataset("val").records)

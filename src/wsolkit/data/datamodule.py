@@ -340,6 +340,43 @@ class WSOLDataModule(LightningDataModule):
         """Load the images of the test."""
         return self._evaluation_loader("test")
 
+    def whole_images(self, places: Sequence[int], size: int, batch_size: int) -> DataLoader[Sample]:
+        """Load training images as an evaluation sees them.
+
+        Args:
+            places: the positions of the images in the split, in the order in which they come.
+            size: the side that they are squashed to.
+            batch_size: the number of images in a batch.
+        """
+        dataset = WSOLDataset(self.dataset("train").records, Transform(size, size, False, self.mean, self.std), 0)
+        return DataLoader(
+            dataset,
+            sampler=[(0, place) for place in places],
+            batch_size=batch_size,
+            collate_fn=evaluation_batch,
+            **self.loader_options(dataset) | {"persistent_workers": False},
+        )
+
+    def check_targets(self, learned: Sequence[str], method: str) -> None:
+        """Check that training has what its method learns beside the labels, and nothing else.
+
+        Args:
+            learned: see `WSOLModule.targets`.
+            method: the name of the method.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        given = {"train_boxes": self.train_boxes, "train_masks": self.train_masks}
+        for name, path in given.items():
+            if name in learned and path is None:
+                raise ConfigError(
+                    f"method={method} learns {name.removeprefix('train_')}: give dataset.{name}=PATH, which python -m "
+                    f"wsolkit.pseudo_{name.removeprefix('train_')} writes"
+                )
+            if name not in learned and path is not None:
+                raise ConfigError(f"dataset.{name}={path}: method={method} does not learn from it: leave it out")
+
     def _loaded(self, split: Split) -> WSOLDataset:
         stores = self.stores.get(self.read_as(split))
         dataset = self.dataset(split)

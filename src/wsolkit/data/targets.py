@@ -17,9 +17,8 @@ import numpy as np
 from wsolkit.data.pseudo_boxes import pseudo_boxes
 from wsolkit.data.records import FileRecords, Records, check_inside, read_grey
 from wsolkit.errors import DataError
+from wsolkit.system.folders import SETTINGS
 from wsolkit.types import Boxes, Mask
-
-SETTINGS = "settings.json"
 
 _NEITHER, _IGNORED = 128, 255
 

@@ -51,7 +51,7 @@ class WSOLModule(LightningModule, ABC):
     chosen_apart: ClassVar[Mapping[str, str]] = {}
     """The metrics that choose the best weights of parts, by the prefix of their names. The rest follows the monitor."""
 
-    maps_are_probabilities: ClassVar[bool] = False
+    maps_are_probabilities: bool = False
     """Whether score maps are probabilities that a position shows the object.
 
     Their values then fall into two groups, between which a threshold can be chosen without boxes.
@@ -62,6 +62,9 @@ class WSOLModule(LightningModule, ABC):
 
     model_settings: ClassVar[Sequence[str]] = ()
     """The settings that name checkpoints whose models become parts of the module, and come in its argument `models`."""
+
+    targets: Sequence[str] = ()
+    """What training learns beside the labels: the settings of the data set that name it, such as "train_boxes"."""
 
     start_setting: ClassVar[str | None] = None
     """The setting that names a checkpoint of the same method, from whose weights training starts, see `start_from`."""

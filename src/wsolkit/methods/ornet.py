@@ -42,6 +42,7 @@ from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
 from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.map_losses import weighted_entropy_loss
 from wsolkit.methods.maps import choose_classes
+from wsolkit.methods.other_model import check_classes, normalised_for
 from wsolkit.types import Classes, Localization, TrainingBatch
 
 __all__ = ["ORNet", "ORNetNetwork", "area_loss", "erase_attentively", "weighted_entropy_loss"]
@@ -270,11 +271,7 @@ class ORNet(CAMModule):
     ) -> None:
         _check_checkpoints(stage, coarse, evaluator)
         own = models.get("evaluator")
-        if own is not None and len(own.description.class_names) != num_classes:
-            raise ConfigError(
-                f"method.evaluator knows {len(own.description.class_names)} classes, and the data set has "
-                f"{num_classes}: train the evaluator on the same data set"
-            )
+        check_classes("evaluator", own, num_classes)
         if head["postprocess"] is not None and head["postprocess"].sees_network:
             raise ConfigError(
                 "method=ornet makes its map beside the classifier, so a post-process cannot take gradients: choose "
@@ -346,17 +343,9 @@ class ORNet(CAMModule):
         return losses, total + self.entropy_weight * losses["loss_entropy"], maps
 
     def _for_evaluator(self, image: Tensor) -> Tensor:
-        """Normalise images [B, 3, H, W] as the evaluator expects them."""
         evaluator = self.network.evaluator
         assert evaluator is not None
-        own, its = self.description, evaluator.description
-        if (tuple(own.mean), tuple(own.std)) == (tuple(its.mean), tuple(its.std)):
-            return image
-        mean, std, its_mean, its_std = (
-            torch.tensor(values, dtype=image.dtype).to(image.device, non_blocking=True)[:, None, None]
-            for values in (own.mean, own.std, its.mean, its.std)
-        )
-        return (image * std + mean - its_mean) / its_std
+        return normalised_for(evaluator.description, image, self.description)
 
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes = None) -> Localization:

@@ -17,8 +17,8 @@ Localization and classification are two tasks for two networks. Three steps hand
 3. A separate classifier decides the class: the model of any checkpoint ("PSOL-Sep" in the paper). Without one, a linear
    layer on GAP(F) learns the class beside the box, and shares the backbone ("PSOL-Joint", from memory of the paper).
 
-The score map of all classes is 1 inside of the box and 0 outside, at the size of the network's input. So every protocol
-draws this box for every threshold.
+The score map of all classes is 1 inside the box and 0 outside, at the size of the network's input. So every protocol
+draws this box at every threshold.
 
 The sign of a principal component is arbitrary, and the released code takes whatever its library returns. Here, the mean
 of P over the central half of the images is positive. An image without a pseudo box adds 0 to the loss. Both are chosen
@@ -27,11 +27,24 @@ here.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from wsolkit.backbones.cnn import CNN
+from wsolkit.errors import ConfigError
 from wsolkit.localization.boxes import BoxRule, Levels, regions
+from wsolkit.methods.base import WSOLModule
+from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
+from wsolkit.methods.classification import classification_loss
+from wsolkit.methods.maps import choose_classes
+from wsolkit.methods.other_model import check_classes, normalised_for
+from wsolkit.types import Classes, Localization, TrainingBatch
 
 _LARGEST = BoxRule("most_pixels", "inclusive", "image")
 
@@ -114,3 +127,124 @@ def pseudo_box(projection: Tensor) -> tuple[float, float, float, float]:
     found = regions(Levels(positive, np.zeros(1, np.int64), 2), _LARGEST, "largest").boxes
     x0, y0, x1, y1 = found[0].tolist() if len(found) else (0, 0, width - 1, height - 1)
     return x0 / width, y0 / height, (x1 + 1 - x0) / width, (y1 + 1 - y0) / height
+
+
+def box_maps(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Draw boxes as maps that are 1 inside and 0 outside.
+
+    Args:
+        boxes: x, y, w, h in shares of the image [B, 4]. What exceeds the image is cut off.
+        size: the height and the width of the maps.
+
+    Returns:
+        [B, H, W], float32, with at least one position inside.
+
+    >>> import torch
+    >>> from wsolkit.methods.psol import box_maps
+    >>> box_maps(torch.tensor([[0.25, 0.0, 0.5, 0.5]]), (2, 4))
+    tensor([[[0., 1., 1., 0.],
+             [0., 0., 0., 0.]]])
+    """
+
+    def inside(first: Tensor, extent: Tensor, count: int) -> Tensor:
+        start = (first * count).round().clamp(0, count - 1)
+        end = torch.maximum(((first + extent) * count).round(), start + 1)
+        places = torch.arange(count, device=boxes.device)
+        return (places >= start[:, None]) & (places < end[:, None])
+
+    x, y, width, height = boxes.float().unbind(dim=1)
+    rows, columns = inside(y, height, size[0]), inside(x, width, size[1])
+    return (rows[:, :, None] & columns[:, None]).float()
+
+
+def box_loss(boxes: Tensor, pseudo_boxes: Tensor) -> Tensor:
+    """Compute the mean squared error of boxes [B, 4], as a scalar. An image whose pseudo box is NaN adds 0."""
+    known = pseudo_boxes.isfinite().all(dim=1, keepdim=True)
+    return torch.where(known, boxes - pseudo_boxes.nan_to_num(), 0).square().mean()
+
+
+class PSOLNetwork(CAMNetwork):
+    """A network that regresses a box, and classifies unless another model does.
+
+    Args:
+        hidden: the width of the regressor's hidden layer.
+        classifier: the model that decides the class, which is not trained, or None.
+        network: see `CAMNetwork`.
+    """
+
+    def __init__(self, *network: Any, hidden: int, classifier: WSOLModule | None) -> None:
+        super().__init__(*network)
+        width = self.classifier.in_channels
+        self.regressor = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+        self.other = classifier
+        if classifier is not None:
+            self.classifier.requires_grad_(False)  # Nothing uses it.
+
+    def boxes(self, feature: Tensor) -> Tensor:
+        """Compute boxes [B, 4], as x, y, w, h in shares of the image, from F [B, D, h, w]."""
+        return self.regressor(feature.mean(dim=(2, 3))).float().sigmoid()  # type: ignore[no-any-return]
+
+
+class PSOL(CAMModule):
+    """PSOL in training and evaluation.
+
+    Args:
+        classifier: the checkpoint of the model that decides the class, or its description. None learns the class beside
+            the box.
+        models: the model of this checkpoint, as `classifier`.
+        hidden: see `PSOLNetwork`.
+        box_weight: the factor of the box loss.
+        head: see `HeadSettings`.
+
+    Raises:
+        ConfigError: the classifier does not fit, or a post-process is given.
+    """
+
+    network: PSOLNetwork
+    model_settings: ClassVar[Sequence[str]] = ("classifier",)
+    targets = ("train_boxes",)
+    maps_are_probabilities = True
+
+    def __init__(
+        self,
+        backbone: CNN,
+        num_classes: int,
+        classifier: str | Mapping[str, Any] | None,
+        models: Mapping[str, WSOLModule],
+        hidden: int,
+        box_weight: float,
+        **head: Unpack[HeadSettings],
+    ) -> None:
+        if head["postprocess"] is not None:
+            raise ConfigError("method=psol makes a box and no map that a post-process could refine: leave it out")
+        own = models.get("classifier")
+        check_classes("classifier", own, num_classes)
+        make = functools.partial(PSOLNetwork, hidden=hidden, classifier=own)
+        super().__init__(backbone, num_classes, "average_first", head, make)
+        self.box_weight = box_weight
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
+        other = self.network.other
+        if other is None:
+            return self.network(image)  # type: ignore[no-any-return]
+        return other(normalised_for(other.description, image, self.description)).float()  # type: ignore[no-any-return]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Return the box loss, and the cross-entropy unless another model classifies."""
+        feature = self.network.features(batch["image"])
+        losses = {"loss_box": box_loss(self.network.boxes(feature), batch["pseudo_box"])}
+        total = self.box_weight * losses["loss_box"]
+        if self.network.other is None:
+            losses["loss_cls"] = classification_loss(self.network.logits(feature), batch)
+            total = total + losses["loss_cls"]
+        return {"loss": total, **losses}
+
+    @torch.no_grad()
+    def localize(self, image: Tensor, classes: Classes = None) -> Localization:
+        """Localize as `WSOLModule.localize` says. Every class has the same map, which is 1 inside the box."""
+        feature = self.network.features(image)
+        logits = self.network.logits(feature) if self.network.other is None else self(image)
+        chosen = choose_classes(classes, logits)
+        maps = box_maps(self.network.boxes(feature), image.shape[-2:])[:, None]
+        return Localization(logits, maps.expand(-1, 1 if chosen is None else chosen.shape[1], -1, -1))

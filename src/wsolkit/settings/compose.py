@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import hydra.core.utils
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
@@ -74,11 +76,22 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> DictCo
         named_folders.add(folder)
         more = [f"hydra.searchpath=[{quoted(escaped(f'file://{folder}'))}]"]
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        with _apart(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             cfg: DictConfig = hydra.compose("train", overrides=[*more, *as_overrides(overrides, referable("train"))])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return cfg
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Set the Hydra of a running command aside, since it allows no second one."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
