@@ -47,7 +47,6 @@ def test_command_lists_only_its_own_groups() -> None:
         "dataset",
         "method",
         "backbone",
-        "augment",
         "postprocess",
         "protocol",
     ]
@@ -55,7 +54,7 @@ def test_command_lists_only_its_own_groups() -> None:
 
 
 def test_help_says_defaults_choices_and_what_is_required() -> None:
-    text = usage(CONF, "predict", ("method", "backbone", "augment", "dataset"))
+    text = usage(CONF, "predict", ("method", "backbone", "dataset"))
     assert "  top_k=1                 The number of most probable classes to find in each image.\n" in text
     assert "  source                  An image, a folder with images at any depth, or a pattern. (required)\n" in text
     assert "refinement of score maps, such as scg, which SPA brings along: bagcams, none,\n" in text

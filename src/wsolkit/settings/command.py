@@ -159,7 +159,7 @@ def run_command_on_checkpoint(
 
         return choose_groups(arguments, with_protocol)
 
-    fixed = ("method", "backbone", "augment", *(("dataset",) if with_protocol else ()))
+    fixed = ("method", "backbone", *(("dataset",) if with_protocol else ()))
     run_command(config_name, task, complete, stopped, fixed)
 
 
