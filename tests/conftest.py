@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
@@ -43,6 +45,28 @@ TYPICAL = ("cam", "sat", "ffe")
 def or_slow(names: Iterable[str], quick: Collection[str] = TYPICAL) -> list[Any]:
     """Values for `parametrize`, of which those that are not among the quick ones are for the slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def targets(count: int, side: int = 64) -> dict[str, torch.Tensor]:
+    """What a batch has besides images and labels, for methods that learn boxes or masks."""
+    box = torch.tensor([0.25, 0.25, 0.5, 0.5])
+    mask = torch.zeros(count, side, side, dtype=torch.uint8)
+    mask[:, side // 4 : side // 2, side // 4 : side // 2] = 1
+    return {"pseudo_box": box.expand(count, -1).clone(), "pseudo_mask": mask}
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def learned(method: str) -> tuple[str, ...]:
+    """The settings that a method needs to learn from the built-in data set."""
+    if method != "psol":
+        return ()
+    path = Path(_FOLDER.name) / "predictions.csv"
+    lines = [f"train/{index:05d},64,64,0,16,16,32,32" for index in range(4000)]
+    path.write_text("\n".join(["file_name,image_width,image_height,category_id,x,y,width,height", *lines]) + "\n")
+    return (f"dataset.train_boxes={path}",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

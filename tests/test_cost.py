@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS, or_slow
+from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS, learned, or_slow, targets
 from tests.fresh import command
 from tests.test_commands import config, weights
 from wsolkit import build_datamodule, build_module, load_config
@@ -51,6 +51,8 @@ def settings(method: str, *overrides: str) -> Any:
         "spg": ("method.dropout=0", "method.seeds={b2: [0.5, 0.5], b1: [0.5, 0.5], c: [0.5, 0.5]}"),
         "i2c": ("method.dropout=0",),
         "da_wsol": ("method.start_epoch=0", "method.samples=64"),  # of 64 positions: none are drawn
+        "psol": learned("psol"),
+        "spol": ("method.dropout=0",),
         "has": ("augment=none",),
         "cutmix": ("augment=none",),
     }.get(method, ())
@@ -77,7 +79,8 @@ def test_losses_wait_for_no_number(method: str, monkeypatch: pytest.MonkeyPatch)
     """On tensors without contents: whatever would look at one (a number, a condition, positions of a mask) fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
     module = build_module(settings(method)).to("meta").train()
-    batch = {"image": torch.rand(4, 3, 64, 64, device="meta"), "label": torch.arange(4, device="meta")}
+    batch = {"image": torch.rand(4, 3, 64, 64), "label": torch.arange(4), **targets(4)}
+    batch = {name: value.to("meta") for name, value in batch.items()}
     loss = module.losses(batch)["loss"]  # type: ignore[arg-type]
     loss.backward()
     for look in (Tensor.item, bool, Tensor.cpu, Tensor.nonzero):
@@ -143,7 +146,7 @@ def test_steps_wait_for_the_device_only_to_log(method: str, tmp_path: Path, monk
     callbacks: list[Callback] = [FiniteLoss(3), LearningRateMonitor("step"), Progress()]
     cfg.trainer.enable_progress_bar = True
     trainer = build_trainer(cfg, tmp_path, callbacks, [CSVLogger(tmp_path, "", "")])
-    batch = {"image": torch.rand(4, 3, 64, 64), "label": torch.arange(4)}
+    batch = {"image": torch.rand(4, 3, 64, 64), "label": torch.arange(4), **targets(4)}
     with looks:
         trainer.fit(module, Loader([batch] * 6))
     assert looks.counts[0] == looks.counts[1] == looks.counts[3] == looks.counts[4] == 0
@@ -196,7 +199,7 @@ def test_cheaper_settings_learn_the_same(method: str, setting: str, tolerance: f
         with pytest.raises(ConfigError, match="there is no setting 'backbone.channels_last'"):
             settings(method, setting)
         return
-    if "accumulate" in setting and method in ("c2am", "i2c", "da_wsol", "ornet"):
+    if "accumulate" in setting and method in ("c2am", "i2c", "da_wsol", "ornet", "spol"):
         pytest.skip("it compares the images of a batch, or remembers earlier ones, or has a BatchNorm of its own")
     if "accumulate" in setting and method in TOKEN_METHODS:
         pytest.skip("BatchNorm in its heads takes the statistics of each part of a batch")

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from tests import fresh
-from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS
+from tests.conftest import CNN_METHODS, METHODS, TOKEN_METHODS, targets
 from tests.fresh import FRESH
 from tests.sync_batch_norm import synchronise
 from wsolkit import build_datamodule, build_module, load_config
@@ -57,7 +57,7 @@ def _in_group(rank: int, world_size: int, port: str, part: Part, arguments: tupl
 
 def batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {"image": torch.randn(8, 3, 64, 64, generator=generator), "label": torch.arange(8)}
+    return {"image": torch.randn(8, 3, 64, 64, generator=generator), "label": torch.arange(8), **targets(8)}
 
 
 def step(world_size: int, rank: int, *settings: str) -> tuple[dict[str, Tensor], WSOLModule]:
@@ -116,6 +116,7 @@ def own_settings(method: str) -> list[str]:
         "spg": ["method.dropout=0"],
         "trilite": ["method.localization_dropout=0", "method.classification_dropout=0"],
         "i2c": ["method.dropout=0"],
+        "spol": ["method.dropout=0"],
         # With as many samples as positions, no image has enough, and none are drawn.
         "da_wsol": ["method.start_epoch=0", "method.samples=64"],
     }.get(method, [])

@@ -37,7 +37,7 @@ MODELS = {name: [f"method={name}"] if name in CNN_METHODS else [f"method={name}"
 }
 QUICK = ("cam_aligned_scg", "ffe", "sat", "scm", "ts_cam")
 
-CLASS_AGNOSTIC = ("c2am", "ffe", "frozen_c2am", "ornet", "sat", "trilite")
+CLASS_AGNOSTIC = ("c2am", "ffe", "frozen_c2am", "ornet", "psol", "sat", "trilite")
 
 
 class Exported(NamedTuple):

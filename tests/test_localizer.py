@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 import wsolkit
-from tests.conftest import METHODS, write_listed
+from tests.conftest import METHODS, learned, write_listed
 from wsolkit import Localizer, Prediction, build_datamodule, build_module, load_config
 from wsolkit.checkpoint import read_checkpoint
 from wsolkit.errors import CheckpointError, ConfigError, DataError
@@ -610,6 +610,7 @@ def test_every_method(method: str, in_tmp: Path) -> None:
         *(f"method={method}", "dataset.records.sizes={train: 16, val: 8, test: 8}", "dataset.batch_size=8"),
         *("trainer=smoke", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "num_examples=0"),
         *(["method.fine_tuning.new_from=layer4"] if method == "spa" else []),
+        *learned(method),
     )
     train(cfg, in_tmp / "run")
     localizer = Localizer.from_checkpoint(in_tmp / "run" / "checkpoints" / "best.ckpt", device="cpu")

@@ -6,12 +6,12 @@ import json
 import os
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 from tests.fresh import exit_code
 from wsolkit import Localizer, build_datamodule, load_config
+from wsolkit.data.records import read_grey
 from wsolkit.errors import ConfigError
 from wsolkit.pseudo_boxes import in_pixels
 from wsolkit.train import train
@@ -95,7 +95,7 @@ def test_spol(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("pseudo_masks", *masks) == 0
     files = sorted((place / "masks" / "train").glob("*.png"))
     assert len(files) == 24
-    assert cv2.imread(str(files[0]), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
+    assert read_grey(files[0]).shape == (64, 64)
     assert json.loads((place / "masks" / "settings.json").read_text())["threshold"] == 0.25
     (place / "masks" / "settings.json").rename(place / "masks" / "unfinished.json")
     files[5].unlink()

@@ -662,6 +662,11 @@ def _loaded(module: WSOLModule, checkpoint: Checkpoint) -> WSOLModule:
 
 
 def device_of(name: str) -> torch.device:
+    """Return the device of a name, in which "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if name == "auto":
         gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return gpu or torch.device("cpu")

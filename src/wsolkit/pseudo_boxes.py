@@ -1,8 +1,8 @@
 """python -m wsolkit.pseudo_boxes output=DIR: draw a pseudo box in each training image, for method=psol.
 
 DDT projects the feature maps of each class on their first principal component, see `wsolkit.methods.psol`. The network
-is the backbone of a checkpoint, or a pretrained one. The output folder holds localization.txt, which dataset.train_boxes
-takes, and settings.json. After an interruption, the same command continues with the next class.
+is the backbone of a checkpoint, or a pretrained one. The output folder holds localization.txt and settings.json, and
+dataset.train_boxes takes it. After an interruption, the same command continues with the next class.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def boxes_of_classes(
         places = np.flatnonzero(labels == label)
         features, sizes = [], []
         with torch.inference_mode():
-            for batch in datamodule.whole_images(places, size, batch_size):
+            for batch in datamodule.whole_images(places.tolist(), size, batch_size):
                 features.append(backbone(batch["image"].to(device)).float().cpu())
                 sizes += batch["size"].tolist()
         projections = projection(torch.cat(features))

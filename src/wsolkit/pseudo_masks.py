@@ -1,8 +1,8 @@
-"""python -m wsolkit.pseudo_masks checkpoint=PATH output=DIR: make a pseudo mask of each training image, for method=spol.
+"""python -m wsolkit.pseudo_masks checkpoint=PATH output=DIR: make a mask of each training image, for method=spol.
 
 The masks are made from the score map of each image's own class, see `wsolkit.methods.spol.pseudo_mask`. The model is
-that of any checkpoint. The output folder holds a PNG file for each image, see `wsolkit.data.targets`, and settings.json.
-After an interruption, the same command makes the masks that are missing.
+that of any checkpoint. The output folder holds settings.json and a PNG file for each image, see `wsolkit.data.targets`,
+and dataset.train_masks takes it. After an interruption, the same command makes the masks that are missing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,12 +16,12 @@ from wsolkit.errors import ConfigError
 from wsolkit.methods.spol import SPOL, mask_loss, pseudo_mask
 from wsolkit.types import TrainingBatch
 
-RULES = {"band": (0.1, 0.5), "least_pixels": 20, "shrink": 10.0, "threshold": 0.25, "background": 0.01}
+RULES: Any = {"band": (0.1, 0.5), "least_pixels": 20, "shrink": 10.0, "threshold": 0.25, "background": 0.01}
 
 
 def hill(size: int, y: float, x: float, height: float, spread: float) -> npt.NDArray[np.float32]:
     rows, columns = np.mgrid[:size, :size]
-    return (height * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * spread**2))).astype(np.float32)
+    return np.asarray(height * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * spread**2)), np.float32)
 
 
 def test_object_background_and_what_is_neither() -> None:
@@ -75,13 +77,13 @@ def build(*overrides: str) -> SPOL:
 
 def plain(module: SPOL, image: Tensor) -> tuple[Tensor, Tensor]:
     """P and o_5, word for word."""
-    net = module.network
+    net: Any = module.network
     _, maps = net.backbone.maps(image, ["layer2", "layer3", "layer4"])
     v = torch.ones(image.shape[0], 128, 1, 1)
-    for x, (w, norm, _) in zip(maps, net.gates, strict=True):  # type: ignore[arg-type]
+    for x, (w, norm, _) in zip(maps, net.gates, strict=True):
         v = v * norm(F.conv2d(F.adaptive_avg_pool2d(x, 1), w.weight)).relu()
     outputs = []
-    for x, opening, (w, norm, _) in zip(maps, net.openings, net.reductions, strict=True):  # type: ignore[arg-type]
+    for x, opening, (w, norm, _) in zip(maps, net.openings, net.reductions, strict=True):
         x = x * torch.sigmoid(F.conv2d(v, opening.weight, opening.bias))
         o = norm(F.conv2d(x, w.weight)).relu()
         outputs.append(F.interpolate(o, size=maps[0].shape[-2:], mode="bilinear", align_corners=True))

@@ -19,9 +19,8 @@ Three steps hand over files:
    pixels that the mask calls object or background. S is the score map of all classes. The model of any checkpoint
    decides the class.
 
-The released code has all three. Chosen here: the gates and reductions have no biases; S is enlarged to the mask
-before the loss; in `pseudo_mask`, a region is filled; the two losses of the first stage share one convolution W_c, as in
-the released code.
+The released code has all three, and shares one convolution W_c between the two losses of the first stage. Chosen here:
+gates and reductions have no biases, S is enlarged to the mask before the loss, and `pseudo_mask` fills its regions.
 """
 
 from __future__ import annotations
@@ -93,14 +92,14 @@ def pseudo_mask(
 
 def _gaussian(weights: npt.NDArray[np.float32], shrink: float) -> npt.NDArray[np.float64]:
     """Compute a Gaussian [H, W] with the mean and the divided covariance of positions, weighted by a map [H, W]."""
-    places = np.stack(np.mgrid[: weights.shape[0], : weights.shape[1]]).reshape(2, -1)
+    places = np.indices(weights.shape).reshape(2, -1)
     share = weights.astype(np.float64).ravel()
     share = share / share.sum()
     apart = places - (places * share).sum(axis=1, keepdims=True)
     covariance = (apart * share) @ apart.T / shrink
     inverse = np.linalg.inv(covariance + 1e-6 * np.eye(2))  # A region may be a line.
     distance = np.einsum("in,ij,jn->n", apart, inverse, apart)
-    return np.exp(-distance / 2).reshape(weights.shape)
+    return np.asarray(np.exp(-distance / 2).reshape(weights.shape))
 
 
 class SPOLNetwork(CAMNetwork):
@@ -260,7 +259,7 @@ class SPOL(CAMModule):
 
 
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Compute the binary cross-entropy of maps, as a scalar. Pixels that are neither object nor background do not count.
+    """Compute the binary cross-entropy of maps, as a scalar, on the pixels that are object or background.
 
     Args:
         logits: the logits of maps [B, h, w], which are enlarged to the size of the masks.
