@@ -7,9 +7,9 @@ its own recipe. Methods in several steps run their steps one after another. A ru
 again, so the same command continues. `--aligned` also evaluates convolutional networks with backbone.align=true.
 
 At the end, a table lists the methods by MaxBoxAcc: mean ± sample standard deviation over the seeds, and the processor
-time of all steps of a run. `[cnn]SETTING=VALUE`, `[vit]…` and `[tokens]…` are for methods on one kind of network. Methods
-on frozen transformers are left out on the built-in data set, for which there is no pretrained one. On that data set, and
-on a folder with the benchmark's lists:
+time of all steps of a run. `[cnn]SETTING=VALUE`, `[vit]…` and `[tokens]…` are for methods on one kind of network. On
+the built-in data set, methods on frozen transformers are left out, since there is no pretrained one. On that data set,
+and on a folder with the benchmark's lists:
 
     python benchmarks/methods.py outputs/shapes dataset=shapes trainer.max_epochs=3
     python benchmarks/methods.py outputs/listed dataset=listed dataset.root=DIR trainer.max_epochs=3 …

@@ -39,7 +39,7 @@ from wsolkit.settings.conf import given_overrides
 from wsolkit.settings.restore import restore
 from wsolkit.train import train
 
-CNN_PAGES = {"cnn.md", "rethinking_cam.md", "postprocess.md"}  # whose checkpoints are of CAM
+CNN_PAGES = {"cnn.md", "rethinking_cam.md", "postprocess.md", "pseudo_labels.md"}  # whose checkpoints are of CAM
 FOLLOWED = {"predict.md", "export.md", "import_checkpoint.md", "demo.md"}
 
 # What makes a run small, and runs on this machine what the page runs on another. Behind what the page says.
@@ -55,6 +55,8 @@ SMALL = {
     ),
     "predict": ("device=cpu", "num_workers=0"),
     "dashboard": ("save=false",),
+    "pseudo_boxes": ("device=cpu", "progress=false", "image_size=64", "backbone.pretrained=false"),
+    "pseudo_masks": ("device=cpu", "progress=false"),
 }
 CLASSES = {"imagenet": 2, "cub": len(CUB_CLASSES), "aircraft": len(AIRCRAFT)}  # in the copies
 
