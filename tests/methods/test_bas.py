@@ -162,7 +162,8 @@ def test_network_halves_what_follows_the_masks() -> None:
     assert isinstance(own, BASNetwork)
     assert (own.backbone.stride, own.backbone.names[-2:]) == (8, ("pool", "layer4.0"))
     with torch.no_grad():
-        middle, maps = own.middle_and_maps(image())
+        middle, feature, _ = own.parts(image())
+        maps = own.activations(feature)
         assert (middle.shape[2:], maps.shape[2:]) == ((16, 16), (8, 8))
         nothing = torch.zeros(2, 16, 16)
         torch.testing.assert_close(own.background(middle, nothing), maps.mean(dim=(2, 3)))
@@ -194,7 +195,7 @@ def test_sat_s_losses_take_the_place_of_bas_s(method: str) -> None:
 
 def _masks(own: object, images: Tensor) -> Tensor:
     assert isinstance(own, BASNetwork)
-    return own.masks(own.middle_and_maps(images)[0])
+    return own.masks(own.parts(images)[0])
 
 
 def test_transformer_s_background_is_what_the_mask_leaves() -> None:

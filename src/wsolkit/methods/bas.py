@@ -206,7 +206,7 @@ class BASNetwork(CAMNetwork):
         network: see `CAMNetwork`.
     """
 
-    passes = ("features", "features_and_stages", "middle_and_maps", "background")
+    passes = ("features", "features_and_stages", "parts", "background")
 
     def __init__(self, *network: Any, stage: str, pool: bool, top_k: int | None, init: Initialisation) -> None:
         super().__init__(*network)
@@ -229,10 +229,14 @@ class BASNetwork(CAMNetwork):
         """Compute the masks M [B, C, H, W] in [0, 1], float32, from F [B, D, H, W]."""
         return self.generator(middle).float().sigmoid()  # type: ignore[no-any-return]
 
-    def middle_and_maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute F [B, D, H, W] and A [B, C, h, w] from an image [B, 3, H, W]."""
-        last, (middle,) = self.backbone.maps(image, [self.stage])
-        return middle, self.activations(self.head(last))
+    def parts(self, image: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Look at images [B, 3, H, W].
+
+        Returns:
+            F [B, D, H, W], the last feature map [B, D, h, w], and a map of each stage that the post-process needs.
+        """
+        last, (middle, *stages) = self.backbone.maps(image, [self.stage, *self._stages])
+        return middle, self.head(last), stages
 
     def background(self, middle: Tensor, mask: Tensor) -> Tensor:
         """Compute the logits [B, C] of the background, from F [B, D, H, W] and M_y [B, H, W]."""
@@ -242,8 +246,7 @@ class BASNetwork(CAMNetwork):
     @torch.no_grad()
     def localize(self, image: Tensor, classes: Classes) -> Localization:
         """Localize as `WSOLModule.localize` says."""
-        last, (middle, *stages) = self.backbone.maps(image, [self.stage, *self._stages])
-        feature = self.head(last)
+        middle, feature, stages = self.parts(image)
         logits = self.logits(feature)
         chosen = choose_classes(classes, logits)
         maps = score_maps(self.masks(middle), logits, chosen, self.top_k)
@@ -281,9 +284,9 @@ class BAS(CAMModule):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the losses of the objective, without their weights. "map_area" is the mean of the masks."""
         network = self.network
-        middle, maps = network.middle_and_maps(batch["image"])
+        middle, feature, _ = network.parts(batch["image"])
         mask = select_maps(network.masks(middle), batch["label"][:, None])[:, 0]
-        return self.mask_losses(maps, mask, lambda: network.background(middle, mask), batch)  # type: ignore[no-any-return]
+        return self.mask_losses(network.activations(feature), mask, lambda: network.background(middle, mask), batch)  # type: ignore[no-any-return]
 
 
 class _LastBlocks(nn.Module):
@@ -328,6 +331,7 @@ class BASViTNetwork(Network):
         self.first = backbone.depth - num_blocks
         self.generator = nn.Conv2d(backbone.embed_dim, num_classes, kernel_size=3, padding=1)
         self.head = semantic_head(backbone.embed_dim, num_classes, head_init)
+        self._last = (_LastBlocks(self),)  # As a tuple, it is not registered, so the weights have one name each.
 
     def clean(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Look at images [B, 3, H, W].
@@ -340,7 +344,7 @@ class BASViTNetwork(Network):
         for block in self.backbone.blocks[: self.first]:
             middle = run_block(block, middle)
         masks = self.generator(self.backbone.patches(middle, image)).float().sigmoid()
-        semantic, tokens = _LastBlocks(self)(middle, image)
+        semantic, tokens = self._last[0](middle, image)
         return middle, masks, semantic, self.backbone.patches(tokens, image)
 
     def background(self, middle: Tensor, mask: Tensor, image: Tensor) -> Tensor:
@@ -348,7 +352,7 @@ class BASViTNetwork(Network):
         others = mask.new_ones(mask.shape[0], self.backbone.num_prefix_tokens)
         kept = torch.cat([others, (1 - mask).flatten(1)], dim=1)  # [B, h, w] → [B, 1 + N]
         masked = middle.detach() * kept[:, :, None].to(middle.dtype)
-        semantic, _ = with_constant_weights(_LastBlocks(self), masked, image)
+        semantic, _ = with_constant_weights(self._last[0], masked, image)
         return semantic.mean(dim=(2, 3))  # type: ignore[no-any-return]
 
 
