@@ -66,6 +66,7 @@ for _command in itertools.chain(*ALL_COMMANDS.values()):
 SETTINGS = {*TYPES, "method", "dataset", "hydra"} - {"x"}  # the texts below have ${x}, which sweep_report may mean
 COMMANDS = (
     *(("train", f"dataset={dataset}") for dataset in ("cub", "imagenet", "folder")),
+    *(("train", f"method={method}") for method in ("ornet", "psol")),
     *(("evaluate",), ("predict",), ("sweep_report",)),
 )
 """Between them they have all settings."""
@@ -114,7 +115,7 @@ def test_settings_of_every_command_that_are_paths(composed: list[tuple[DictConfi
 
 def test_every_setting_that_is_a_text_is_known() -> None:
     """Settings of runs and of data sets whose type is text hold paths or names, or one word of a few."""
-    words = {"monitor", "host", "hosts", "device", "compile", "sort", "x"}
+    words = {"monitor", "host", "hosts", "device", "compile", "sort", "x", "pool_after"}
     hints = {name: str(hint) for name, hint in TYPES.items()}
     texts = {name for name, hint in hints.items() if "str" in hint.replace("typing.Literal", "")}
     assert texts - words <= PATHS | NAMES

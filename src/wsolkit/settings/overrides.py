@@ -26,6 +26,7 @@ PATHS = frozenset(
         *("dataset.root", "dataset.index", "dataset.cache", "dataset.lists", "dataset.masks", "dataset.annotations"),
         *("dataset.held_out_root", "dataset.held_out_lists", "dataset.box_folders", "dataset.splits"),
         *("dataset.pseudo_boxes", "dataset.train_boxes", "dataset.train_masks"),
+        *("method.coarse", "method.evaluator", "method.classifier"),
         *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
     }
 )
