@@ -43,3 +43,8 @@ def normalised_for(other: Description, image: Tensor, own: Description) -> Tenso
         for values in (own.mean, own.std, other.mean, other.std)
     )
     return (image * std + mean - its_mean) / its_std
+
+
+def logits_of(other: WSOLModule, image: Tensor, own: Description) -> Tensor:
+    """Compute another model's logits [B, C], float32, of images [B, 3, H, W] that are normalised for one's own."""
+    return other(normalised_for(other.description, image, own)).float()  # type: ignore[no-any-return]

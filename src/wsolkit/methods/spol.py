@@ -43,7 +43,7 @@ from wsolkit.methods.base import WSOLModule
 from wsolkit.methods.cam import CAMModule, CAMNetwork, HeadSettings
 from wsolkit.methods.classification import classification_loss
 from wsolkit.methods.maps import choose_classes
-from wsolkit.methods.other_model import check_classes, normalised_for
+from wsolkit.methods.other_model import check_classes, logits_of
 from wsolkit.types import Classes, Localization, Mask, TrainingBatch
 
 Stage = Literal["cam", "segment"]
@@ -222,9 +222,7 @@ class SPOL(CAMModule):
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits [B, C] of a normalised image [B, 3, H, W]."""
         other = self.network.other
-        if other is None:
-            return self.network(image)  # type: ignore[no-any-return]
-        return other(normalised_for(other.description, image, self.description)).float()  # type: ignore[no-any-return]
+        return self.network(image) if other is None else logits_of(other, image, self.description)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the losses of the stage."""
