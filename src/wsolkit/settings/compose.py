@@ -42,6 +42,8 @@ OmegaConf.register_new_resolver("by_method", _by_name, replace=True)
 
 OmegaConf.register_new_resolver("by_stage", _by_name, replace=True)
 
+OmegaConf.register_new_resolver("times", lambda factor, number: factor * number, replace=True)
+
 _header = ConfigSource._get_header_dict
 
 # Without this, Hydra would not see the header "# @package …" behind a byte order mark in a user's YAML file.
