@@ -184,6 +184,7 @@ def test_changed_settings_are_named(unbroken: Path) -> None:
 
 
 BATCHES = (
+    "schedule.warmup_epochs=0.5",
     *("trainer.max_epochs=3", "schedule.name=cosine", "dataset.num_workers=0", "dataset.batch_size=8"),
     *("checkpoints.every_n_steps=1", "dataset.records.sizes={train: 48, val: 8, test: 8}", "num_examples=0"),
 )
