@@ -84,6 +84,8 @@ def test_boxes_continue_with_the_next_class(place: Path, capsys: pytest.CaptureF
     assert run("pseudo_boxes", *arguments) == 0
     assert (place / "again" / "localization.txt").read_bytes() == whole
     assert (place / "again" / "classes" / "2.txt").stat().st_mtime_ns == kept
+    assert run("pseudo_boxes", *arguments, "image_size=0") == 1
+    assert "image_size=0: expected 1 or more" in capsys.readouterr().err
     assert run("pseudo_boxes", *arguments, "image_size=64") == 1
     assert "was made with other settings: image_size=64 (was 128)" in capsys.readouterr().err
     assert run("pseudo_boxes", *arguments[:-1], "output=cam") == 1

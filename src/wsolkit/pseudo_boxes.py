@@ -55,6 +55,7 @@ def pseudo_boxes(cfg: DictConfig, folder: Path) -> None:
     from wsolkit.system.drafts import write_text
     from wsolkit.system.folders import filling
     from wsolkit.system.libraries import quieten_libraries
+    from wsolkit.system.names import AS_IN_FILES
 
     if OmegaConf.is_missing(cfg, "output"):
         raise ConfigError("required and not given: output. Add output=DIR")
@@ -62,7 +63,7 @@ def pseudo_boxes(cfg: DictConfig, folder: Path) -> None:
     if checkpoint is not None:
         cfg = restore(cfg, checkpoint, given_overrides())
     check_config(cfg, Settings)
-    size = cfg.image_size or 2 * cfg.dataset.image_size
+    size = 2 * cfg.dataset.image_size if cfg.image_size is None else cfg.image_size
     for name, value in (("image_size", size), ("batch_size", cfg.batch_size)):
         if value < 1:
             raise ConfigError(f"{name}={value}: expected 1 or more")
@@ -98,7 +99,9 @@ def pseudo_boxes(cfg: DictConfig, folder: Path) -> None:
             for label, boxes in track(found, "Drawing boxes", len(todo), disable=not cfg.progress):
                 lines = (f"{records.name(index)},{','.join(map(str, box))}\n" for index, box in boxes)
                 write_text(parts / f"{label}.txt", "".join(lines))
-            text = "".join((parts / f"{label}.txt").read_text("utf-8") for label in np.unique(labels).tolist())
+            text = "".join(
+                (parts / f"{label}.txt").read_text("utf-8", AS_IN_FILES) for label in np.unique(labels).tolist()
+            )
             write_text(folder / LIST, text)
     print(f"{len(labels):,} training images have a box. Written to {as_named(folder / LIST)}")
     print(f"Train: python -m wsolkit.train method=psol dataset.train_boxes={as_named(folder)} …")

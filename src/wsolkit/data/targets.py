@@ -17,6 +17,7 @@ import numpy as np
 from wsolkit.data.pseudo_boxes import pseudo_boxes
 from wsolkit.data.records import FileRecords, Records, check_inside, read_grey
 from wsolkit.errors import DataError
+from wsolkit.system.drafts import draft
 from wsolkit.system.folders import SETTINGS
 from wsolkit.types import Boxes, Mask
 
@@ -85,7 +86,8 @@ def write_mask(folder: Path, name: str, mask: Mask) -> None:
     path = mask_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     grey = np.select([mask == 0, mask == 1], [0, 255], _NEITHER).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", grey)[1].tobytes())
+    with draft(path, "wb", sync=False) as file:
+        file.write(cv2.imencode(".png", grey)[1].tobytes())
 
 
 def _check_masks(folder: Path, records: Records) -> None:
